@@ -1,0 +1,47 @@
+# Everything runs from a bare machine: Python 3.11, pip and make. `make help` lists the targets.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.ready
+RUN    ?= runs/quickstart
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint bench faults serve clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## make .venv with the exact versions of requirements.lock
+
+$(STAMP): pyproject.toml requirements.lock
+	@echo "set up $(VENV) with $$($(PYTHON) --version); 2 to 4 minutes, log in $(VENV)/setup.log"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[dev]' \
+	  >$(VENV)/setup.log 2>&1 || { tail -20 $(VENV)/setup.log; exit 1; }
+	@touch $(STAMP)
+
+demo: setup ## the main job: train the default model to know its name, merge it, ask it
+	@$(BIN)/python examples/demo.py $(ARGS)
+
+test: setup ## linters, types, structure, then all tests
+	@$(MAKE) --no-print-directory lint
+	@$(BIN)/python -m pytest
+
+lint: setup ## ruff, mypy --strict, import layers
+	@$(BIN)/ruff format --check --quiet . || { echo "run: $(BIN)/ruff format ."; exit 1; }
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/mypy --no-error-summary
+	@$(BIN)/lint-imports --no-cache >$(VENV)/imports.log || { cat $(VENV)/imports.log; exit 1; }
+	@echo "lint: clean"
+
+bench: setup ## the timings of docs/benchmarks.md
+	@$(BIN)/python -m benchmarks.quickstart
+
+faults: setup ## kill -9 tests, longer than those of `make test`
+	@$(BIN)/python -m pytest tests/faults --faults=20
+
+serve: setup ## chat page and OpenAI endpoint of RUN (default runs/quickstart)
+	@$(BIN)/raytune-ft serve $(RUN)
+
+clean: ## remove .venv, runs and caches of this checkout
+	@rm -rf $(VENV) runs dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

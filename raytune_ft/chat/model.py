@@ -1,0 +1,190 @@
+"""A model that answers: messages in, pieces of text out.
+
+Messages become ids by `data.encode.encode_prompt`, the same function that training uses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from raytune_ft.chat.history import Message, trim_turns
+from raytune_ft.chat.source import ChatSource, find_source
+from raytune_ft.chat.text import Detokenizer, StopStrings
+from raytune_ft.data.encode import encode_prompt
+from raytune_ft.data.templates import Template, get_template
+from raytune_ft.data.tokenizer import TextTokenizer
+from raytune_ft.model.generate import stream_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Finish = Literal["stop", "length"]
+Cancelled = Callable[[], bool]
+
+FALLBACK_CONTEXT = 2048
+"""Tokens, for a config.json that states no max_position_embeddings."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How an answer is drawn. Defaults are those of the reference's chat; temperature 0 is greedy."""
+
+    temperature: float = 0.1
+    top_p: float = 0.75
+    top_k: int = 40
+    max_new_tokens: int = 512
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of an answer: whole characters, and where the answer stands."""
+
+    text: str
+    n_tokens: int
+    """Tokens generated so far, without the stop token."""
+    finish: Finish | None = None
+    """Set on the last piece only."""
+
+
+@dataclass(frozen=True)
+class ChatModel:
+    """A loaded model with the tokenizer and template that it was trained with."""
+
+    model: PreTrainedModel
+    tokenizer: TextTokenizer
+    template: Template
+    name: str = "model"
+    system: str = ""
+    context: int = FALLBACK_CONTEXT
+    """Tokens of prompt and answer together."""
+
+    def encode(self, messages: Sequence[Message]) -> list[int]:
+        """Return the prompt's ids; conversations without a system text get the trained one."""
+        return encode_prompt(self.with_system(messages), self.template, self.tokenizer)
+
+    def with_system(self, messages: Sequence[Message]) -> list[Message]:
+        """Return `messages` with the system text of training in front, if they bring none."""
+        given = list(messages)
+        if self.system and not any(m["role"] == "system" for m in given):
+            return [{"role": "system", "content": self.system}, *given]
+        return given
+
+    def trim(self, messages: Sequence[Message], max_new_tokens: int) -> list[Message]:
+        """Drop the oldest turns so that an answer still fits into the context."""
+        room = self.context - min(max_new_tokens, self.context // 2)
+        return trim_turns(messages, lambda kept: len(self.encode(kept)), room)
+
+    def pieces(
+        self, prompt_ids: Sequence[int], sampling: Sampling, cancelled: Cancelled | None = None
+    ) -> Iterator[Piece]:
+        """Generate an answer to encoded messages; the last piece says why it ended.
+
+        A cancelled answer ends without a last piece.
+        """
+        limit = min(sampling.max_new_tokens, self.context - len(prompt_ids))
+        detokenizer, stops = Detokenizer(self.tokenizer.decode), StopStrings(sampling.stop)
+        n_tokens, finish = 0, "stop" if limit > 0 else "length"
+        for token in self._ids(prompt_ids, sampling, limit, cancelled):
+            if token in self.stop_ids:
+                break
+            n_tokens += 1
+            text = stops.push(detokenizer.push(token))
+            if stops.found:
+                yield Piece(text, n_tokens, "stop")
+                return
+            if n_tokens == limit:
+                finish = "length"
+            yield Piece(text, n_tokens)
+        if cancelled is None or not cancelled():
+            yield Piece(stops.flush(), n_tokens, "length" if finish == "length" else "stop")
+
+    def reply(
+        self,
+        messages: Sequence[Message],
+        *,
+        temperature: float = Sampling.temperature,
+        top_p: float = Sampling.top_p,
+        top_k: int = Sampling.top_k,
+        max_new_tokens: int = Sampling.max_new_tokens,
+        seed: int = Sampling.seed,
+        cancelled: Cancelled | None = None,
+    ) -> Iterator[str]:
+        """Answer the last user message, piece by piece; whole characters only."""
+        sampling = Sampling(temperature, top_p, top_k, max_new_tokens, seed)
+        for piece in self.pieces(self.encode(messages), sampling, cancelled):
+            if piece.text:
+                yield piece.text
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Tokens that end an answer."""
+        return self.template.stop_ids | {self.tokenizer.eos_id}
+
+    def _ids(
+        self,
+        prompt_ids: Sequence[int],
+        sampling: Sampling,
+        limit: int,
+        cancelled: Cancelled | None,
+    ) -> Iterator[int]:
+        if limit <= 0:
+            return iter(())
+        return stream_ids(
+            self.model,
+            list(prompt_ids),
+            stop_ids=self.stop_ids,
+            max_new_tokens=limit,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            seed=sampling.seed,
+            cancelled=cancelled,
+        )
+
+
+def open_chat(path: str, bits: int | None = None, device: str | None = None) -> ChatModel:
+    """Load a run folder, adapter, merged or plain model for chatting.
+
+    Args:
+        path: a folder, or `smollm2-135m-instruct`.
+        bits: 4, 8, 16 or 32; none: the precision that training saw.
+        device: `cpu`, `cuda`, `cuda:1`; none: the first GPU if there is one.
+
+    Raises:
+        CheckpointError, ModelError, RecipeError: one line that names the path.
+    """
+    return load_source(find_source(path, bits), device)
+
+
+def load_source(source: ChatSource, device: str | None = None) -> ChatModel:
+    """Load what `find_source` found."""
+    from raytune_ft.model.adapter import load_adapter
+    from raytune_ft.model.loading import load_model, prepare_folder
+
+    folder = prepare_folder(source.base)
+    tokenizer = TextTokenizer.from_folder(folder)
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model: Any = load_model(folder, source.section, place)
+    if source.adapter is not None:
+        model = load_adapter(model, source.adapter)
+    model.eval()
+    return ChatModel(
+        model=model,
+        tokenizer=tokenizer,
+        template=get_template(source.template, tokenizer),
+        name=source.name,
+        system=source.system,
+        context=_context(model.config, folder),
+    )
+
+
+def _context(config: Any, folder: Path) -> int:
+    del folder
+    return int(getattr(config, "max_position_embeddings", None) or FALLBACK_CONTEXT)

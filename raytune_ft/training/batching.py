@@ -1,0 +1,101 @@
+"""Batching: the one sequence of packs in, one rank's micro-batches per optimizer step out.
+
+G = micro_batch_size * accumulation * workers packs make one optimizer step. Rank k takes packs
+k, k + workers, ... of each group, so the step's content does not depend on the number of ranks.
+A step never crosses an epoch's end: its last group may be short, and ranks without a pack get
+batches without a label, which add zero to loss and gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from raytune_ft.config.schema import TrainSection
+from raytune_ft.data.packing import IGNORE_INDEX, Pack, Position, collate
+
+TensorBatch = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class StepData:
+    """What one rank needs for one optimizer step.
+
+    `n_targets`, `n_tokens` and `row_ids` are those of all ranks together.
+    """
+
+    micro_batches: list[TensorBatch]
+    n_targets: int
+    n_tokens: int
+    row_ids: list[int]
+    position: Position
+    """Where the stream goes on after this step."""
+    epoch: int
+
+
+def count_targets(pack: Pack) -> int:
+    """Count labels that are predicted: a sample's first token has nothing before it."""
+    labelled = pack.labels != IGNORE_INDEX
+    labelled[pack.cu_seqlens[:-1]] = False
+    return int(labelled.sum())
+
+
+def steps(
+    packs: Iterable[tuple[Position, int, Pack]], train: TrainSection, *, rank: int, workers: int
+) -> Iterator[StepData]:
+    """Group packs into optimizer steps and keep this rank's share.
+
+    Args:
+        packs: (position after the pack, epoch of the pack, pack), in canonical order.
+        train: `micro_batch_size` and `accumulation` are read.
+        rank: 0 <= rank < workers.
+        workers: number of ranks.
+    """
+    group_size = train.micro_batch_size * train.accumulation * workers
+    group: list[Pack] = []
+    last: tuple[Position, int] | None = None
+    for position, epoch, pack in packs:
+        if last is not None and group and epoch != last[1]:
+            yield _step(group, last, train, rank, workers)
+            group = []
+        group.append(pack)
+        last = (position, epoch)
+        if len(group) == group_size:
+            yield _step(group, last, train, rank, workers)
+            group = []
+    if group and last is not None:
+        yield _step(group, last, train, rank, workers)
+
+
+def _step(
+    group: list[Pack], last: tuple[Position, int], train: TrainSection, rank: int, workers: int
+) -> StepData:
+    mine = group[rank::workers]
+    size = train.micro_batch_size
+    chunks = [mine[i * size : (i + 1) * size] for i in range(train.accumulation)]
+    return StepData(
+        micro_batches=[to_tensors(collate(chunk)) if chunk else empty_batch() for chunk in chunks],
+        n_targets=sum(count_targets(pack) for pack in group),
+        n_tokens=sum(len(pack.input_ids) for pack in group),
+        row_ids=[int(row) for pack in group for row in pack.row_ids],
+        position=last[0],
+        epoch=last[1],
+    )
+
+
+def to_tensors(batch: dict[str, np.ndarray]) -> TensorBatch:
+    """Turn a collated batch, arrays of shape (B, L), into int64 tensors."""
+    return {key: torch.from_numpy(value.astype(np.int64)) for key, value in batch.items()}
+
+
+def empty_batch() -> TensorBatch:
+    """Make a batch of two tokens without a label, so that every rank runs every micro-step."""
+    return {
+        "input_ids": torch.zeros(1, 2, dtype=torch.int64),
+        "labels": torch.full((1, 2), IGNORE_INDEX, dtype=torch.int64),
+        "position_ids": torch.arange(2).unsqueeze(0),
+        "segment_ids": torch.zeros(1, 2, dtype=torch.int64),
+    }

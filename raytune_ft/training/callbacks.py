@@ -1,0 +1,106 @@
+"""What a run does beside optimizing: answer sample prompts, measure held-out loss, save."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from raytune_ft.config.schema import Recipe
+from raytune_ft.data.encode import encode_prompt
+from raytune_ft.data.packing import Pack, collate
+from raytune_ft.data.templates import Template
+from raytune_ft.data.tokenizer import TextTokenizer
+from raytune_ft.model.generate import stream_ids
+from raytune_ft.training import checkpoint
+from raytune_ft.training.batching import to_tensors
+from raytune_ft.training.checkpoint import TrainState
+from raytune_ft.training.engine import Engine, rank, world_size
+from raytune_ft.training.loop import Emit, Hooks
+from raytune_ft.training.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Voice:
+    """Everything needed to ask the model in training a question."""
+
+    model: nn.Module
+    tokenizer: TextTokenizer
+    template: Template
+
+    def answer(self, prompt: str, system: str, max_new_tokens: int) -> str:
+        """Answer one prompt greedily, so that two runs can be compared."""
+        messages = [{"role": "system", "content": system}] if system else []
+        messages.append({"role": "user", "content": prompt})
+        ids = stream_ids(
+            self.model,
+            encode_prompt(messages, self.template, self.tokenizer),
+            stop_ids=self.template.stop_ids,
+            max_new_tokens=max_new_tokens,
+            temperature=0.0,
+        )
+        return self.tokenizer.decode(list(ids)).strip()
+
+
+def build_hooks(
+    engine: Engine,
+    recipe: Recipe,
+    folder: RunFolder,
+    voice: Voice,
+    validation: Callable[[], Iterable[Pack]] | None,
+    emit: Emit,
+) -> Hooks:
+    """Bind the hooks of a run to its engine and folder."""
+
+    def sample(step: int, when: str) -> None:
+        if rank() == 0:
+            _sample(recipe, voice, step, when, emit)
+
+    def validate(_step: int) -> float | None:
+        return held_out_loss(engine, validation()) if validation else None
+
+    def save(state: TrainState) -> None:
+        weights, optimizer = engine.weights(), engine.optimizer_state()
+        if rank() == 0:
+            emit("stage", name="checkpoint", step=state.step)
+            checkpoint.save(
+                folder.checkpoints, state, weights, optimizer, keep=recipe.checkpoint.keep
+            )
+        if world_size() > 1:
+            dist.barrier()
+
+    return Hooks(sample=sample, validate=validate, save=save)
+
+
+def fill_words(text: str, fill: dict[str, str]) -> str:
+    """Put the recipe's words into a prompt, as they are put into the rows."""
+    for key, word in fill.items():
+        text = text.replace("{" + key + "}", word)
+    return text
+
+
+def held_out_loss(engine: Engine, packs: Iterable[Pack]) -> float:
+    """Mean loss per labelled token over held-out packs; every rank computes the same number."""
+    engine.module.eval()
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for pack in packs:
+            loss_sum, n_targets = engine.module(**engine.put(to_tensors(collate([pack]))))
+            total += float(loss_sum)
+            count += int(n_targets)
+    return total / max(1, count)
+
+
+def _sample(recipe: Recipe, voice: Voice, step: int, when: str, emit: Emit) -> None:
+    prompts = recipe.chat_eval.prompts
+    system = recipe.data.system if recipe.chat_eval.system is None else recipe.chat_eval.system
+    for index, prompt in enumerate(prompts):
+        emit("stage", name="samples", done=index, total=len(prompts), step=step)
+        question = fill_words(prompt, recipe.data.fill)
+        answer = voice.answer(
+            question, fill_words(system, recipe.data.fill), recipe.chat_eval.max_new_tokens
+        )
+        emit("sample", step=step, when=when, prompt=question, answer=answer)

@@ -1,0 +1,165 @@
+"""Checkpoints: a folder counts only when its manifest, written last, agrees with its files.
+
+`step_000015/` holds `weights.safetensors` (trained tensors), `optimizer.safetensors`,
+`state.json` and `manifest.json` (size and sha256 of each). It is written under another name on
+the same file system, flushed to disk and renamed, so a crash at any instant leaves either the
+whole checkpoint or none. Tensors are safetensors and the rest is JSON: nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from raytune_ft.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+STEP_PREFIX = "step_"
+
+
+@dataclass
+class TrainState:
+    """What a run must know to go on exactly; everything else follows from the recipe."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    epoch: int = 0
+    window: int = 0
+    pack: int = 0
+    """Position of the next pack in the data stream."""
+    tokens: int = 0
+    """Tokens seen so far, all ranks."""
+    targets: int = 0
+    """Labelled tokens among them."""
+    recipe_hash: str = ""
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A checkpoint read back and verified."""
+
+    state: TrainState
+    weights: dict[str, torch.Tensor]
+    optimizer: dict[str, torch.Tensor]
+
+
+def save(
+    root: Path,
+    state: TrainState,
+    weights: Mapping[str, torch.Tensor],
+    optimizer: Mapping[str, torch.Tensor],
+    *,
+    keep: int,
+) -> Path:
+    """Write the checkpoint of `state.step`, then remove all but the `keep` newest valid ones.
+
+    Raises:
+        CheckpointError: the disk refuses; names the folder. Earlier checkpoints are untouched.
+    """
+    final = root / f"{STEP_PREFIX}{state.step:06d}"
+    temporary = root / f".writing_{final.name}_{os.getpid()}"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        for leftover in root.glob(".writing_*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        temporary.mkdir()
+        save_file(_plain(weights), temporary / "weights.safetensors")
+        save_file(_plain(optimizer), temporary / "optimizer.safetensors")
+        (temporary / "state.json").write_text(json.dumps(asdict(state), indent=1))
+        _seal(temporary)
+        if final.exists():
+            shutil.rmtree(final)
+        temporary.rename(final)
+        _fsync(root)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(
+            f"{final}: cannot be written ({error.strerror}); free space there or set run.storage"
+        ) from error
+    for old in valid_steps(root)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def load(folder: Path) -> Loaded:
+    """Read a checkpoint back; CheckpointError names the first file that is not as written."""
+    problem = damage(folder)
+    if problem:
+        raise CheckpointError(f"{folder}: {problem}; use an earlier checkpoint")
+    state = TrainState(**json.loads((folder / "state.json").read_text()))
+    return Loaded(
+        state,
+        load_file(folder / "weights.safetensors"),
+        load_file(folder / "optimizer.safetensors"),
+    )
+
+
+def latest(root: Path) -> Path | None:
+    """Return the newest checkpoint that verifies, or None."""
+    steps = valid_steps(root)
+    return steps[-1] if steps else None
+
+
+def valid_steps(root: Path) -> list[Path]:
+    """Return all checkpoints that verify, oldest first."""
+    found = sorted(root.glob(f"{STEP_PREFIX}*")) if root.is_dir() else []
+    return [folder for folder in found if damage(folder) is None]
+
+
+def damage(folder: Path) -> str | None:
+    """Say what is wrong with a checkpoint, or None if its files are what the manifest says."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        entries = manifest["files"].items()
+    except FileNotFoundError:
+        return f"no {MANIFEST}: the save was interrupted"
+    except (ValueError, KeyError, AttributeError):
+        return f"{MANIFEST} is not readable"
+    for name, entry in entries:
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != entry["size"]:
+            return f"'{name}' is missing or has another size"
+        if _sha256(path) != entry["sha256"]:
+            return f"'{name}' has changed since it was written"
+    return None
+
+
+def _plain(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _seal(folder: Path) -> None:
+    files = sorted(p for p in folder.iterdir() if p.is_file())
+    entries = {p.name: {"size": p.stat().st_size, "sha256": _sha256(p)} for p in files}
+    for path in files:
+        _fsync(path)
+    manifest = folder / MANIFEST
+    manifest.write_text(json.dumps({"version": 1, "files": entries}, indent=1))
+    _fsync(manifest)
+    _fsync(folder)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

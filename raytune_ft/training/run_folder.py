@@ -1,0 +1,198 @@
+"""The run folder: every file of a run, who writes it and when (docs/architecture.md).
+
+Only rank 0 writes. Lines of `metrics.jsonl` and `samples.jsonl` beyond the step that a run is
+taken up from are cut off, so each step stands there once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Callable, Iterator
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from raytune_ft import __version__
+from raytune_ft.errors import CheckpointError
+
+Event = dict[str, Any]
+
+PACKAGES = (
+    "torch", "transformers", "peft", "bitsandbytes", "deepspeed", "ray", "datasets", "accelerate",
+)  # fmt: skip
+
+
+class RunFolder:
+    """Paths and small files of one run."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).resolve()
+
+    @classmethod
+    def existing(cls, path: str | Path) -> RunFolder:
+        """Open a run folder that was made before; CheckpointError if it is none."""
+        folder = cls(path)
+        if not folder.run_json.is_file():
+            raise CheckpointError(
+                f"{path}: not a run folder (it has no run.json); runs stand under run.storage, "
+                "by default ./runs"
+            )
+        return folder
+
+    @property
+    def run_json(self) -> Path:
+        return self.path / "run.json"
+
+    @property
+    def recipe(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples.jsonl"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "run.log"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def model(self) -> Path:
+        """The weights of a full-parameter run."""
+        return self.path / "model"
+
+    @property
+    def merged(self) -> Path:
+        return self.path / "merged"
+
+    def info(self) -> Event:
+        """Read run.json."""
+        content: Event = read_json(self.run_json)
+        return content
+
+    def update(self, **fields: Any) -> None:
+        """Change fields of run.json, whole or not at all."""
+        known = self.info() if self.run_json.is_file() else {}
+        write_json(self.run_json, {**known, **fields})
+
+    def create(self, name: str, recipe_yaml: str, **fields: Any) -> None:
+        """Make the folder with recipe.yaml, run.json and environment.json."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.recipe.write_text(recipe_yaml, encoding="utf-8")
+        write_json(self.path / "environment.json", environment())
+        created = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        self.update(
+            name=name, status="running", created=created, version=__version__, **fields
+        )
+
+    def cut_after(self, step: int) -> None:
+        """Drop lines of later steps than `step` from the two JSONL files."""
+        for path in (self.metrics, self.samples):
+            if path.is_file():
+                kept = [e for e in read_jsonl(path) if e["step"] <= step and e.get("when") != "after"]
+                _replace(path, "".join(json.dumps(e, ensure_ascii=False) + "\n" for e in kept))
+
+
+class RunWriter:
+    """Sinks of a run's events: JSONL, TensorBoard, and a function that shows them to a person."""
+
+    def __init__(
+        self, folder: RunFolder, show: Callable[[Event], None], *, tensorboard: bool
+    ) -> None:
+        self.folder, self.show = folder, show
+        self.board: Any = None
+        if tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self.board = SummaryWriter(str(folder.path / "tensorboard"))
+
+    def __call__(self, kind: str, **fields: Any) -> None:
+        """Record and show one event; `step` and `sample` events go to their JSONL files."""
+        if kind == "step":
+            append_jsonl(self.folder.metrics, fields)
+            self._to_board(fields)
+        elif kind == "sample":
+            append_jsonl(self.folder.samples, fields)
+        elif kind == "end" and self.board is not None:
+            self.board.close()
+        self.show({"kind": kind, **fields})
+
+    def _to_board(self, fields: Event) -> None:
+        if self.board is None:
+            return
+        for key in ("loss", "lr", "grad_norm", "tokens_per_s", "val_loss"):
+            if fields.get(key) is not None:
+                self.board.add_scalar(f"train/{key}", fields[key], fields["step"])
+
+
+def environment() -> Event:
+    """Describe the machine and the versions a run's numbers depend on."""
+    import torch
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "gpus": gpus,
+        "cuda": torch.version.cuda,
+        "packages": {"raytune_ft": __version__, **{p: _version(p) for p in PACKAGES}},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def append_jsonl(path: Path, fields: Event) -> None:
+    """Add one line in one write, so that a reader never sees half of one."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(fields, ensure_ascii=False) + "\n")
+
+
+def read_jsonl(path: Path) -> Iterator[Event]:
+    """Yield the lines of a JSONL file; a last line that a crash cut short is left out."""
+    if not path.is_file():
+        return
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            yield json.loads(line)
+        except ValueError:
+            return
+
+
+def read_json(path: Path) -> Any:
+    """Read one of our JSON files; CheckpointError names it when it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); the run folder is damaged") from None
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file by rename, so that it is never half there."""
+    _replace(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)

@@ -1,0 +1,165 @@
+"""One training process, from a job description to a trained adapter in the run folder.
+
+The caller says where packs come from and where events go, so this runs inside a Ray Train
+worker, inside a Ray Tune trial and in a plain test alike.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from raytune_ft.config.schema import Recipe
+from raytune_ft.data.packing import Pack, Position
+from raytune_ft.data.templates import get_template
+from raytune_ft.data.tokenizer import TextTokenizer
+from raytune_ft.model import adapter, loading
+from raytune_ft.model.loss import TokenLoss
+from raytune_ft.training import checkpoint, presets
+from raytune_ft.training.batching import steps
+from raytune_ft.training.callbacks import Voice, build_hooks
+from raytune_ft.training.checkpoint import TrainState
+from raytune_ft.training.engine import Engine, TorchEngine, ZeroEngine, rank, world_size
+from raytune_ft.training.loop import Emit, train
+from raytune_ft.training.run_folder import Event, RunFolder, RunWriter
+
+PackStream = Callable[[Position], Iterator[tuple[Position, Pack]]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker is told; plain values, so that it travels to any node."""
+
+    recipe: dict[str, Any]
+    run_path: str
+    model_folder: str
+    total_steps: int
+
+
+def run(
+    job: Job,
+    packs: PackStream,
+    validation: Callable[[], Iterable[Pack]] | None,
+    show: Callable[[Event], None],
+) -> TrainState:
+    """Load, resume if there is a checkpoint, train, and write the result."""
+    recipe = Recipe.model_validate(job.recipe)
+    folder = RunFolder(job.run_path)
+    device = _device(recipe.run.workers)
+    emit: Emit = _silent
+    if rank() == 0:
+        emit = RunWriter(folder, show, tensorboard="tensorboard" in recipe.run.trackers)
+
+    emit("stage", name="load model")
+    engine, model = build_engine(recipe, Path(job.model_folder), device)
+    tokenizer = TextTokenizer.from_folder(job.model_folder)
+    voice = Voice(model, tokenizer, get_template(recipe.model.template, tokenizer))
+    state = _resume(engine, folder, recipe, emit)
+
+    hooks = build_hooks(engine, recipe, folder, voice, validation, emit)
+    start = Position(state.epoch, state.window, state.pack)
+    stream = packs(start)
+    emit("stage", name="train", step=state.step, total=job.total_steps)
+    batches = steps(stream, recipe.train, rank=rank(), workers=world_size())
+    train(engine, recipe, batches, state, job.total_steps, hooks, emit)
+    if rank() == 0:
+        emit("stage", name="export")
+        _export(recipe, model, folder, job.model_folder)
+        emit("end")
+    return state
+
+
+def build_engine(
+    recipe: Recipe, model_folder: Path, device: torch.device
+) -> tuple[Engine, torch.nn.Module]:
+    """Load the model, attach the adapter and wrap both into the recipe's engine."""
+    model: Any = loading.load_model(model_folder, recipe.model, device)
+    if recipe.model.method == "lora":
+        model = adapter.attach(model, recipe.lora, recipe.train.seed)
+    else:
+        model.requires_grad_(True)
+    if _recompute(recipe, device):
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    dtype = loading.compute_dtype(recipe.model, device)
+    config = presets.resolve(recipe, dtype, on_gpu=device.type == "cuda")
+    module = TokenLoss(model)
+    if config is None:
+        return TorchEngine(module, device, recipe.train), model
+    return ZeroEngine(module, device, recipe.train, config), model
+
+
+def recipe_hash(recipe: Recipe) -> str:
+    """Hash what decides the numbers of a run: not its name, storage, workers or logging."""
+    content = recipe.model_dump(mode="json", exclude={"run", "tune", "checkpoint", "chat_eval"})
+    train_section = content["train"]
+    per_step = recipe.global_batch_size
+    for key in ("micro_batch_size", "accumulation", "log_every", "deepspeed"):
+        del train_section[key]
+    train_section["packs_per_step"] = per_step
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _resume(engine: Engine, folder: RunFolder, recipe: Recipe, emit: Emit) -> TrainState:
+    newest = checkpoint.latest(folder.checkpoints) if rank() == 0 else None
+    step = _from_rank_0(int(newest.name.removeprefix(checkpoint.STEP_PREFIX)) if newest else 0)
+    fingerprint = recipe_hash(recipe)
+    if rank() == 0:
+        folder.cut_after(step)
+    if step == 0:
+        return TrainState(recipe_hash=fingerprint)
+    loaded = checkpoint.load(folder.checkpoints / f"{checkpoint.STEP_PREFIX}{step:06d}")
+    if loaded.state.recipe_hash != fingerprint:
+        raise checkpoint.CheckpointError(
+            f"{folder.path}: its checkpoint belongs to other values of model, lora, data or train; "
+            "resume with the same recipe, or train under another run.name"
+        )
+    engine.load(loaded.weights, loaded.optimizer)
+    emit("resumed", step=step)
+    return loaded.state
+
+
+def _from_rank_0(number: int) -> int:
+    if world_size() == 1:
+        return number
+    cell = torch.tensor([number])
+    if torch.cuda.is_available():
+        cell = cell.cuda()
+    dist.broadcast(cell, src=0)
+    return int(cell.item())
+
+
+def _device(workers: int) -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    # DeepSpeed looks for an accelerator at import and would take a GPU that torch cannot use
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    # Ray gives a worker one thread; the ranks of this machine share its cores
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+    return torch.device("cpu")
+
+
+def _recompute(recipe: Recipe, device: torch.device) -> bool:
+    choice = recipe.model.gradient_checkpointing
+    if choice == "auto":
+        return device.type == "cuda" and recipe.data.max_length * recipe.train.micro_batch_size > 512
+    return choice
+
+
+def _export(recipe: Recipe, model: Any, folder: RunFolder, base: str) -> None:
+    if recipe.model.method == "lora":
+        adapter.save_adapter(model, folder.adapter, base)
+    else:
+        model.save_pretrained(folder.model)
+
+
+def _silent(kind: str, **fields: object) -> None:
+    """Events of ranks other than 0 go nowhere."""
