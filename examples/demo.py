@@ -38,7 +38,9 @@ def main() -> None:
         print(f"{RUN} is there from an earlier demo and is replaced")
         shutil.rmtree(RUN)
     config = "configs/quickstart.yaml"
-    say("python", "-m", "raytune_ft.train", "--config", config, "run.name=quickstart", *sys.argv[1:])
+    say(
+        "python", "-m", "raytune_ft.train", "--config", config, "run.name=quickstart", *sys.argv[1:]
+    )
     say("raytune-ft", "export", str(RUN))
     say("raytune-ft", "merge", str(RUN))
     asks = [word for question in QUESTIONS for word in ("--ask", question)]

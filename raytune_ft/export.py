@@ -53,7 +53,9 @@ def merge(
     result = result_folder(folder)
     target = _fresh(Path(out)) if out else folder.merged
     if recipe.model.method == "full":
-        raise RecipeError(f"{run}: a full-parameter run has nothing to merge; its model is {result}")
+        raise RecipeError(
+            f"{run}: a full-parameter run has nothing to merge; its model is {result}"
+        )
     chosen = base or ("dequantized" if recipe.model.quantization == "nf4" else "original")
     if out is None and target.exists():
         shutil.rmtree(target)

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-
 from raytune_ft import export
 from raytune_ft.config import loader
 from raytune_ft.config.schema import Recipe
@@ -97,16 +96,20 @@ def prepare(recipe: Recipe, folder: RunFolder, source: str, screen: Screen) -> P
         total_steps=total_steps,
     )
     write_json(folder.path / "data.json", {**measured.report, "steps": total_steps})
-    job = Job(resolved.model_dump(mode="json"), str(folder.path), str(model_folder), total_steps)
+    job = Job(
+        resolved.model_dump(mode="json"),
+        str(folder.path),
+        str(model_folder),
+        total_steps,
+        recipe.run.workers,
+    )
     return Prepared(job, Rows(training, encoder, plan), validation)
 
 
 def measure(rows: RowSource, encoder: Encoder, screen: Screen) -> Measurement:
     """Count tokens of all rows with Ray Data, showing progress."""
     screen.stage("data", 0, len(rows))
-    return stream.measure(
-        rows, encoder, lambda done, total: screen.stage("data", done, total)
-    )
+    return stream.measure(rows, encoder, lambda done, total: screen.stage("data", done, total))
 
 
 def count_steps(plan: Plan, recipe: Recipe) -> int:

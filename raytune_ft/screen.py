@@ -171,7 +171,9 @@ def _panel(summary: Summary, folder: str, next_commands: list[str]) -> Panel:
     dropped = ", ".join(f"{n} {why}" for why, n in rows["dropped"].items() if n) or "none"
     grid.add_row("rows", f"{rows['used']:,} used, dropped: {dropped}")
     grid.add_row("tokens", f"{summary.tokens:,} read, {summary.targets:,} trained")
-    grid.add_row("loss", f"{summary.first_loss:.3f} → {summary.last_loss:.3f}, {summary.steps} steps")
+    grid.add_row(
+        "loss", f"{summary.first_loss:.3f} → {summary.last_loss:.3f}, {summary.steps} steps"
+    )
     grid.add_row("speed", f"{summary.tokens_per_s:,.0f} tok/s, {_clock(summary.seconds)} of steps")
     grid.add_row("files", folder)
     grid.add_row("report", f"{folder}/report.html")

@@ -30,9 +30,7 @@ CPUS_PER_WORKER = 0.5
 """Less than a core, so that data tasks find room beside the workers on a small machine."""
 
 
-def train(
-    recipe: Recipe, *, source: str, resume: str | None = None, dry_run: bool = False
-) -> int:
+def train(recipe: Recipe, *, source: str, resume: str | None = None, dry_run: bool = False) -> int:
     """Train a recipe; return the exit code.
 
     Args:
@@ -46,20 +44,19 @@ def train(
 
         return print_plan(recipe)
     folder = RunFolder.existing(resume) if resume else new_folder(recipe, source)
-    with removed_unless_started(folder):
-        with noise_to(folder.path / "run.log") as terminal:
-            screen = Screen(
-                recipe.train.log_every,
-                console=Console(file=terminal, highlight=False),
-            )
-            with screen.live():
-                screen.stage("ray")
-                with ray_session():
-                    fit(prepare(recipe, folder, source, screen), folder, screen)
-                screen.stage("report")
-                report.write_report(folder)
-            folder.update(status="done")
-            screen.summary(report.summarize(folder), shown(folder), next_commands(folder))
+    with removed_unless_started(folder), noise_to(folder.path / "run.log") as terminal:
+        screen = Screen(
+            recipe.train.log_every,
+            console=Console(file=terminal, highlight=False),
+        )
+        with screen.live():
+            screen.stage("ray")
+            with ray_session():
+                fit(prepare(recipe, folder, source, screen), folder, screen)
+            screen.stage("report")
+            report.write_report(folder)
+        folder.update(status="done")
+        screen.summary(report.summarize(folder), shown(folder), next_commands(folder))
     return 0
 
 
@@ -110,7 +107,7 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
                 prepared.job,
                 prepared.train.packs,
                 prepared.validation.once if prepared.validation else None,
-                lambda event: mailbox.put.remote(event),
+                mailbox.put.remote,
             ),
             folder,
         )

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -32,9 +31,10 @@ FALLBACK_CONTEXT = 2048
 
 @dataclass(frozen=True)
 class Sampling:
-    """How an answer is drawn. Defaults are those of the reference's chat; temperature 0 is greedy."""
+    """How an answer is drawn; the defaults are XTuner v0.1.9's but for the length."""
 
     temperature: float = 0.1
+    """0 is greedy."""
     top_p: float = 0.75
     top_k: int = 40
     max_new_tokens: int = 512
@@ -181,10 +181,5 @@ def load_source(source: ChatSource, device: str | None = None) -> ChatModel:
         template=get_template(source.template, tokenizer),
         name=source.name,
         system=source.system,
-        context=_context(model.config, folder),
+        context=getattr(model.config, "max_position_embeddings", None) or FALLBACK_CONTEXT,
     )
-
-
-def _context(config: Any, folder: Path) -> int:
-    del folder
-    return int(getattr(config, "max_position_embeddings", None) or FALLBACK_CONTEXT)

@@ -184,7 +184,9 @@ def _section(where: Path, fields: Any) -> ModelSection:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        raise CheckpointError(f"{where}: model.{key}: {first['msg']}; the folder is damaged") from None
+        raise CheckpointError(
+            f"{where}: model.{key}: {first['msg']}; the folder is damaged"
+        ) from None
     return _with(section, gradient_checkpointing=False, method="lora")
 
 

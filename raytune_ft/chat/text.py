@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 REPLACEMENT = "\ufffd"
 LONGEST_TAIL = 3
-"""Replacement signs that an unfinished UTF-8 character of up to 4 bytes can decode to."""
+"""Bytes, and so tokens, of an unfinished UTF-8 character; replacement signs it decodes to."""
 
 
 class Detokenizer:
@@ -30,6 +30,9 @@ class Detokenizer:
         self._ids.append(token)
         text = self._decode(self._ids)
         tail = len(text) - len(text.rstrip(REPLACEMENT))
+        if tail and len(self._ids) - self._safe <= LONGEST_TAIL:
+            return ""
+        # beyond that the bytes are broken, or characters begin and end in the middle of tokens
         end = len(text) - min(tail, LONGEST_TAIL)
         new = text[self._shown : end]
         self._shown = max(self._shown, end)

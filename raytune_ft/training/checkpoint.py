@@ -119,13 +119,15 @@ def valid_steps(root: Path) -> list[Path]:
 def damage(folder: Path) -> str | None:
     """Say what is wrong with a checkpoint, or None if its files are what the manifest says."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        entries = manifest["files"].items()
+        text = (folder / MANIFEST).read_text()
+        entries = json.loads(text)["files"]
+        if text != _manifest(entries):
+            return f"{MANIFEST} has changed since it was written"
     except FileNotFoundError:
         return f"no {MANIFEST}: the save was interrupted"
-    except (ValueError, KeyError, AttributeError):
+    except (ValueError, KeyError, TypeError):
         return f"{MANIFEST} is not readable"
-    for name, entry in entries:
+    for name, entry in entries.items():
         path = folder / name
         if not path.is_file() or path.stat().st_size != entry["size"]:
             return f"'{name}' is missing or has another size"
@@ -144,9 +146,16 @@ def _seal(folder: Path) -> None:
     for path in files:
         _fsync(path)
     manifest = folder / MANIFEST
-    manifest.write_text(json.dumps({"version": 1, "files": entries}, indent=1))
+    manifest.write_text(_manifest(entries))
     _fsync(manifest)
     _fsync(folder)
+
+
+def _manifest(entries: dict[str, dict[str, Any]]) -> str:
+    """Write the manifest's one possible text for these files, guarded by a hash of its own."""
+    files = json.dumps(entries, sort_keys=True)
+    own = hashlib.sha256(files.encode()).hexdigest()
+    return json.dumps({"version": 1, "sha256": own, "files": json.loads(files)}, indent=1)
 
 
 def _sha256(path: Path) -> str:

@@ -40,7 +40,9 @@ def resolve(recipe: Recipe, dtype: torch.dtype, *, on_gpu: bool) -> dict[str, An
 
 def _read(name: str) -> dict[str, Any]:
     is_preset = name in PRESETS
-    path = catalog.configs_dir() / "deepspeed" / f"deepspeed_{name}.json" if is_preset else Path(name)
+    path = (
+        catalog.configs_dir() / "deepspeed" / f"deepspeed_{name}.json" if is_preset else Path(name)
+    )
     if not path.is_file():
         raise RecipeError(
             f"train.deepspeed: '{name}' is neither a file nor one of {', '.join(PRESETS)}, none"
@@ -67,7 +69,7 @@ def _fill_auto(config: dict[str, Any], recipe: Recipe, dtype: torch.dtype) -> di
         if given not in ("auto", value):
             raise RecipeError(
                 f"train.deepspeed: '{key}' is {given} in the file, but the recipe says {value}; "
-                "write \"auto\" there"
+                'write "auto" there'
             )
         config[key] = value
     config["fp16"] = {"enabled": dtype == torch.float16, "initial_scale_power": 16}

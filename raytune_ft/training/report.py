@@ -160,7 +160,9 @@ def _rows(rows: Event) -> str:
 
 
 def _pairs(content: Event) -> str:
-    rows = "".join(f"<tr><th>{_text(k)}</th><td>{_text(_flat(v))}</td></tr>" for k, v in content.items())
+    rows = "".join(
+        f"<tr><th>{_text(k)}</th><td>{_text(_flat(v))}</td></tr>" for k, v in content.items()
+    )
     return f"<table>{rows}</table>"
 
 

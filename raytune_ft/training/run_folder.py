@@ -95,15 +95,15 @@ class RunFolder:
         self.recipe.write_text(recipe_yaml, encoding="utf-8")
         write_json(self.path / "environment.json", environment())
         created = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        self.update(
-            name=name, status="running", created=created, version=__version__, **fields
-        )
+        self.update(name=name, status="running", created=created, version=__version__, **fields)
 
     def cut_after(self, step: int) -> None:
         """Drop lines of later steps than `step` from the two JSONL files."""
         for path in (self.metrics, self.samples):
             if path.is_file():
-                kept = [e for e in read_jsonl(path) if e["step"] <= step and e.get("when") != "after"]
+                kept = [
+                    e for e in read_jsonl(path) if e["step"] <= step and e.get("when") != "after"
+                ]
                 _replace(path, "".join(json.dumps(e, ensure_ascii=False) + "\n" for e in kept))
 
 
@@ -184,7 +184,9 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); the run folder is damaged") from None
+        raise CheckpointError(
+            f"{path}: cannot be read ({error}); the run folder is damaged"
+        ) from None
 
 
 def write_json(path: Path, content: Any) -> None:

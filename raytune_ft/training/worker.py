@@ -42,6 +42,8 @@ class Job:
     run_path: str
     model_folder: str
     total_steps: int
+    sharing: int = 1
+    """Training processes that share one machine's cores."""
 
 
 def run(
@@ -53,7 +55,7 @@ def run(
     """Load, resume if there is a checkpoint, train, and write the result."""
     recipe = Recipe.model_validate(job.recipe)
     folder = RunFolder(job.run_path)
-    device = _device(recipe.run.workers)
+    device = _device(job.sharing)
     emit: Emit = _silent
     if rank() == 0:
         emit = RunWriter(folder, show, tensorboard="tensorboard" in recipe.run.trackers)
@@ -137,20 +139,22 @@ def _from_rank_0(number: int) -> int:
     return int(cell.item())
 
 
-def _device(workers: int) -> torch.device:
+def _device(sharing: int) -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     # DeepSpeed looks for an accelerator at import and would take a GPU that torch cannot use
     os.environ["DS_ACCELERATOR"] = "cpu"
     # Ray gives a worker one thread; the ranks of this machine share its cores
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // sharing))
     return torch.device("cpu")
 
 
 def _recompute(recipe: Recipe, device: torch.device) -> bool:
     choice = recipe.model.gradient_checkpointing
     if choice == "auto":
-        return device.type == "cuda" and recipe.data.max_length * recipe.train.micro_batch_size > 512
+        return (
+            device.type == "cuda" and recipe.data.max_length * recipe.train.micro_batch_size > 512
+        )
     return choice
 
 

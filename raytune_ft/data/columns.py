@@ -1,0 +1,79 @@
+"""Columns: checked access to the values of one row, and the errors for wrong ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from raytune_ft.errors import DataError
+
+Row = Mapping[str, Any]
+
+
+def column_of(row: Row, column: str, where: str) -> Any:
+    """Return a column's value; DataError if the row has no such column."""
+    if column in row:
+        return row[column]
+    raise DataError(
+        f"{where}: no column '{column}'; columns: {', '.join(map(str, row)) or 'none'}; "
+        "choose another data.sources[].map, or leave the row out with data.on_bad_row: skip"
+    )
+
+
+def text_of(row: Row, column: str, where: str) -> str:
+    """Return a column's text; DataError if it is missing or no text."""
+    return text_in(column_of(row, column, where), f"{where}: column '{column}'")
+
+
+def optional_text(row: Row, column: str, where: str) -> str:
+    """Return a column's text, the empty text for null; DataError as `text_of`."""
+    value = column_of(row, column, where)
+    return "" if value is None else text_in(value, f"{where}: column '{column}'")
+
+
+def text_in(value: Any, where: str) -> str:
+    """Return `value` if it is a text; DataError otherwise."""
+    if isinstance(value, str):
+        return value
+    raise DataError(
+        f"{where} is {describe(value)}, not text; "
+        "correct the row, or leave it out with data.on_bad_row: skip"
+    )
+
+
+def list_in(value: Any, where: str) -> list[Mapping[str, Any]]:
+    """Return `value` if it is a list of objects; DataError otherwise."""
+    if not isinstance(value, list):
+        raise DataError(
+            f"{where} is {describe(value)}, not a list of messages; "
+            "choose another data.sources[].map, or leave it out with data.on_bad_row: skip"
+        )
+    for place, item in enumerate(value, start=1):
+        if not isinstance(item, Mapping):
+            raise DataError(
+                f"{where}, item {place} is {describe(item)}, not an object; "
+                "correct the row, or leave it out with data.on_bad_row: skip"
+            )
+    return value
+
+
+def check_text(text: str, where: str) -> None:
+    """Raise DataError for text that no tokenizer can take."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where} holds half a character at place {error.start} (an unpaired surrogate); "
+            "correct the row, or leave it out with data.on_bad_row: skip"
+        ) from None
+
+
+def describe(value: Any) -> str:
+    """Name a JSON value's kind for an error message: `null`, `a list`, `the number 3`."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool | int | float):
+        return f"{'the value' if isinstance(value, bool) else 'the number'} {value}"
+    names = {"str": "text", "list": "a list", "dict": "an object"}
+    kind = type(value).__name__
+    return names.get(kind, f"a {kind}")

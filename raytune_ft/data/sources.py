@@ -1,0 +1,190 @@
+"""Sources: the rows of a recipe's data sets, numbered from 0 to n - 1 over all of them.
+
+Stage 1 of the data's way. A RowSource knows which file row stands behind each number, so that a
+data task can read any rows at any time. Sampling, weights and splits are a matter of numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from raytune_ft.config.schema import DataSection, Source
+from raytune_ft.data.locate import local_path, open_all, split_readers
+from raytune_ft.data.readers import DataRow, Reader
+from raytune_ft.errors import DataError, RecipeError
+
+Numbers = npt.NDArray[np.int64]
+
+_LIMIT, _WEIGHT, _SPLIT = 1, 2, 3
+"""Keep the random choices of one recipe independent of each other."""
+_HASH_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class RowSource:
+    """Rows by number; picklable, a few bytes per row.
+
+    `selection` int64 (n,): for each row, its number in all readers laid end to end. A row that a
+    weight repeats stands there several times.
+    """
+
+    readers: tuple[Reader, ...]
+    maps: tuple[str | None, ...]
+    selection: Numbers
+    _ends: Numbers = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        sizes = [len(reader) for reader in self.readers]
+        object.__setattr__(self, "_ends", np.cumsum(sizes, dtype=np.int64))
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.selection)
+
+    def where(self, row: int) -> str:
+        """Return a row's place, `file.jsonl:12`."""
+        reader, place = self._find(row)
+        return self.readers[reader].where(place)
+
+    def map_of(self, row: int) -> str | None:
+        """Return the map function of a row's source."""
+        return self.maps[self._find(row)[0]]
+
+    def rows(self, indices: Sequence[int] | Numbers) -> list[DataRow]:
+        """Read rows, in the order asked for; DataError for the first that cannot be read."""
+        rows: list[DataRow] = []
+        for row in self.try_rows(indices):
+            if isinstance(row, DataError):
+                raise row
+            rows.append(row)
+        return rows
+
+    def try_rows(self, indices: Sequence[int] | Numbers) -> list[DataRow | DataError]:
+        """Read rows, in the order asked for, each as its columns or as what is wrong with it."""
+        numbers = self.selection[np.asarray(indices, dtype=np.int64)]
+        readers = np.searchsorted(self._ends, numbers, side="right")
+        found: list[DataRow | DataError] = [{}] * len(numbers)
+        for reader in np.unique(readers):
+            places = np.flatnonzero(readers == reader)
+            first = int(self._ends[reader - 1]) if reader else 0
+            read = self.readers[reader].read((numbers[places] - first).tolist())
+            for place, row in zip(places, read, strict=True):
+                found[place] = row
+        return found
+
+    def subset(self, rows: Numbers) -> RowSource:
+        """Return a source of some of the rows."""
+        return RowSource(self.readers, self.maps, self.selection[rows])
+
+    def _find(self, row: int) -> tuple[int, int]:
+        number = int(self.selection[row])
+        reader = int(np.searchsorted(self._ends, number, side="right"))
+        return reader, number - (int(self._ends[reader - 1]) if reader else 0)
+
+
+def open_sources(data: DataSection, seed: int) -> RowSource:
+    """Open every source of a recipe, with its `limit` and `weight`.
+
+    Args:
+        data: the recipe's section.
+        seed: decides the samples that `limit` and a fractional `weight` take.
+
+    Raises:
+        RecipeError: a path does not exist, or holds no data files.
+        DataError: a file is empty or damaged.
+    """
+    readers: list[Reader] = []
+    maps: list[str | None] = []
+    parts: list[Numbers] = []
+    rows_before = 0
+    for index, source in enumerate(data.sources):
+        opened = open_all(source, f"data.sources[{index}].path")
+        n_rows = sum(len(reader) for reader in opened)
+        parts.append(rows_before + _sampled(n_rows, source, (seed, index)))
+        rows_before += n_rows
+        readers += opened
+        maps += [source.map] * len(opened)
+    return RowSource(tuple(readers), tuple(maps), np.concatenate(parts))
+
+
+def split_validation(
+    source: RowSource, data: DataSection, seed: int
+) -> tuple[RowSource, RowSource | None]:
+    """Divide off the rows that `data.validation` holds out.
+
+    A fraction is taken by content, so that equal rows never stand on both sides; weights do not
+    repeat held-out rows. A name is a file, or a split of the sources.
+
+    Returns:
+        Rows to train on, and held-out rows or None.
+    """
+    if not data.validation:
+        return source, None
+    if isinstance(data.validation, str):
+        return source, _named_validation(data, data.validation)
+    hashes = _content_hashes(source, seed)
+    distinct = np.unique(hashes)
+    wanted = round(data.validation * len(distinct))
+    if not 0 < wanted < len(distinct):
+        raise RecipeError(
+            f"data.validation {data.validation} of {len(distinct)} different rows leaves one side "
+            "empty; choose another fraction"
+        )
+    held_out = hashes < distinct[wanted]
+    _, first_copies = np.unique(source.selection, return_index=True)
+    validation = np.intersect1d(np.flatnonzero(held_out), first_copies)
+    return source.subset(np.flatnonzero(~held_out)), source.subset(validation)
+
+
+def _sampled(n_rows: int, source: Source, seed: tuple[int, int]) -> Numbers:
+    """Choose row numbers, int64, by a source's limit and weight."""
+    chosen = np.arange(n_rows, dtype=np.int64)
+    if source.limit is not None and source.limit < n_rows:
+        chosen = _sample(chosen, source.limit, (*seed, _LIMIT))
+    copies, fraction = divmod(source.weight, 1.0)
+    part = _sample(chosen, round(fraction * len(chosen)), (*seed, _WEIGHT))
+    return np.concatenate([*[chosen] * int(copies), part])
+
+
+def _sample(numbers: Numbers, size: int, seed: tuple[int, ...]) -> Numbers:
+    """Take `size` numbers at random, in their order."""
+    taken = np.random.default_rng(seed).permutation(len(numbers))[:size]
+    return numbers[np.sort(taken)]
+
+
+def _content_hashes(source: RowSource, seed: int) -> npt.NDArray[np.uint64]:
+    """Hash every row's content to a number, uint64 of shape (n,); equal rows, equal numbers."""
+    key = hashlib.blake2b(repr((seed, _SPLIT)).encode(), digest_size=16).digest()
+    hashes = np.empty(len(source), dtype=np.uint64)
+    for start in range(0, len(source), _HASH_ROWS):
+        places = np.arange(start, min(start + _HASH_ROWS, len(source)))
+        for place, row in zip(places, source.try_rows(places), strict=True):
+            text = str(row) if isinstance(row, DataError) else _canonical(row)
+            digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8, key=key)
+            hashes[place] = int.from_bytes(digest.digest(), "big")
+    return hashes
+
+
+def _canonical(row: DataRow) -> str:
+    return json.dumps(row, sort_keys=True, ensure_ascii=False, default=str)
+
+
+def _named_validation(data: DataSection, name: str) -> RowSource:
+    if local_path(name) is not None:
+        only = data.sources[0].model_copy(update={"path": name, "limit": None, "weight": 1.0})
+        readers = open_all(only, "data.validation")
+        maps = [only.map] * len(readers)
+    else:
+        readers, maps = [], []
+        for source in data.sources:
+            found = split_readers(source, name)
+            readers += found
+            maps += [source.map] * len(found)
+    n_rows = sum(len(reader) for reader in readers)
+    return RowSource(tuple(readers), tuple(maps), np.arange(n_rows, dtype=np.int64))

@@ -1,0 +1,92 @@
+"""Shared parts of the tests: a tiny real model with a real tokenizer, and small data files."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+ROOT = Path(__file__).resolve().parent.parent
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + "
+    "message['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+WORDS = ["red", "blue", "stone", "river", "cloud", "seven", "night", "green", "song", "glass"]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--faults", type=int, default=1, help="kills per fault test")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of 2 layers, width 64, with a byte-level BPE tokenizer and ChatML."""
+    folder = tmp_path_factory.mktemp("tiny_model")
+    make_tiny_model(folder)
+    return folder
+
+
+def make_tiny_model(folder: Path, *, seed: int = 0, **changes: int) -> None:
+    """Write a random Llama checkpoint and its tokenizer into `folder`."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    vocab_size = make_tokenizer(folder)
+    torch.manual_seed(seed)
+    values = {
+        "vocab_size": vocab_size, "hidden_size": 64, "intermediate_size": 128,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "max_position_embeddings": 512, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1,
+    }  # fmt: skip
+    config = LlamaConfig(**{**values, **changes})
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def make_tokenizer(folder: Path) -> int:
+    """Train a small byte-level BPE on our own words; return its size."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([" ".join(WORDS)] * 5, trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|im_start|>",
+        "eos_token": "<|im_end|>", "pad_token": "<|im_end|>", "chat_template": CHATML,
+    }  # fmt: skip
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return tokenizer.get_vocab_size()
+
+
+def write_chats(path: Path, rows: int) -> Path:
+    """Write `rows` one-turn chats of differing lengths as JSONL."""
+    with path.open("w", encoding="utf-8") as file:
+        for i in range(rows):
+            answer = " ".join(WORDS[(i + k) % len(WORDS)] for k in range(1 + i % 7))
+            turns = [
+                {"role": "user", "content": f"question {i} about {WORDS[i % len(WORDS)]}?"},
+                {"role": "assistant", "content": answer},
+            ]
+            file.write(json.dumps({"messages": turns}) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty short chats."""
+    return write_chats(tmp_path_factory.mktemp("data") / "chats.jsonl", 40)
