@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from raytune_ft import export
 from raytune_ft.config import loader
@@ -19,9 +20,9 @@ from raytune_ft.config.schema import Recipe
 from raytune_ft.data import sources, stream
 from raytune_ft.data.packing import Pack, Plan, Position
 from raytune_ft.data.sources import RowSource
-from raytune_ft.data.stream import Encoder, Measurement
+from raytune_ft.data.windows import Encoder, Measurement, Report
 from raytune_ft.data.tokenizer import TextTokenizer
-from raytune_ft.errors import DataError, RecipeError
+from raytune_ft.errors import RecipeError
 from raytune_ft.model import loading
 from raytune_ft.screen import Screen
 from raytune_ft.training.run_folder import RunFolder, write_json
@@ -42,7 +43,7 @@ class Rows:
 
     def once(self) -> Iterator[Pack]:
         """Yield the packs of one epoch."""
-        for _, pack in self.packs(Position(0, 0, 0)):
+        for _, pack in stream.packs(self.source, self.encoder, self.plan, epochs=1):
             yield pack
 
 
@@ -63,23 +64,13 @@ def prepare(recipe: Recipe, folder: RunFolder, source: str, screen: Screen) -> P
     screen.stage("model folder")
     model_folder = loading.prepare_folder(recipe.model.path, log=screen.line)
     tokenizer = TextTokenizer.from_folder(model_folder)
-    encoder = Encoder.of(recipe, tokenizer)
+    encoder = Encoder(tokenizer, recipe.model.template, recipe.data)
     rows = sources.open_sources(recipe.data, recipe.train.seed)
     training, held_out = sources.split_validation(rows, recipe.data, recipe.train.seed)
-
     measured = measure(training, encoder, screen)
-    plan = Plan(measured.lengths, recipe.data, recipe.train.seed)
-    total_steps = count_steps(plan, recipe)
-    if total_steps == 0:
-        raise DataError(
-            f"data.sources: none of {len(training)} rows can be trained on; "
-            f"dropped: {measured.report['dropped']}"
-        )
-    validation = None
-    if held_out is not None:
-        lengths = measure(held_out, encoder, screen).lengths
-        still = recipe.data.model_copy(update={"shuffle_before_pack": False})
-        validation = Rows(held_out, encoder, Plan(lengths, still, recipe.train.seed))
+    train = Rows(training, encoder, Plan(measured.lengths, recipe.data, recipe.train.seed))
+    validation = _held_out(held_out, encoder, recipe, screen) if held_out is not None else None
+    total_steps = count_steps(train.plan, recipe)
 
     resolved = recipe.model_copy(
         update={"run": recipe.run.model_copy(update={"name": folder.path.name})}
@@ -95,7 +86,7 @@ def prepare(recipe: Recipe, folder: RunFolder, source: str, screen: Screen) -> P
         quantization=recipe.model.quantization,
         total_steps=total_steps,
     )
-    write_json(folder.path / "data.json", {**measured.report, "steps": total_steps})
+    write_json(folder.path / "data.json", record_of(measured.report, train.plan, total_steps))
     job = Job(
         resolved.model_dump(mode="json"),
         str(folder.path),
@@ -103,7 +94,31 @@ def prepare(recipe: Recipe, folder: RunFolder, source: str, screen: Screen) -> P
         total_steps,
         recipe.run.workers,
     )
-    return Prepared(job, Rows(training, encoder, plan), validation)
+    return Prepared(job, train, validation)
+
+
+def record_of(report: Report, plan: Plan, total_steps: int) -> dict[str, Any]:
+    """Write down what became of the rows; nothing is dropped without a line here."""
+    counts = dict(report.counts)
+    packs = plan.n_packs(0)
+    return {
+        "rows": report.rows,
+        "used": report.used,
+        "cut": counts.pop("cut", 0),
+        "dropped": counts,
+        "places": report.places,
+        "tokens": report.tokens,
+        "trained_tokens": report.targets,
+        "packs": packs,
+        "density": round(report.tokens / (packs * plan.max_length), 4),
+        "steps": total_steps,
+    }
+
+
+def _held_out(rows: RowSource, encoder: Encoder, recipe: Recipe, screen: Screen) -> Rows:
+    still = recipe.data.model_copy(update={"shuffle_before_pack": False})
+    lengths = measure(rows, encoder, screen).lengths
+    return Rows(rows, encoder, Plan(lengths, still, recipe.train.seed))
 
 
 def measure(rows: RowSource, encoder: Encoder, screen: Screen) -> Measurement:

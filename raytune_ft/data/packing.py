@@ -20,7 +20,6 @@ import numpy.typing as npt
 
 from raytune_ft.config.schema import DataSection
 from raytune_ft.data.encode import IGNORE_INDEX, Example
-from raytune_ft.errors import DataError
 
 __all__ = [
     "IGNORE_INDEX",
@@ -71,7 +70,7 @@ class Pack:
         return int((self.labels != IGNORE_INDEX).sum())
 
 
-def pack_lengths(lengths: Sequence[int] | Numbers, max_length: int) -> list[list[int]]:
+def pack_lengths(lengths: Sequence[int] | Numbers | Ints, max_length: int) -> list[list[int]]:
     """Group items into packs of at most `max_length`, best fit in order of decreasing length.
 
     Deterministic; O(n log n) for the sort and O(log max_length) per item.
@@ -124,8 +123,7 @@ class Plan:
         data: the recipe's section.
         seed: decides the order.
 
-    Raises:
-        DataError: every row is left out.
+    `n_windows` is the number of windows of every epoch; 0 when all rows are left out.
     """
 
     def __init__(self, lengths: Ints, data: DataSection, seed: int) -> None:
@@ -134,10 +132,6 @@ class Plan:
         self.max_length = data.max_length
         self._data = data
         self._used = np.flatnonzero(lengths > 0)
-        if not len(self._used):
-            raise DataError(
-                "data.sources: no row can be trained on; look at the counts with raytune-ft inspect"
-            )
         self.n_windows = -(-len(self._used) // data.window)
         self._order: tuple[int, Numbers] | None = None
         self._counts: dict[int, list[int]] = {}

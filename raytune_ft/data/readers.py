@@ -128,7 +128,8 @@ def _reason(error: json.JSONDecodeError) -> str:
 def _index_lines(file: BinaryIO, skip: int, path: Path, display: str) -> TextReader:
     """Find the lines of a file in one pass; blank ones are left out."""
     file.seek(0)
-    offset, breaks = 0, []
+    offset = 0
+    breaks: list[Offsets] = []
     while chunk := file.read(CHUNK_BYTES):
         breaks.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")) + offset)
         offset += len(chunk)
@@ -162,10 +163,11 @@ def _index_array(raw: bytes, skip: int, path: Path, display: str) -> TextReader:
         raise DataError(f"{display}: not usable JSON ({error}); correct the file") from None
     if not len(spans):
         raise DataError(f"{display}: an empty array; write rows into it")
-    breaks = np.flatnonzero(np.array([c == "\n" for c in text])) if "\n" in text else []
-    lines = np.searchsorted(np.asarray(breaks, np.int64), spans[:, 0]) + 1
-    byte_spans = spans if text.isascii() else _byte_offsets(text, spans)
-    return TextReader(path, display, byte_spans[:, 0] + skip, byte_spans[:, 1] + skip, lines)
+    if not text.isascii():
+        spans = _byte_offsets(text, spans)
+    breaks = np.flatnonzero(np.frombuffer(raw, np.uint8) == ord("\n"))
+    lines = np.searchsorted(breaks, spans[:, 0]) + 1
+    return TextReader(path, display, spans[:, 0] + skip, spans[:, 1] + skip, lines)
 
 
 def _elements(text: str) -> Iterator[tuple[int, int]]:
@@ -195,7 +197,7 @@ def _skip_space(text: str, place: int) -> int:
 def _byte_offsets(text: str, spans: Offsets) -> Offsets:
     """Turn character spans into UTF-8 byte spans, in one pass over the text."""
     flat, done, size = [], 0, 0
-    for place in spans.ravel():
+    for place in spans.ravel().tolist():
         size += len(text[done:place].encode())
         done = place
         flat.append(size)
@@ -227,7 +229,8 @@ class ParquetReader:
             places = np.flatnonzero(groups == group)
             first = int(self.group_ends[group - 1]) if group else 0
             table = _row_group(str(self.path), self.path.stat().st_mtime_ns, int(group))
-            for place, row in zip(places, table.take(wanted[places] - first).to_pylist()):
+            taken = table.take(wanted[places] - first).to_pylist()
+            for place, row in zip(places, taken, strict=True):
                 found[place] = row
         return found
 

@@ -10,13 +10,14 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from raytune_ft.config.schema import DataSection, Source
-from raytune_ft.data.locate import local_path, open_all, split_readers
-from raytune_ft.data.readers import DataRow, Reader
+from raytune_ft.data.locate import open_all, split_readers
+from raytune_ft.data.readers import SUFFIXES, DataRow, Reader
 from raytune_ft.errors import DataError, RecipeError
 
 Numbers = npt.NDArray[np.int64]
@@ -130,11 +131,11 @@ def split_validation(
         return source, _named_validation(data, data.validation)
     hashes = _content_hashes(source, seed)
     distinct = np.unique(hashes)
-    wanted = round(data.validation * len(distinct))
-    if not 0 < wanted < len(distinct):
+    wanted = max(1, round(data.validation * len(distinct)))
+    if wanted >= len(distinct):
         raise RecipeError(
-            f"data.validation {data.validation} of {len(distinct)} different rows leaves one side "
-            "empty; choose another fraction"
+            f"data.validation {data.validation} of {len(distinct)} different rows leaves none to "
+            "train on; choose a smaller fraction"
         )
     held_out = hashes < distinct[wanted]
     _, first_copies = np.unique(source.selection, return_index=True)
@@ -176,7 +177,7 @@ def _canonical(row: DataRow) -> str:
 
 
 def _named_validation(data: DataSection, name: str) -> RowSource:
-    if local_path(name) is not None:
+    if Path(name).suffix in SUFFIXES or "/" in name:
         only = data.sources[0].model_copy(update={"path": name, "limit": None, "weight": 1.0})
         readers = open_all(only, "data.validation")
         maps = [only.map] * len(readers)

@@ -22,7 +22,7 @@ from raytune_ft.serving.protocol import error_body
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 WILDCARDS = frozenset({"0.0.0.0", "::"})  # noqa: S104  (recognised, not bound)
 
-OPEN_PATHS = frozenset({"/", "/index.html", "/chat.js", "/style.css", "/healthz"})
+OPEN_PATHS = frozenset({"/", "/index.html", "/chat.js", "/style.css", "/icon.svg", "/healthz"})
 """Reached without the key: the page that asks for it, and the health check."""
 
 

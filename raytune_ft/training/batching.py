@@ -44,34 +44,28 @@ def count_targets(pack: Pack) -> int:
 
 
 def steps(
-    packs: Iterable[tuple[Position, int, Pack]], train: TrainSection, *, rank: int, workers: int
+    packs: Iterable[tuple[Position, Pack]], train: TrainSection, *, rank: int, workers: int
 ) -> Iterator[StepData]:
     """Group packs into optimizer steps and keep this rank's share.
 
     Args:
-        packs: (position after the pack, epoch of the pack, pack), in canonical order.
+        packs: (position behind the pack, pack), in canonical order.
         train: `micro_batch_size` and `accumulation` are read.
         rank: 0 <= rank < workers.
         workers: number of ranks.
     """
     group_size = train.micro_batch_size * train.accumulation * workers
     group: list[Pack] = []
-    last: tuple[Position, int] | None = None
-    for position, epoch, pack in packs:
-        if last is not None and group and epoch != last[1]:
-            yield _step(group, last, train, rank, workers)
-            group = []
+    for position, pack in packs:
         group.append(pack)
-        last = (position, epoch)
-        if len(group) == group_size:
-            yield _step(group, last, train, rank, workers)
+        epoch_ends = position.window == position.pack == 0
+        if len(group) == group_size or epoch_ends:
+            yield _step(group, position, train, rank, workers)
             group = []
-    if group and last is not None:
-        yield _step(group, last, train, rank, workers)
 
 
 def _step(
-    group: list[Pack], last: tuple[Position, int], train: TrainSection, rank: int, workers: int
+    group: list[Pack], position: Position, train: TrainSection, rank: int, workers: int
 ) -> StepData:
     mine = group[rank::workers]
     size = train.micro_batch_size
@@ -81,8 +75,8 @@ def _step(
         n_targets=sum(count_targets(pack) for pack in group),
         n_tokens=sum(len(pack.input_ids) for pack in group),
         row_ids=[int(row) for pack in group for row in pack.row_ids],
-        position=last[0],
-        epoch=last[1],
+        position=position,
+        epoch=position.epoch - (position.window == position.pack == 0),
     )
 
 

@@ -75,6 +75,21 @@ def test_random_tokens_lose_nothing_but_an_unfinished_tail(
     assert set(whole[len(joined) :]) <= {"\ufffd"}
 
 
+@given(text=TEXTS, sizes=st.lists(st.integers(1, 5), min_size=1, max_size=20))
+def test_tokens_may_end_anywhere_in_a_character(text: str, sizes: list[int]) -> None:
+    """Tokens of any bytes, such as the end of one character with the start of the next."""
+    data, chunks = text.encode(), []
+    while data:
+        size = sizes[len(chunks) % len(sizes)]
+        chunks.append(data[:size])
+        data = data[size:]
+    pieces = pushed(
+        lambda ids: b"".join(chunks[i] for i in ids).decode("utf-8", "replace"), range(len(chunks))
+    )
+    assert "".join(pieces) == text
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
 def test_a_character_appears_with_its_last_byte(byte_level: TextTokenizer) -> None:
     ids = byte_level.encode("好")
     assert len(ids) == 3  # three byte tokens: the case this is about

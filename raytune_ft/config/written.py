@@ -1,0 +1,76 @@
+"""A recipe as YAML: standalone, in pipeline order, each field with its meaning."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
+
+from raytune_ft.config.schema import Recipe, Section
+
+WIDTH = 100
+"""Columns; a comment that would pass them stands above its field."""
+
+
+def dump_yaml(recipe: Recipe, title: str | None = None) -> str:
+    """Write a recipe that needs nothing else: reading it gives the same recipe again."""
+    parts = [f"# {title}\n"] if title else []
+    for name in Recipe.model_fields:
+        section: Section = getattr(recipe, name)
+        meaning = " ".join((type(section).__doc__ or "").split())
+        parts.append(f"{name}:{f'  # {meaning}' if meaning else ''}\n" + _fields(section))
+    return "\n".join(parts)
+
+
+def _fields(section: BaseModel) -> str:
+    content = section.model_dump(mode="json")
+    return "".join(
+        _entry(name, content[name], info.description)
+        for name, info in type(section).model_fields.items()
+    )
+
+
+def _entry(name: str, value: Any, description: str | None) -> str:
+    text = _yaml({name: _plain(value)})
+    lines = [f"  {line}\n" for line in text.splitlines()]
+    meaning = " ".join((description or "").split())
+    if not meaning:
+        return "".join(lines)
+    if len(lines) == 1 and len(lines[0]) + len(meaning) + 4 <= WIDTH:
+        return f"{lines[0].rstrip()}  # {meaning}\n"
+    return "".join([*(f"  # {row}\n" for row in _wrapped(meaning)), *lines])
+
+
+def _plain(value: Any) -> Any:
+    """Leave fields of data sources out where they say nothing."""
+    if isinstance(value, list) and value and all(isinstance(v, dict) for v in value):
+        return [{k: v for k, v in item.items() if v is not None} for item in value]
+    return value
+
+
+def _yaml(content: Any) -> str:
+    flat = all(not isinstance(v, dict | list) or _is_short(v) for v in content.values())
+    return yaml.safe_dump(
+        content,
+        allow_unicode=True,
+        sort_keys=False,
+        width=10**6,
+        default_flow_style=None if flat else False,
+    )
+
+
+def _is_short(value: Any) -> bool:
+    """Tell whether a collection reads well on one line."""
+    values = list(value.values()) if isinstance(value, dict) else value
+    return all(not isinstance(v, dict | list | str) or (isinstance(v, str) and len(v) < 24) for v in values)
+
+
+def _wrapped(text: str) -> list[str]:
+    rows, row = [], ""
+    for word in text.split():
+        if len(row) + len(word) + 5 > WIDTH and row:
+            rows.append(row)
+            row = ""
+        row = f"{row} {word}".strip()
+    return [*rows, row]

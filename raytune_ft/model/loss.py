@@ -1,0 +1,202 @@
+"""Token loss: one batch of packs in, the summed loss of its labelled tokens out.
+
+Packed is not mixed: a token sees earlier tokens of its own segment only, and a segment's first
+token is never predicted. The head runs at labelled positions only, in chunks, so the logits of
+a whole batch never exist.
+
+Shapes: B = packs, L = padded length, T = labelled tokens, H = hidden width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from raytune_ft.errors import ModelError
+
+IGNORE_INDEX = -100
+CHUNK_ROWS = 1024
+"""Rows of logits at a time: 1024 x 100k words in float32 are 0.4 GB."""
+
+# Configuration values by which families change their logits after the head.
+CAPS = ("final_logit_softcapping", "output_logit_soft_cap", "logits_soft_cap")
+SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
+
+Mask = torch.Tensor | dict[str, torch.Tensor] | None
+
+
+class TokenLoss(nn.Module):
+    """Wrap a causal language model, with or without a PEFT adapter, into its training loss."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        config = causal_model(model).config.get_text_config()
+        self._plain_head = has_plain_head(config)
+        self._attention = Attention(config)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor,
+        position_ids: torch.Tensor,
+        segment_ids: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sum the loss over labelled tokens.
+
+        Args:
+            input_ids: (B, L).
+            labels: (B, L), unshifted; -100 where the loss does not count.
+            position_ids: (B, L), from 0 in each segment.
+            segment_ids: (B, L); -1 is padding.
+
+        Returns:
+            (loss sum, float32 scalar; number of predicted labels, int64 scalar). Without any
+            label the sum is 0 and gives zero gradients.
+        """
+        keep = predicted(labels, segment_ids)
+        targets = labels[:, 1:][keep].long()
+        inputs = {
+            "input_ids": input_ids.long(),
+            "position_ids": position_ids.long(),
+            "attention_mask": self._attention.mask(segment_ids),
+            "use_cache": False,
+        }
+        model = causal_model(self.model)
+        if self._plain_head:
+            outputs = model.base_model(**inputs).last_hidden_state
+            loss = head_loss(model.get_output_embeddings(), outputs[:, :-1][keep], targets)
+        else:
+            outputs = model(
+                **inputs, logits_to_keep=nn.functional.pad(keep, (0, 1))
+            ).logits  # (T, V)
+            loss = sum_loss(outputs, targets)
+        return loss, keep.sum()
+
+
+class Attention:
+    """Build the attention masks that a model's layers expect."""
+
+    def __init__(self, config: Any) -> None:
+        kinds = set(getattr(config, "layer_types", None) or ())
+        if odd := kinds - {"full_attention", "sliding_attention"}:
+            raise ModelError(
+                f"{config.model_type}: layers of type '{min(odd)}' cannot keep packed samples "
+                "apart; use a model with attention layers only"
+            )
+        self.by_kind = "sliding_attention" in kinds
+        uniform = bool(kinds) and not self.by_kind
+        self.window = None if uniform else getattr(config, "sliding_window", None)
+        self.additive = config._attn_implementation == "eager"
+
+    def mask(self, segment_ids: torch.Tensor) -> Mask:
+        """Return masks (B, 1, L, L), True where attention is allowed.
+
+        None, for the faster causal kernel, if each row is one segment without padding; a dict
+        by layer type for models whose layers differ.
+        """
+        length = segment_ids.shape[1]
+        if bool((segment_ids == 0).all()):
+            return None
+        steps = torch.arange(length, device=segment_ids.device)
+        distance = steps.unsqueeze(1) - steps  # query minus key
+        # padding is a segment as well: a row that sees nothing would be NaN
+        full = (segment_ids.unsqueeze(2) == segment_ids.unsqueeze(1)) & (distance >= 0)
+        near = full if self.window is None else full & (distance < self.window)
+        if self.by_kind:
+            return {
+                "full_attention": self._finish(full),
+                "sliding_attention": self._finish(near),
+            }
+        return self._finish(near)
+
+    def _finish(self, allowed: torch.Tensor) -> torch.Tensor:
+        mask = allowed.unsqueeze(1)
+        if not self.additive:
+            return mask
+        lowest = torch.finfo(torch.float32).min
+        return torch.zeros_like(mask, dtype=torch.float32).masked_fill_(~mask, lowest)
+
+
+def causal_model(model: nn.Module) -> Any:
+    """Return the language model inside a PEFT wrapper, or the model itself."""
+    return cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def has_plain_head(config: Any) -> bool:
+    """Tell whether logits are the head's output as it is, neither capped nor scaled."""
+    capped = any(getattr(config, name, None) is not None for name in CAPS)
+    scaled = any(getattr(config, name, None) not in (None, 1, 1.0) for name in SCALES)
+    return not (capped or scaled)
+
+
+def predicted(labels: torch.Tensor, segment_ids: torch.Tensor) -> torch.Tensor:
+    """Mark positions (B, L - 1) whose next token is labelled and of the same segment."""
+    inside = (segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, 1:] >= 0)
+    return inside & (labels[:, 1:] != IGNORE_INDEX)
+
+
+def head_loss(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Sum the cross entropy of `head(hidden)`, hidden (T, H), against `targets` (T,)."""
+    differentiable = torch.is_grad_enabled() and hidden.requires_grad
+    if differentiable and not any(p.requires_grad for p in head.parameters()):
+        return _FrozenHeadLoss.apply(hidden, targets, head)  # type: ignore[no-any-return, no-untyped-call]
+
+    def chunk_loss(part: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        return sum_loss(head(part), wanted)
+
+    total = torch.zeros((), dtype=_loss_dtype(hidden), device=hidden.device)
+    for rows in _chunks(len(targets)):
+        part = (hidden[rows], targets[rows])
+        # recomputed in the backward pass, so that one chunk's logits exist at a time
+        total = total + (
+            checkpoint(chunk_loss, *part, use_reentrant=False)
+            if torch.is_grad_enabled()
+            else chunk_loss(*part)
+        )
+    return total
+
+
+def sum_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Sum the cross entropy of logits (T, V) in float32, in float64 for a float64 model."""
+    return nn.functional.cross_entropy(logits.to(_loss_dtype(logits)), targets, reduction="sum")
+
+
+class _FrozenHeadLoss(torch.autograd.Function):
+    """Loss of a head that is not trained: its gradient is made on the way, chunk by chunk.
+
+    Saves the second head product that recomputation costs, and keeps (T, H) instead of (T, V).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, head: nn.Module
+    ) -> torch.Tensor:
+        total = torch.zeros((), dtype=_loss_dtype(hidden), device=hidden.device)
+        gradient = torch.empty_like(hidden)
+        for rows in _chunks(len(targets)):
+            with torch.enable_grad():
+                part = hidden[rows].detach().requires_grad_()
+                loss = sum_loss(head(part), targets[rows])
+            gradient[rows] = torch.autograd.grad(loss, part)[0]
+            total += loss.detach()
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * grad_outputs[0]).to(gradient.dtype), None, None
+
+
+def _chunks(n_rows: int) -> Iterator[slice]:
+    # one chunk of no rows keeps a batch without labels connected to every trained parameter
+    return (slice(i, i + CHUNK_ROWS) for i in range(0, max(1, n_rows), CHUNK_ROWS))
+
+
+def _loss_dtype(tensor: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
