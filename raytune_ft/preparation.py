@@ -99,20 +99,9 @@ def prepare(recipe: Recipe, folder: RunFolder, source: str, screen: Screen) -> P
 
 def record_of(report: Report, plan: Plan, total_steps: int) -> dict[str, Any]:
     """Write down what became of the rows; nothing is dropped without a line here."""
-    counts = dict(report.counts)
     packs = plan.n_packs(0)
-    return {
-        "rows": report.rows,
-        "used": report.used,
-        "cut": counts.pop("cut", 0),
-        "dropped": counts,
-        "places": report.places,
-        "tokens": report.tokens,
-        "trained_tokens": report.targets,
-        "packs": packs,
-        "density": round(report.tokens / (packs * plan.max_length), 4),
-        "steps": total_steps,
-    }
+    density = round(report["tokens"] / (packs * plan.max_length), 4)
+    return {**report, "packs": packs, "density": density, "steps": total_steps}
 
 
 def _held_out(rows: RowSource, encoder: Encoder, recipe: Recipe, screen: Screen) -> Rows:

@@ -79,7 +79,7 @@ class Screen:
         self.console.print(text, soft_wrap=True)
 
     def _on_stage(self, event: Event) -> None:
-        name, total = event["name"], event.get("total") or 0
+        name, total = str(event["name"]), int(event.get("total") or 0)
         label = STAGES.get(name, name)
         if name == "train":
             self.total_steps = total
@@ -87,7 +87,7 @@ class Screen:
             if name != self._stage and name not in ("checkpoint", "train"):
                 self.line(f"[{time.monotonic() - self.started:6.1f} s] {label}")
         else:
-            self._bar(name, label, event.get("done", event.get("step", 0)), total)
+            self._bar(name, label, int(event.get("done") or event.get("step") or 0), total)
         self._stage = name
 
     def _bar(self, name: str, label: str, done: int, total: int) -> None:

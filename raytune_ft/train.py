@@ -67,7 +67,7 @@ def fit(prepared: Prepared, folder: RunFolder, screen: Screen) -> None:
 
     recipe = Recipe.model_validate(prepared.job.recipe)
     on_gpu = ray.cluster_resources().get("GPU", 0) >= 1
-    mailbox = Mailbox.remote()
+    mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
     trainer = TorchTrainer(
         train_loop_per_worker,
         train_loop_config={"prepared": prepared, "mailbox": mailbox},
@@ -145,7 +145,6 @@ def raise_failure(folder: RunFolder) -> None:
             raise kind(failure["words"])
 
 
-@ray.remote(num_cpus=0)
 class Mailbox:
     """Carries events from rank 0 to the driver's screen."""
 

@@ -186,7 +186,7 @@ def scheduler(section: TuneSection, total_steps: int) -> Any:
     )  # fmt: skip
 
 
-class Lines(ray_tune.Callback):
+class Lines(ray_tune.Callback):  # type: ignore[misc]
     """Prints a line when a trial starts, moves on, ends or fails."""
 
     def __init__(self, screen: Screen, section: TuneSection, total_steps: int) -> None:

@@ -149,26 +149,35 @@ class ChatModel:
         )
 
 
-def open_chat(path: str, bits: int | None = None, device: str | None = None) -> ChatModel:
+def open_chat(
+    path: str,
+    bits: int | None = None,
+    device: str | None = None,
+    *,
+    log: Callable[[str], None] = lambda _line: None,
+) -> ChatModel:
     """Load a run folder, adapter, merged or plain model for chatting.
 
     Args:
         path: a folder, or `smollm2-135m-instruct`.
         bits: 4, 8, 16 or 32; none: the precision that training saw.
         device: `cpu`, `cuda`, `cuda:1`; none: the first GPU if there is one.
+        log: gets a line before anything that takes long.
 
     Raises:
         CheckpointError, ModelError, RecipeError: one line that names the path.
     """
-    return load_source(find_source(path, bits), device)
+    return load_source(find_source(path, bits), device, log)
 
 
-def load_source(source: ChatSource, device: str | None = None) -> ChatModel:
+def load_source(
+    source: ChatSource, device: str | None = None, log: Callable[[str], None] = lambda _line: None
+) -> ChatModel:
     """Load what `find_source` found."""
     from raytune_ft.model.adapter import load_adapter
     from raytune_ft.model.loading import load_model, prepare_folder
 
-    folder = prepare_folder(source.base)
+    folder = prepare_folder(source.base, log)
     tokenizer = TextTokenizer.from_folder(folder)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model: Any = load_model(folder, source.section, place)

@@ -43,7 +43,7 @@ class ChatSource:
     adapter: Path | None = None
     template: str = "tokenizer"
     system: str = ""
-    """System text of the training rows; used where a conversation brings none."""
+    """System text that the run's samples were asked with; for conversations that bring none."""
 
 
 def find_source(path: str, bits: int | None = None) -> ChatSource:
@@ -103,7 +103,7 @@ def _result(folder: Path, run: Path) -> ChatSource:
         base=str(folder),
         section=_with(trained, path=str(folder), quantization="none"),
         template=str(record.get("template") or info.get("template") or trained.template),
-        system=str(record.get("system", _system(recipe))),
+        system=_system(record, info, recipe),
     )
     if folder.name != "adapter":
         return source
@@ -194,10 +194,11 @@ def _with(section: ModelSection, **changes: Any) -> ModelSection:
     return section.model_copy(update=changes)
 
 
-def _system(recipe: dict[str, Any]) -> str:
-    """Return the training rows' system text with the recipe's words filled in."""
-    data = recipe.get("data") or {}
-    text = str(data.get("system") or "")
+def _system(record: dict[str, Any], info: dict[str, Any], recipe: dict[str, Any]) -> str:
+    """Return the system text of a run's chats with the recipe's words filled in."""
+    data, sampled = recipe.get("data") or {}, recipe.get("chat_eval") or {}
+    given = (record.get("system"), info.get("system"), sampled.get("system"), data.get("system"))
+    text = str(next((system for system in given if system is not None), ""))
     for key, word in (data.get("fill") or {}).items():
         text = text.replace("{" + key + "}", word)
     return text

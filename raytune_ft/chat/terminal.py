@@ -56,7 +56,7 @@ def run_chat(
     find_source(path, bits)
     from raytune_ft.chat.model import Sampling, open_chat
 
-    chat = open_chat(path, bits)
+    chat = open_chat(path, bits, log=_say)
     if system is not None:
         chat = replace(chat, system=system)
     sampling = Sampling(temperature, top_p, top_k, max_new_tokens, seed)

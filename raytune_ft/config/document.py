@@ -6,7 +6,9 @@ node tree is turned into values here. Problems are collected: a file is reported
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ MAX_BYTES = 1 << 20
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _EXPONENT = re.compile(r"[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+")
 _SCALARS = {f"tag:yaml.org,2002:{name}" for name in ("str", "null", "bool", "int", "float")}
+_COLLECTIONS = {f"tag:yaml.org,2002:{name}" for name in ("map", "seq")}
 
 
 @dataclass
@@ -113,6 +116,8 @@ class _Reader:
                 self._problem(node, "an alias ('*') repeats a part; write it out instead")
                 return None
             self.seen.add(id(node))
+            if node.tag not in _COLLECTIONS:
+                self._problem(node, f"the tag '{node.tag}' is not allowed; write a plain value")
         if isinstance(node, yaml.MappingNode):
             return self._mapping(node, path)
         if isinstance(node, yaml.SequenceNode):
@@ -139,11 +144,11 @@ class _Reader:
 
     def _scalar(self, node: yaml.Node) -> Any:
         if node.tag not in _SCALARS:
-            if node.tag.startswith("tag:yaml.org,2002:") and node.style is None:
+            if node.tag.startswith("tag:yaml.org,2002:") and not node.style:
                 return node.value  # dates and the like are words here
             self._problem(node, f"the tag '{node.tag}' is not allowed; write a plain value")
             return None
-        if node.tag.endswith(":str") and node.style is None and _EXPONENT.fullmatch(node.value):
+        if node.tag.endswith(":str") and not node.style and _EXPONENT.fullmatch(node.value):
             return float(node.value.replace("_", ""))
         try:
             return self.scalars.construct_object(node)
@@ -172,3 +177,9 @@ def in_words(value: Any) -> str:
         return "true" if value else "false"
     text = repr(value) if isinstance(value, str) else str(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def nearest(word: str, choices: Collection[str], cutoff: float = 0.6) -> str | None:
+    """Return the choice that is most like `word`, if one is."""
+    found = difflib.get_close_matches(word, list(choices), n=1, cutoff=cutoff)
+    return found[0] if found else None

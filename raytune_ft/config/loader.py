@@ -23,6 +23,7 @@ from raytune_ft.config.document import (
     KeyPath,
     dotted,
     in_words,
+    nearest,
     read_file,
     read_text,
 )
@@ -98,10 +99,9 @@ class _Merged:
             return
         document = Document(ARGUMENT)
         here: Any = self.content
-        for part, following in zip(path, path[1:], strict=False):
-            if isinstance(here, dict):
-                if not isinstance(here.get(part), dict | list):
-                    here[part] = [] if isinstance(following, int) else {}
+        for part in path[:-1]:
+            if isinstance(here, dict) and not isinstance(here.get(part), dict | list):
+                here[part] = {}
             here = here[part]
         here[path[-1]] = value
         self.owners[path] = document
@@ -120,21 +120,20 @@ class _Merged:
             f"{self.where(path)}: {dotted(path)}: expected a finite number, got {value}"
             for path, value in _not_finite(self.content, ())
         ]
-        if not self.problems:
-            try:
-                # JSON mode is strict about types, yet takes lists for tuples
-                return Recipe.model_validate_json(json.dumps(self.content), strict=True)
-            except ValidationError as error:
-                self.problems += problems.explain(error, self.content, self.where)
-        else:
-            self._also_explain()
-        raise RecipeError("\n".join(self.problems))
-
-    def _also_explain(self) -> None:
         try:
-            Recipe.model_validate_json(json.dumps(self.content), strict=True)
+            # JSON mode is strict about types, yet takes lists for tuples
+            recipe = Recipe.model_validate_json(json.dumps(self.content), strict=True)
         except ValidationError as error:
             self.problems += problems.explain(error, self.content, self.where)
+        if not self.problems:
+            return recipe
+        raise RecipeError("\n".join(sorted(self.problems, key=_line_number)))
+
+
+def _line_number(problem: str) -> int:
+    """Return the line that a problem names, so that they are read in the file's order."""
+    match = re.match(r"[^\n]*?:(\d+): ", problem)
+    return int(match[1]) if match else 0
 
 
 def _not_finite(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, float]]:
@@ -179,8 +178,8 @@ def _near_file(config: str) -> str:
     folder = given.parent if given.parent.is_dir() else Path()
     here = [p.name for p in folder.iterdir() if p.suffix in SUFFIXES]
     shipped = [p.name for p in catalog.configs_dir().glob("*.yaml")]
-    near = problems.nearest(given.name, [*here, *shipped, *catalog.names()])
-    near = near or problems.nearest(given.stem, catalog.names())
+    near = nearest(given.name, [*here, *shipped, *catalog.names()])
+    near = near or nearest(given.stem, catalog.names())
     if near is None:
         return "; shipped recipes: raytune-ft list"
     return f"; nearest: {folder / near if near in here else near}"
@@ -221,7 +220,7 @@ def _parse_override(text: str, content: dict[str, Any]) -> tuple[KeyPath, Any]:
     section, _, rest = key.partition(".")
     name, _, inner = rest.partition(".")
     if name not in problems.fields_at((section,)):
-        near = problems.nearest(key, problems.all_fields())
+        near = nearest(key, problems.all_fields())
         near = near or next((f for f in problems.all_fields() if f.endswith(f".{key}")), None)
         hint = f"did you mean '{near}'?" if near else "fields: raytune-ft show NAME"
         raise RecipeError(f"{ARGUMENT}: unknown key '{key}'; {hint}")

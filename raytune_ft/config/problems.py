@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import types
 import typing
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from raytune_ft.config.document import KeyPath, dotted, in_words
+from raytune_ft.config.document import KeyPath, dotted, in_words, nearest
 from raytune_ft.config.schema import Recipe
 
 Where = Callable[[KeyPath], str]
@@ -24,7 +23,7 @@ _EXPECTED = {
     "int_parsing": "a whole number",
     "int_parsing_size": "a smaller number",
     "int_from_float": "a whole number",
-    "string_type": "text; put it in quotes if it is text",
+    "string_type": "text",
     "bool_type": "true or false",
     "bool_parsing": "true or false",
     "list_type": "a list: [...]",
@@ -81,12 +80,13 @@ def _line(path: KeyPath, details: list[Any], content: Any, where: Where) -> str:
         return f"{where(path[:-1])}: {_missing(path)}"
     if kind == "value_error":
         text = str(detail["ctx"]["error"])
-        return f"{_place_of(text, where)}: {text}" if not path else f"{where(path)}: {shown}: {text}"
-    wishes = dict.fromkeys(_expected(d) for d in details)
-    given = in_words(_value_at(content, path))
-    return f"{where(path)}: {shown}: expected {' or '.join(wishes)}, got {given}" + _nearest_choice(
-        details, _value_at(content, path)
-    )
+        return (
+            f"{_place_of(text, where)}: {text}" if not path else f"{where(path)}: {shown}: {text}"
+        )
+    value = _value_at(content, path)
+    wishes = " or ".join(dict.fromkeys(_expected(d) for d in details))
+    hint = _hint(details, wishes, value)
+    return f"{where(path)}: {shown}: expected {wishes}, got {in_words(value)}{hint}"
 
 
 def _missing(path: KeyPath) -> str:
@@ -116,9 +116,14 @@ def _expected(detail: Mapping[str, Any]) -> str:
     return _EXPECTED.get(kind) or str(detail["msg"])
 
 
-def _nearest_choice(details: list[Any], value: Any) -> str:
-    choices = [c for d in details for c in re.findall(r"'([^']+)'", d.get("ctx", {}).get("expected", ""))]
-    near = nearest(str(value), choices) if isinstance(value, str) else None
+def _hint(details: list[Any], wishes: str, value: Any) -> str:
+    """Suggest what the value was meant to be."""
+    if wishes == "text" and isinstance(value, bool | int | float):
+        return "; put it in quotes"
+    if not isinstance(value, str):
+        return ""
+    expected = (d.get("ctx", {}).get("expected", "") for d in details)
+    near = nearest(value, [choice for text in expected for choice in re.findall("'([^']+)'", text)])
     return f"; did you mean '{near}'?" if near else ""
 
 
@@ -131,20 +136,12 @@ def _place_of(text: str, where: Where) -> str:
 def unknown_key(path: KeyPath) -> str:
     """Say that a key is unknown, and which known one is meant."""
     siblings, shown = fields_at(path[:-1]), dotted(path)
-    near = nearest(str(path[-1]), siblings)
+    at_home = [p for p in all_fields() if p.rpartition(".")[2] == path[-1]]
+    near = at_home[0] if at_home else nearest(str(path[-1]), siblings)
     if near:
         return f"unknown key '{shown}'; did you mean '{near}'?"
-    at_home = [p for p in all_fields() if p.rpartition(".")[2] == path[-1]]
-    if at_home:
-        return f"unknown key '{shown}'; did you mean '{at_home[0]}'?"
     section = f"keys of {dotted(path[:-1])}" if path[:-1] else "sections"
     return f"unknown key '{shown}'; {section}: {', '.join(siblings)}"
-
-
-def nearest(word: str, choices: Collection[str], cutoff: float = 0.6) -> str | None:
-    """Return the choice that is most like `word`, if one is."""
-    found = difflib.get_close_matches(word, list(choices), n=1, cutoff=cutoff)
-    return found[0] if found else None
 
 
 def fields_at(path: KeyPath) -> list[str]:
@@ -157,7 +154,9 @@ def fields_at(path: KeyPath) -> list[str]:
         if not members:
             return []
         kind = members[0].model_fields[part].annotation
-    return [name for member in _members(kind) if _is_section(member) for name in member.model_fields]
+    return [
+        name for member in _members(kind) if _is_section(member) for name in member.model_fields
+    ]
 
 
 def all_fields() -> list[str]:

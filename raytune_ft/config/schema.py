@@ -169,7 +169,9 @@ class RunSection(Section):
     @classmethod
     def _safe_name(cls, value: str | None) -> str | None:
         if value is not None and not NAME_PATTERN.match(value):
-            raise ValueError("use 1 to 64 letters, digits, '.', '_' or '-', no '/' and no '.' first")
+            raise ValueError(
+                "use 1 to 64 letters, digits, '.', '_' or '-', no '/' and no '.' first"
+            )
         return value
 
 

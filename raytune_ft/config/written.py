@@ -32,14 +32,13 @@ def _fields(section: BaseModel) -> str:
 
 
 def _entry(name: str, value: Any, description: str | None) -> str:
-    text = _yaml({name: _plain(value)})
-    lines = [f"  {line}\n" for line in text.splitlines()]
+    text = _yaml(name, _plain(value))
     meaning = " ".join((description or "").split())
     if not meaning:
-        return "".join(lines)
-    if len(lines) == 1 and len(lines[0]) + len(meaning) + 4 <= WIDTH:
-        return f"{lines[0].rstrip()}  # {meaning}\n"
-    return "".join([*(f"  # {row}\n" for row in _wrapped(meaning)), *lines])
+        return text
+    if text.count("\n") == 1 and len(text) + len(meaning) + 3 <= WIDTH:
+        return f"{text.rstrip()}  # {meaning}\n"
+    return "".join([*(f"  # {row}\n" for row in _wrapped(meaning)), text])
 
 
 def _plain(value: Any) -> Any:
@@ -49,21 +48,41 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _yaml(content: Any) -> str:
-    flat = all(not isinstance(v, dict | list) or _is_short(v) for v in content.values())
-    return yaml.safe_dump(
-        content,
+def _yaml(name: str, value: Any) -> str:
+    """Write one field, indented as a part of its section."""
+    is_collection = isinstance(value, dict | list)
+    text = yaml.dump(
+        {"section": {name: value}},
+        Dumper=_Dumper,
         allow_unicode=True,
         sort_keys=False,
         width=10**6,
-        default_flow_style=None if flat else False,
+        default_flow_style=None if is_collection and _is_short(value) else False,
     )
+    return text.partition("\n")[2]
+
+
+class _Dumper(yaml.SafeDumper):
+    """Indents lists below their key and writes texts of several lines as blocks."""
+
+    def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
+        super().increase_indent(flow, False)
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = "|" if "\n" in text else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
 
 
 def _is_short(value: Any) -> bool:
     """Tell whether a collection reads well on one line."""
     values = list(value.values()) if isinstance(value, dict) else value
-    return all(not isinstance(v, dict | list | str) or (isinstance(v, str) and len(v) < 24) for v in values)
+    return all(
+        not isinstance(v, dict | list | str) or (isinstance(v, str) and len(v) < 24) for v in values
+    )
 
 
 def _wrapped(text: str) -> list[str]:

@@ -59,10 +59,13 @@ def split_readers(source: Source, split: str) -> list[Reader]:
 
 def local_path(path: str) -> Path | None:
     """Find a path from the current folder, else among the shipped configs; None if absent."""
+    given = Path(path).expanduser()
+    if given.exists():
+        return given
     from raytune_ft.config.catalog import configs_dir
 
-    given = Path(path).expanduser()
-    return next((p for p in (given, configs_dir() / path) if p.exists()), None)
+    shipped = configs_dir() / path
+    return shipped if shipped.exists() else None
 
 
 def _display(file: Path, root: Path, given: str) -> str:

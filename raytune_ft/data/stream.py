@@ -44,8 +44,11 @@ whole cores Ray Data would wait for ever."""
 IN_PROCESS_ROWS = 2000
 """Fewer rows are counted here sooner than a Ray Data task starts."""
 ROWS_PER_TASK = 2048
-WINDOWS_PER_RUN = 512
-"""Windows per Ray Data execution; the next one starts when these are used up."""
+WINDOWS_PER_RUN = 16
+"""Windows per Ray Data execution; the next one starts (0.2 s) when these are used up. Bounds what
+is made ahead: memory, and on a CPU the time taken from training."""
+WINDOW_TASKS = 2
+"""Windows made at once; one core tokenises far more than a training process takes."""
 
 Progress = Callable[[int, int], None]
 Task = Callable[..., dict[str, Any]]
@@ -100,13 +103,16 @@ def packs(
     numbers = window_numbers(plan, start, epochs)
     while chosen := list(islice(numbers, WINDOWS_PER_RUN)):
         tasks = [{"epoch": epoch, "window": window} for epoch, window in chosen]
-        with closing(_run(_window_task, tasks, shared)) as results:
+        with closing(_run(_window_task, tasks, shared, WINDOW_TASKS)) as results:
             for (epoch, window), row in zip(chosen, results, strict=True):
                 yield from placed(plan, _unpacked(row), epoch, window, start)
 
 
 def _run(
-    task: Task, arguments: list[dict[str, int]], shared: ray.ObjectRef
+    task: Task,
+    arguments: list[dict[str, int]],
+    shared: ray.ObjectRef,
+    at_once: int | None = None,
 ) -> Generator[dict[str, Any], None, None]:
     """Run one task per argument with Ray Data; yield their results in the arguments' order.
 
@@ -121,13 +127,18 @@ def _run(
 
     def call(batch: pa.Table) -> pa.Table:
         return pa.Table.from_pylist(
-            [_guarded(task, arguments[number], shared) for number in batch["id"].to_pylist()]
+            [_guarded(task, argument, shared) for argument in batch.to_pylist()]
         )
 
     with ray.data.DataContext.current(context):
-        dataset = ray.data.range(len(arguments), override_num_blocks=len(arguments))
-        dataset = dataset.map_batches(
-            call, batch_size=1, batch_format="pyarrow", num_cpus=TASK_CPUS
+        # Not ray.data.range: its read tasks want a whole core each, which workers may hold.
+        blocks = ray.data.from_arrow([pa.Table.from_pylist([row]) for row in arguments])
+        results = blocks.map_batches(
+            call,
+            batch_size=1,
+            batch_format="pyarrow",
+            num_cpus=TASK_CPUS,
+            compute=ray.data.TaskPoolStrategy(size=at_once),
         )
     for row in results.iter_rows():
         if row["error"]:

@@ -68,13 +68,11 @@ class TokenLoss(nn.Module):
         }
         model = causal_model(self.model)
         if self._plain_head:
-            outputs = model.base_model(**inputs).last_hidden_state
-            loss = head_loss(model.get_output_embeddings(), outputs[:, :-1][keep], targets)
+            hidden = model.base_model(**inputs).last_hidden_state[:, :-1][keep]
+            loss = head_loss(model.get_output_embeddings(), hidden, targets)
         else:
-            outputs = model(
-                **inputs, logits_to_keep=nn.functional.pad(keep, (0, 1))
-            ).logits  # (T, V)
-            loss = sum_loss(outputs, targets)
+            at = nn.functional.pad(keep, (0, 1))
+            loss = sum_loss(model(**inputs, logits_to_keep=at).logits, targets)
         return loss, keep.sum()
 
 

@@ -10,7 +10,7 @@ import asyncio
 import json
 import random
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 
 from raytune_ft.chat.model import Piece, Sampling
 from raytune_ft.errors import DataError, ServeError
-from raytune_ft.serving.engine import ChatEngine, EngineBusyError
+from raytune_ft.serving.engine import ChatEngine, EngineBusyError, PieceStream
 from raytune_ft.serving.guard import Guard, GuardRules
 from raytune_ft.serving.page import page_files
 from raytune_ft.serving.protocol import (
@@ -198,9 +198,7 @@ def _or(value: Any, default: Any) -> Any:
     return default if value is None else value
 
 
-async def _whole(
-    http: Request, pieces: AsyncGenerator[Piece, None], answer: Answer, n_prompt: int
-) -> Response:
+async def _whole(http: Request, pieces: PieceStream, answer: Answer, n_prompt: int) -> Response:
     """Collect an answer; a client that leaves ends the generation."""
     text, last = "", Piece("", 0)
     async with aclosing(pieces):
@@ -214,7 +212,7 @@ async def _whole(
 
 
 async def _events(
-    pieces: AsyncGenerator[Piece, None], answer: Answer, n_prompt: int, *, with_usage: bool
+    pieces: PieceStream, answer: Answer, n_prompt: int, *, with_usage: bool
 ) -> AsyncIterator[str]:
     """Yield the server-sent events of an answer; an error becomes the last event."""
     last = Piece("", 0)

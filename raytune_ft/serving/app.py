@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from raytune_ft.chat.source import find_source
+from raytune_ft.chat.source import ChatSource, find_source
 from raytune_ft.errors import ServeError
 from raytune_ft.serving.guard import GuardRules, hash_key, is_loopback
 
@@ -124,9 +124,10 @@ def serve(path: str, *, host: str = "127.0.0.1", port: int = 8000, bits: int | N
         CheckpointError, ModelError, RecipeError: the path cannot be used; before Ray starts.
         ServeError: host or port cannot be used, or the model does not load.
     """
-    name = find_source(path, bits).name
+    source = find_source(path, bits)
     _check_host(host)
     _check_port(host, port)
+    _prepare(source)
     place = Path(path).expanduser()
     args = ServeArgs(
         path=str(place.resolve()) if place.is_dir() else path,
@@ -136,7 +137,7 @@ def serve(path: str, *, host: str = "127.0.0.1", port: int = 8000, bits: int | N
     try:
         _start(args, host, port)
         with _stop_signal() as stopped:
-            print(_greeting(name, host, port), flush=True)
+            print(_greeting(source.name, host, port), flush=True)
             stopped.wait()
     finally:
         _shut_down()
@@ -176,6 +177,14 @@ def _check_port(host: str, port: int) -> None:
             ) from None
 
 
+def _prepare(source: ChatSource) -> None:
+    """Make or fetch a base that is only a name here, where the user sees how long it takes."""
+    if not Path(source.base).is_dir():
+        from raytune_ft.model.loading import prepare_folder
+
+        prepare_folder(source.base, lambda line: print(line, file=sys.stderr, flush=True))
+
+
 def _start(args: ServeArgs, host: str, port: int) -> None:
     import ray
     from ray import serve as ray_serve
@@ -212,7 +221,8 @@ def _cause(path: str, message: str) -> str:
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     ours = [line for line in lines if line.startswith("raytune_ft.errors.")]
     errors = ours or [line for line in lines if "Error: " in line] or lines or ["no reason given"]
-    return f"{path}: the endpoint did not start: {errors[-1].removeprefix('raytune_ft.errors.')}"
+    reason = errors[-1].removeprefix("raytune_ft.errors.")
+    return f"{path}: the endpoint did not start: {reason.removeprefix(f'ModelError: {path}: ')}"
 
 
 def _shut_down() -> None:
@@ -220,7 +230,8 @@ def _shut_down() -> None:
     from ray import serve as ray_serve
 
     if ray.is_initialized():
-        ray_serve.shutdown()
+        # not serve.shutdown(): it kills its controller with a line of alarm on the screen
+        ray_serve.delete(APP_NAME)
         ray.shutdown()
 
 

@@ -12,7 +12,7 @@ import logging
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from raytune_ft.chat.history import Message
@@ -29,6 +29,35 @@ class EngineBusyError(RaytuneError):
     """As many requests wait as may wait; come again later."""
 
 
+class PieceStream:
+    """The pieces of one answer; closing or dropping it ends the generation.
+
+    No async generator: the `finally` of one that was never started does not run.
+    """
+
+    def __init__(self, out: asyncio.Queue[Outcome], cancel: Callable[[], None]) -> None:
+        self._out, self._cancel = out, cancel
+        self._ended = False
+
+    def __aiter__(self) -> PieceStream:
+        return self
+
+    async def __anext__(self) -> Piece:
+        outcome = None if self._ended else await self._out.get()
+        if isinstance(outcome, Piece):
+            return outcome
+        self._ended = True
+        raise StopAsyncIteration if outcome is None else outcome
+
+    async def aclose(self) -> None:
+        """End the generation within one token; later pieces are lost."""
+        self._ended = True
+        self._cancel()
+
+    def __del__(self) -> None:
+        self._cancel()
+
+
 class ChatEngine(ABC):
     """What the endpoint needs of whatever generates the text."""
 
@@ -42,12 +71,8 @@ class ChatEngine(ABC):
         """Return the prompt's ids; DataError if the template cannot render the messages."""
 
     @abstractmethod
-    def submit(self, prompt_ids: Sequence[int], sampling: Sampling) -> AsyncGenerator[Piece, None]:
-        """Take a request, or raise EngineBusyError at once.
-
-        Must be called in a running event loop. The answer is the returned iterator; closing it
-        (`aclose`), or cancelling the task that reads it, ends the generation within one token.
-        """
+    def submit(self, prompt_ids: Sequence[int], sampling: Sampling) -> PieceStream:
+        """Take a request, or raise EngineBusyError at once; needs a running event loop."""
 
     @abstractmethod
     def healthy(self) -> bool:
@@ -98,7 +123,7 @@ class EmbeddedEngine(ChatEngine):
         """Return the prompt's ids, by the function that training used."""
         return self._chat.encode(messages)
 
-    def submit(self, prompt_ids: Sequence[int], sampling: Sampling) -> AsyncGenerator[Piece, None]:
+    def submit(self, prompt_ids: Sequence[int], sampling: Sampling) -> PieceStream:
         """Put a request at the end of the queue."""
         loop = asyncio.get_running_loop()
         job = Job(list(prompt_ids), sampling, loop, asyncio.Queue(), threading.Event())
@@ -106,10 +131,10 @@ class EmbeddedEngine(ChatEngine):
             if self._closed:
                 raise ServeError("the endpoint is shutting down")
             if len(self._waiting) + (self._current is not None) > self._max_waiting:
-                raise EngineBusyError(f"{len(self._waiting)} requests are waiting; try again later")
+                raise EngineBusyError(f"{self._max_waiting} requests wait already; try again later")
             self._waiting.append(job)
             self._changed.notify()
-        return self._read(job)
+        return PieceStream(job.out, lambda: self._cancel(job))
 
     def healthy(self) -> bool:
         """Whether the worker thread lives."""
@@ -132,15 +157,6 @@ class EmbeddedEngine(ChatEngine):
             job.cancelled.set()
             job.put(ServeError("the endpoint is shutting down"))
         self._worker.join(timeout=30)
-
-    async def _read(self, job: Job) -> AsyncGenerator[Piece, None]:
-        try:
-            while (outcome := await job.out.get()) is not None:
-                if isinstance(outcome, BaseException):
-                    raise outcome
-                yield outcome
-        finally:
-            self._cancel(job)
 
     def _cancel(self, job: Job) -> None:
         """Free the job's place at once when it waits, within one token when it runs."""

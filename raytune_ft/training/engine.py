@@ -9,6 +9,7 @@ number of ranks and either engine.
 from __future__ import annotations
 
 import logging
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
@@ -135,6 +136,7 @@ class ZeroEngine(Engine):
 
         quiet_deepspeed(on_gpu=device.type == "cuda")
         _ensure_process_group(device)
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks its launcher for it; Ray sets it
         optimizer = build_optimizer(self.trained.values(), train)
         self.engine, *_ = deepspeed.initialize(
             model=module,
@@ -218,7 +220,7 @@ def _ensure_process_group(device: torch.device) -> None:
     """Make a group of one where no launcher made one; it needs neither MPI nor a free port."""
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)
 
 
 def quiet_deepspeed(*, on_gpu: bool) -> None:

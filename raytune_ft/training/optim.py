@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -13,7 +14,7 @@ def build_optimizer(
     parameters: Iterable[torch.nn.Parameter], train: TrainSection
 ) -> torch.optim.Optimizer:
     """Build the recipe's optimizer over `parameters`; its lr is set anew at each step."""
-    options = {"lr": train.lr, "betas": train.betas, "weight_decay": train.weight_decay}
+    options: dict[str, Any] = {"lr": train.lr, "betas": train.betas, "weight_decay": train.weight_decay}
     if train.optimizer == "adamw":
         return torch.optim.AdamW(parameters, **options)
     import bitsandbytes as bnb

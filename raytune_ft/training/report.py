@@ -100,7 +100,7 @@ def draw_loss(metrics: list[Event], path: Path) -> None:
     rates.plot(steps, [m["lr"] for m in metrics], color="#999999", linewidth=1, label="lr")
     rates.set(ylabel="learning rate", ylim=(0, None))
     handles = [*axes.get_legend_handles_labels()[0], *rates.get_legend_handles_labels()[0]]
-    axes.legend(handles, [h.get_label() for h in handles], loc="upper right")
+    axes.legend(handles, [str(h.get_label()) for h in handles], loc="upper right")
     figure.savefig(path)
 
 

@@ -21,6 +21,7 @@ from raytune_ft.config.schema import Recipe
 from raytune_ft.data.packing import Pack, Position
 from raytune_ft.data.templates import get_template
 from raytune_ft.data.tokenizer import TextTokenizer
+from raytune_ft.errors import CheckpointError
 from raytune_ft.model import adapter, loading
 from raytune_ft.model.loss import TokenLoss
 from raytune_ft.training import checkpoint, presets
@@ -120,7 +121,7 @@ def _resume(engine: Engine, folder: RunFolder, recipe: Recipe, emit: Emit) -> Tr
         return TrainState(recipe_hash=fingerprint)
     loaded = checkpoint.load(folder.checkpoints / f"{checkpoint.STEP_PREFIX}{step:06d}")
     if loaded.state.recipe_hash != fingerprint:
-        raise checkpoint.CheckpointError(
+        raise CheckpointError(
             f"{folder.path}: its checkpoint belongs to other values of model, lora, data or train; "
             "resume with the same recipe, or train under another run.name"
         )

@@ -67,6 +67,22 @@ def test_bits_override_the_precision_of_training(
     assert find_source(str(run), bits).section.quantization == quantization
 
 
+@pytest.mark.parametrize("place", ["chat_eval", "run.json", "record"])
+def test_the_system_text_is_the_one_that_samples_were_asked_with(
+    tmp_path: Path, base: Path, place: str
+) -> None:
+    run = write_run(tmp_path / "ada", base)
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe["chat_eval"] = {"system": "I am {bot}."}
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    if place == "run.json":
+        info = json.loads((run / "run.json").read_text())
+        (run / "run.json").write_text(json.dumps({**info, "system": "I am Ada."}))
+    if place == "record":
+        (run / "adapter" / "raytune_ft.json").write_text('{"system": "I am Ada."}')
+    assert find_source(str(run)).system == "I am Ada."
+
+
 def test_another_number_of_bits_is_refused(base: Path) -> None:
     with pytest.raises(RecipeError, match="bits 5: not a precision; use 4"):
         find_source(str(base), 5)

@@ -16,7 +16,9 @@ from tests.conftest import make_tokenizer
 
 TEXTS = st.text(
     st.characters(exclude_categories=("Cs",), exclude_characters="\ufffd"), max_size=40
-) | st.sampled_from(["你好，世界", "naïve café", "👩‍👩‍👧 ok", "red river  stone", "日本語 と English"])
+) | st.sampled_from(
+    ["你好，世界", "naïve café", "👩‍👩‍👧 ok", "red river  stone", "日本語 と English"]
+)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,266 @@
+"""`inspect` and `plan`: what a recipe would do, shown before it is done. No Ray, no weights."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from raytune_ft import survey
+from raytune_ft.config.schema import Recipe
+from raytune_ft.data import formats, sources
+from raytune_ft.data.encode import IGNORE_INDEX, Example
+from raytune_ft.data.tokenizer import TextTokenizer
+from raytune_ft.data.windows import Encoder, Report
+from raytune_ft.entry import tell
+from raytune_ft.errors import DataError, MemoryPlanError
+from raytune_ft.model import loading
+
+if TYPE_CHECKING:
+    from raytune_ft.model.memory import MemoryPlan
+
+OPEN, CLOSE = "⟦", "⟧"
+"""Stand around trained tokens, so that they show without colours too."""
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """What is known of a run before it starts; None is what cannot be known here and now."""
+
+    memory: MemoryPlan | None
+    rows: Report | None
+    packs: int | None
+    """Packs of the first epoch."""
+    density: float | None
+    """Tokens over the room in the packs, 0 to 1."""
+    steps: int | None
+    """Optimizer steps of the whole run."""
+    notes: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        memory = None if self.memory is None else memory_json(self.memory)
+        return {**self.__dict__, "memory": memory}
+
+
+def plan_recipe(recipe: Recipe, gpu_memory: str | None = None) -> PlanReport:
+    """Predict what a recipe needs and does.
+
+    Args:
+        recipe: checked by the loader.
+        gpu_memory: what there is per GPU, such as `8GiB`; None: no comparison.
+
+    Raises:
+        RecipeError, ModelError, DataError: what training would fail on.
+    """
+    available = survey.parse_size(gpu_memory, "--gpu-memory") if gpu_memory else None
+    found = survey.survey(recipe)
+    memory = survey.memory_of(found, available)
+    notes = list(found.notes)
+    if memory is None:
+        notes.append("memory: not predicted, since the model's config.json is not here")
+    rows = found.counted
+    if rows is None:
+        return PlanReport(memory, None, None, None, None, notes)
+    return PlanReport(memory, rows.report, rows.packs, rows.density, rows.steps, notes)
+
+
+def print_plan(recipe: Recipe, gpu_memory: str | None = None, *, as_json: bool = False) -> int:
+    """Print the plan; return 0, or 4 after a line on stderr if it does not fit the memory."""
+    report = plan_recipe(recipe, gpu_memory)
+    if as_json:
+        print(json.dumps(report.to_json(), ensure_ascii=False, indent=2))
+    else:
+        console = Console(highlight=False, soft_wrap=True)
+        console.print(plan_table(recipe, report))
+        for note in report.notes:
+            console.print(Text(f"note: {note}"))
+    if report.memory is not None and report.memory.fits is False:
+        tell(shortage(report.memory))
+        return MemoryPlanError.exit_code
+    return 0
+
+
+def plan_table(recipe: Recipe, report: PlanReport) -> Table:
+    """Lay out a plan in two columns."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in _plan_rows(recipe, report):
+        table.add_row(Text(name, style="bold"), Text(value))
+    return table
+
+
+def _plan_rows(recipe: Recipe, report: PlanReport) -> Iterator[tuple[str, str]]:
+    model, train = recipe.model, recipe.train
+    weights = "" if model.quantization == "none" else f" on {model.quantization}"
+    yield "model", f"{model.path}, {model.method}{weights}, template {model.template}"
+    yield "data", ", ".join(source.path for source in recipe.data.sources)
+    if report.rows is not None:
+        yield from _count_rows(report.rows, recipe.data.max_length, report.packs, report.density)
+    yield "batch", (
+        f"{recipe.global_batch_size} packs per step = {train.micro_batch_size} per pass"
+        f" x {train.accumulation} passes x {recipe.run.workers} workers"
+    )
+    steps = "unknown until all rows are here" if report.steps is None else f"{report.steps:,}"
+    yield "steps", f"{steps} in {train.epochs} epochs"
+    if report.memory is not None:
+        yield from memory_rows(report.memory)
+
+
+def memory_rows(memory: MemoryPlan) -> Iterator[tuple[str, str]]:
+    """Yield a row per part of the predicted peak."""
+    yield "memory", f"{memory.total / GIB:.2f} GiB at the peak, per worker"
+    for name, size in memory.parts.items():
+        yield f"  {name}", f"{size / GIB:.2f} GiB"
+
+
+def memory_json(memory: MemoryPlan) -> dict[str, Any]:
+    """Return a memory plan as plain values, sizes in bytes."""
+    return {
+        "total": memory.total,
+        "parts": dict(memory.parts),
+        "fits": memory.fits,
+        "advice": list(memory.advice),
+    }
+
+
+def shortage(memory: MemoryPlan) -> str:
+    """Say by how much a run does not fit, and which settings would."""
+    advice = "; ".join(memory.advice) or "no setting of this recipe makes it fit"
+    return f"needs about {memory.total / GIB:.1f} GiB, more than there is: {advice}"
+
+
+def _count_rows(
+    report: Report, max_length: int, packs: int | None, density: float | None
+) -> Iterator[tuple[str, str]]:
+    dropped = sum(report["dropped"].values())
+    yield "rows", f"{report['used']:,} used of {report['rows']:,}, {dropped:,} dropped"
+    for reason, count in report["dropped"].items():
+        yield f"  {reason}", f"{count:,}: {_places(report, reason, count)}"
+    if report["cut"]:
+        yield "  cut at max_length", f"{report['cut']:,}: {_places(report, 'cut', report['cut'])}"
+    if report["tokens"]:
+        share = report["targets"] / report["tokens"]
+        yield "tokens", f"{report['tokens']:,} per epoch, {share:.0%} of them trained"
+    if packs is not None and density is not None:
+        yield "packs", f"{packs:,} per epoch of {max_length} tokens, {density:.0%} full"
+
+
+def _places(report: Report, reason: str, count: int) -> str:
+    places = report["places"].get(reason, [])[:3]
+    return ", ".join(places) + (" ..." if count > len(places) else "")
+
+
+def inspect_recipe(recipe: Recipe, rows: int = 3) -> None:
+    """Print the first rows as the model will see them, then what becomes of all rows.
+
+    Raises:
+        RecipeError, ModelError: something that the recipe names cannot be used.
+        DataError: a row cannot be used and `data.on_bad_row` is `error`.
+    """
+    survey.check_names(recipe)
+    folder = survey.model_folder(recipe.model.path)
+    if folder is None:
+        folder = loading.prepare_folder(recipe.model.path, _say)
+    tokenizer = TextTokenizer.from_folder(folder)
+    encoder = Encoder.of(recipe, tokenizer)
+    opened = sources.open_sources(recipe.data, recipe.train.seed)
+    console = Console(highlight=False, soft_wrap=True)
+    shown = 0
+    for number in range(len(opened)):
+        if shown == rows:
+            break
+        shown += _show_row(console, opened, number, encoder)
+    _show_counts(console, recipe, folder, tokenizer)
+
+
+def _show_row(
+    console: Console, opened: sources.RowSource, number: int, encoder: Encoder
+) -> bool:
+    """Print one row; False if it has nothing to show."""
+    where, map_name, data = opened.where(number), opened.map_of(number), encoder.data
+    try:
+        row = opened.rows([number])[0]
+        messages = formats.to_messages(row, map_name, data.fill, data.system, where)
+        example = encoder.encode(row, map_name, where)
+    except DataError as error:
+        if data.on_bad_row == "error":
+            raise
+        console.print(Text(f"dropped: {error}\n", style="yellow"))
+        return False
+    if messages is None or example is None:
+        console.print(Text(f"{where}: dropped, it has no answer\n", style="yellow"))
+        return False
+    console.print(Text(where, style="bold"))
+    for message in messages:
+        console.print(Text(f"  {message['role']}: {printable(message['content'])}"))
+    console.print(Text(f"  {_length(example)}; trained in {OPEN}{CLOSE}:", style="dim"))
+    console.print(trained_text(example, encoder.tokenizer))
+    console.print()
+    return True
+
+
+def _length(example: Example) -> str:
+    n = len(example.input_ids)
+    cut = f", cut from {example.uncut_length}" if example.uncut_length > n else ""
+    return f"{n} tokens{cut}, {example.n_targets} trained"
+
+
+def trained_text(example: Example, tokenizer: TextTokenizer) -> Text:
+    """Decode an example, special tokens and all, with the trained stretches marked."""
+    text = Text()
+    for ids, trained in stretches(example.input_ids, example.labels):
+        piece = printable(tokenizer.decode(ids, skip_special_tokens=False))
+        text.append(f"{OPEN}{piece}{CLOSE}" if trained else piece, "green" if trained else "dim")
+    return text
+
+
+def stretches(
+    input_ids: npt.NDArray[np.int32], labels: npt.NDArray[np.int32]
+) -> Iterator[tuple[list[int], bool]]:
+    """Cut token ids, shape (n,), where trained and untrained ones meet."""
+    trained = labels != IGNORE_INDEX
+    ends = [*(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(input_ids)]
+    start = 0
+    for end in ends:
+        if end > start:
+            yield input_ids[start:end].tolist(), bool(trained[start])
+        start = end
+
+
+def printable(text: str) -> str:
+    """Show control characters of a row as escapes, so that data cannot steer the terminal."""
+    return "".join(
+        char if char.isprintable() or char in "\n\t" else char.encode("unicode_escape").decode()
+        for char in text
+    )
+
+
+def _show_counts(
+    console: Console, recipe: Recipe, folder: Path, tokenizer: TextTokenizer
+) -> None:
+    found = survey.Survey(recipe, folder, tokenizer, None)
+    survey.count_rows(found)
+    table = Table(show_header=False, box=None, pad_edge=False)
+    rows = found.counted
+    if rows is not None:
+        for line in _count_rows(rows.report, recipe.data.max_length, rows.packs, rows.density):
+            table.add_row(*map(Text, line))
+    console.print(table)
+    for note in found.notes:
+        console.print(Text(f"note: {note}"))
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

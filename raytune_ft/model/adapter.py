@@ -1,0 +1,213 @@
+"""Adapters: low-rank updates attached to, saved from and loaded onto a frozen model.
+
+Folders are PEFT's own (adapter_config.json, adapter_model.safetensors), so plain peft reads them.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+
+from raytune_ft.config.schema import LoraSection
+from raytune_ft.errors import CheckpointError, RecipeError
+from raytune_ft.model.loading import quiet
+from raytune_ft.model.merge import MergeReport, merge_to
+from raytune_ft.model.tensors import load_tensors, save_tensors
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+__all__ = ["MergeReport", "attach", "load_adapter", "merge_to", "save_adapter"]
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+
+def attach(model: nn.Module, lora: LoraSection, seed: int) -> PeftModel:
+    """Wrap a frozen model with a new adapter, which changes nothing until it is trained.
+
+    The weights depend on `seed` alone, whatever drew random numbers before; the caller's random
+    state is left as it was. Adapter weights of half-precision models are float32.
+
+    Raises:
+        RecipeError: a name in `lora.targets` or `lora.modules_to_save` is not in the model.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=_targets(model, lora),
+        bias=lora.bias,
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        modules_to_save=_modules_to_save(model, lora) or None,
+    )
+    with torch.random.fork_rng(), quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(seed)
+        return get_peft_model(model, config)
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """Return the full names of all linear layers but the output head, in the model's order."""
+    from transformers.pytorch_utils import Conv1D
+
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head
+    ]
+
+
+def save_adapter(model: nn.Module, folder: Path, base: str) -> None:
+    """Write the adapter as PEFT does; the configuration comes last and names `base`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {k: v.detach().cpu().contiguous() for k, v in _adapter_state(model).items()}
+    save_tensors(tensors, folder / WEIGHTS_FILE)
+
+    config: dict[str, Any] = cast(Any, model).peft_config["default"].to_dict()
+    content = {key: _plain(value) for key, value in config.items()}
+    content |= {"base_model_name_or_path": base, "inference_mode": True}
+    (folder / CONFIG_FILE).write_text(
+        json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+    )
+
+
+def load_adapter(model: nn.Module, folder: Path) -> PeftModel:
+    """Put a saved adapter onto a model, for inference; strict in both directions.
+
+    Raises:
+        CheckpointError: a file is missing, or saved tensors, targets and model do not match.
+    """
+    from peft import get_peft_model, set_peft_model_state_dict
+
+    config = read_adapter_config(folder)
+    weights = read_adapter_weights(folder)
+    _check_targets(model, config, folder)
+    with torch.random.fork_rng(), quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config.inference_mode = True
+        try:
+            wrapped = get_peft_model(model, config)
+        except ValueError as error:
+            reason = str(error).partition("\n")[0]
+            raise CheckpointError(f"{folder}: adapter does not fit the model ({reason})") from None
+        _check_same(folder, weights, _adapter_state(wrapped))
+        set_peft_model_state_dict(wrapped, weights)
+    wrapped.eval()
+    return wrapped
+
+
+def read_adapter_config(folder: Path) -> Any:
+    """Return the LoraConfig of an adapter folder; CheckpointError if there is none."""
+    from peft import LoraConfig, PeftConfig
+
+    try:
+        content = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        if content.get("peft_type") != "LORA":
+            raise CheckpointError(
+                f"{folder}: adapter of type '{content.get('peft_type')}'; only LORA is readable"
+            )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            config = PeftConfig.from_pretrained(str(folder))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{folder / CONFIG_FILE}: cannot be read ({error}); give the folder of an adapter"
+        ) from None
+    if not isinstance(config, LoraConfig):
+        raise CheckpointError(f"{folder}: not a LoRA adapter; only LORA is readable")
+    return config
+
+
+def read_adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of an adapter folder; CheckpointError if they cannot be read."""
+    file = folder / WEIGHTS_FILE
+    try:
+        return load_tensors(file)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{file}: cannot be read ({error}); export the adapter again"
+        ) from None
+
+
+def _adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    from peft import get_peft_model_state_dict
+
+    # "auto" would ask the hub whether the vocabulary was resized; here it never is
+    state: dict[str, torch.Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return state
+
+
+def _targets(model: nn.Module, lora: LoraSection) -> list[str]:
+    names = linear_names(model)
+    leaves = sorted({name.rpartition(".")[2] for name in names})
+    if lora.targets == "all-linear":
+        reached = [n for n, _ in model.named_modules() if n.rpartition(".")[2] in leaves]
+        return leaves if set(reached) == set(names) else names
+    modules = [name for name, _ in model.named_modules()]
+    for target in lora.targets:
+        if not any(_ends_with(name, target) for name in modules):
+            raise RecipeError(
+                f"lora.targets: the model has no layer '{target}'; its linear layers are "
+                f"{', '.join(leaves)}"
+            )
+    return list(lora.targets)
+
+
+def _modules_to_save(model: nn.Module, lora: LoraSection) -> list[str]:
+    modules = [name for name, _ in model.named_modules()]
+    for wanted in lora.modules_to_save:
+        if not any(_ends_with(name, wanted) for name in modules):
+            raise RecipeError(
+                f"lora.modules_to_save: the model has no module '{wanted}'; "
+                "embed_tokens and lm_head are the usual ones"
+            )
+    return list(lora.modules_to_save)
+
+
+def _check_targets(model: nn.Module, config: Any, folder: Path) -> None:
+    if isinstance(config.target_modules, str):  # a pattern; PEFT fails if nothing matches it
+        return
+    modules = [name for name, _ in model.named_modules()]
+    for target in sorted(config.target_modules or ()):
+        if not any(_ends_with(name, target) for name in modules):
+            raise CheckpointError(
+                f"{folder}: adapter target '{target}' is not in the model; "
+                "load the adapter onto the base model that it was trained on"
+            )
+
+
+def _check_same(
+    folder: Path, saved: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
+) -> None:
+    wrong = sorted(set(saved) ^ set(expected)) or sorted(
+        name for name, tensor in saved.items() if tensor.shape != expected[name].shape
+    )
+    if wrong:
+        where = "file" if wrong[0] in saved else "model"
+        raise CheckpointError(
+            f"{folder}: {len(wrong)} adapter tensors differ between file and model, first "
+            f"'{wrong[0]}' of the {where}; load the adapter onto the base model that it was "
+            "trained on"
+        )
+
+
+def _ends_with(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def _plain(value: Any) -> Any:
+    """Turn sets into sorted lists and enums into texts: the same file at each run."""
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    return getattr(value, "value", value)

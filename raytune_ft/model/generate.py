@@ -1,0 +1,181 @@
+"""Generation: prompt ids in, new ids out one by one, with a key-value cache.
+
+An own loop of one page, because an answer must stop within one token when nobody reads it any
+more, and because each request brings its own random state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from raytune_ft.errors import RecipeError
+from raytune_ft.model.loss import causal_model
+
+
+def stream_ids(
+    model: nn.Module,
+    prompt_ids: Sequence[int],
+    *,
+    stop_ids: Collection[int],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int | None = None,
+    cancelled: Callable[[], bool] | None = None,
+    repetition_penalty: float = 1.0,
+) -> Iterator[int]:
+    """Yield new token ids; a stop id ends the answer and is not yielded.
+
+    Args:
+        model: a causal language model, quantised or not, with or without an adapter.
+        prompt_ids: at least one id.
+        stop_ids: ids that end the answer.
+        max_new_tokens: ids at most; the model's context may end the answer earlier.
+        temperature: 0 takes the likeliest token; else logits are divided by it.
+        top_p: keep the likeliest tokens up to this share of probability; 1 keeps all.
+        top_k: keep this many tokens; 0 keeps all.
+        seed: of this answer's own random state; none: a fresh one.
+        cancelled: asked before each token.
+        repetition_penalty: above 1 makes tokens that occurred less likely.
+
+    Raises:
+        RecipeError: the prompt is empty or longer than the model's context.
+    """
+    room = _room(model, len(prompt_ids))
+    # checks run at the call, not at the first token
+    return _stream(
+        model,
+        list(prompt_ids),
+        frozenset(stop_ids),
+        min(max_new_tokens, room),
+        _Sampler(_device(model), temperature, top_p, top_k, seed, repetition_penalty),
+        cancelled or _never,
+    )
+
+
+class _Sampler:
+    """Choose a token from logits, with transformers' own processors."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        temperature: float,
+        top_p: float,
+        top_k: int,
+        seed: int | None,
+        repetition_penalty: float,
+    ) -> None:
+        from transformers import (
+            LogitsProcessorList,
+            RepetitionPenaltyLogitsProcessor,
+            TemperatureLogitsWarper,
+            TopKLogitsWarper,
+            TopPLogitsWarper,
+        )
+
+        self.greedy = temperature <= 0.0
+        self.processors: Any = LogitsProcessorList()
+        if repetition_penalty != 1.0:
+            self.processors.append(RepetitionPenaltyLogitsProcessor(repetition_penalty))
+        if self.greedy:
+            return
+        self.processors.append(TemperatureLogitsWarper(float(temperature)))
+        if top_k > 0:
+            self.processors.append(TopKLogitsWarper(top_k))
+        if top_p < 1.0:
+            self.processors.append(TopPLogitsWarper(top_p))
+        self.generator = torch.Generator(device)
+        if seed is None:
+            self.generator.seed()
+        else:
+            self.generator.manual_seed(seed)
+
+    def choose(self, seen: torch.Tensor, logits: torch.Tensor) -> int:
+        """Return the next id for `seen` (1, n) and `logits` (1, V)."""
+        scores = self.processors(seen, logits.float())
+        if self.greedy:
+            return int(scores.argmax(-1))
+        probabilities = scores.softmax(-1)
+        return int(torch.multinomial(probabilities, 1, generator=self.generator))
+
+
+def _stream(
+    model: nn.Module,
+    prompt_ids: list[int],
+    stop_ids: frozenset[int],
+    limit: int,
+    sampler: _Sampler,
+    cancelled: Callable[[], bool],
+) -> Iterator[int]:
+    from transformers import DynamicCache
+
+    device = _device(model)
+    cache = DynamicCache(config=causal_model(model).config)
+    seen = torch.tensor([prompt_ids], device=device)
+    step = seen
+    training = _training_modules(model)
+    try:
+        for _ in range(limit):
+            if cancelled():
+                return
+            if model.training:  # asked each time: the caller may have trained between two ids
+                model.eval()
+            # not inference_mode: bitsandbytes keeps what it makes, and training needs it later
+            with torch.no_grad():
+                logits = _last_logits(model, step, seen.shape[1], cache)
+                chosen = sampler.choose(seen, logits)
+            if chosen in stop_ids:
+                return
+            step = torch.tensor([[chosen]], device=device)
+            seen = torch.cat([seen, step], dim=1)
+            yield chosen
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _last_logits(
+    model: nn.Module, step: torch.Tensor, n_seen: int, cache: Any
+) -> torch.Tensor:
+    """Run `step` (1, n) at the end of `n_seen` tokens; return the last logits (1, V)."""
+    positions = torch.arange(n_seen - step.shape[1], n_seen, device=step.device).unsqueeze(0)
+    outputs = model(
+        input_ids=step,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    logits: torch.Tensor = outputs.logits[:, -1]
+    return logits
+
+
+def _room(model: nn.Module, n_prompt: int) -> int:
+    if n_prompt == 0:
+        raise RecipeError("prompt: no tokens; give a message")
+    config = causal_model(model).config.get_text_config()
+    context = getattr(config, "max_position_embeddings", None)
+    if context is None:
+        return 2**31
+    if n_prompt > context:
+        raise RecipeError(
+            f"prompt: {n_prompt} tokens, and the model's context is {context}; shorten it"
+        )
+    return int(context) - n_prompt
+
+
+def _training_modules(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if module.training]
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _never() -> bool:
+    return False

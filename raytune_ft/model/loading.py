@@ -1,0 +1,197 @@
+"""Loading: a name or folder in, a frozen language model out. No remote code, nothing printed."""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from raytune_ft.config.schema import ModelSection
+from raytune_ft.errors import MemoryPlanError, ModelError
+from raytune_ft.model import default_model, hub
+from raytune_ft.model.families import Family, detect
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+LFS_POINTER = b"version https://git-lfs"
+LFS_POINTER_BYTES = 1024
+
+Log = Callable[[str], None]
+
+
+def prepare_folder(path: str, log: Log = lambda _line: None) -> Path:
+    """Return the folder of a model, checked; make or fetch it where `path` is a name.
+
+    Args:
+        path: a folder, `smollm2-135m-instruct`, or a hub name such as `org/model`.
+        log: gets a line before anything that takes long.
+
+    Raises:
+        ModelError: one line: no such folder, files missing, or the name cannot be fetched.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_file():
+        raise ModelError(f"{path}: is a file; model.path is the folder with config.json")
+    if not folder.exists():
+        if path == default_model.NAME:
+            folder = default_model.ensure(log)
+        elif HUB_NAME.fullmatch(path):
+            folder = hub.snapshot(path, log)
+        else:
+            raise ModelError(
+                f"{path}: no such folder; model.path is a folder, a hub name such as org/model, "
+                f"or {default_model.NAME}"
+            )
+    config = read_config(folder)
+    detect(config, str(folder / "config.json"))
+    weight_files(folder)
+    return folder.resolve()
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return the content of a model folder's config.json; ModelError if it has none."""
+    file = folder / "config.json"
+    if not file.is_file():
+        hint = "; give its base model's folder" if (folder / "adapter_config.json").exists() else ""
+        raise ModelError(f"{folder}: no config.json, so this is not the folder of a model{hint}")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{file}: not valid JSON ({error}); copy the file again") from None
+    if not isinstance(content, dict):
+        raise ModelError(f"{file}: holds no JSON object; copy the file again")
+    return content
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return a model folder's weight files in order, safetensors before pickled tensors.
+
+    Raises:
+        ModelError: there are none, one is missing, or git fetched pointers instead of them.
+    """
+    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+        index = folder / f"{stem}.{suffix}.index.json"
+        if index.is_file():
+            names = sorted(
+                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            )
+        elif (folder / f"{stem}.{suffix}").is_file():
+            names = [f"{stem}.{suffix}"]
+        else:
+            continue
+        return [_checked(folder / Path(name).name) for name in names]
+    raise ModelError(
+        f"{folder}: no weights; model.safetensors or model.safetensors.index.json is needed"
+    )
+
+
+def compute_dtype(section: ModelSection, device: torch.device) -> torch.dtype:
+    """Return the type in which the model computes; see ModelSection.dtype."""
+    if section.dtype != "auto":
+        dtype: torch.dtype = getattr(torch, section.dtype)
+        return dtype
+    # bfloat16 without hardware for it is 20 times slower than float32
+    capable = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if capable else torch.float32
+
+
+def load_model(folder: Path, section: ModelSection, device: torch.device) -> PreTrainedModel:
+    """Load a model folder onto a device, frozen, quantised as `section` asks.
+
+    Raises:
+        ModelError: files and network do not fit each other tensor by tensor.
+        MemoryPlanError: the weights do not fit into the device's memory.
+    """
+    config_json = read_config(folder)
+    family = detect(config_json, str(folder / "config.json"))
+    weight_files(folder)
+    config = family.translate(config_json)
+    network = family.network(config)
+    with quiet():
+        try:
+            model, info = network.from_pretrained(
+                folder,
+                config=config,
+                dtype=compute_dtype(section, device),
+                attn_implementation="sdpa" if network._supports_sdpa else "eager",
+                quantization_config=_quantization(section, device),
+                device_map={"": device},
+                output_loading_info=True,
+                local_files_only=True,
+            )
+        except torch.OutOfMemoryError:
+            raise MemoryPlanError(
+                f"{folder}: the weights do not fit on {device}; set model.quantization: nf4"
+            ) from None
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise ModelError(f"{folder}: cannot be loaded ({reason})") from error
+    _check_keys(folder, family, info)
+    gc.collect()  # the loader leaves a copy of the weights in reference cycles
+    model.requires_grad_(False)
+    frozen: PreTrainedModel = model
+    return frozen
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep progress bars and warnings of the model libraries off the screen."""
+    from transformers.utils import logging as transformers_logging
+
+    level = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _quantization(section: ModelSection, device: torch.device) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if section.quantization == "nf4":
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=section.double_quant,
+            bnb_4bit_compute_dtype=compute_dtype(section, device),
+        )
+    return BitsAndBytesConfig(load_in_8bit=True) if section.quantization == "int8" else None
+
+
+def _check_keys(folder: Path, family: Family, info: Mapping[str, Any]) -> None:
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        names = sorted(str(n[0] if isinstance(n, tuple) else n) for n in info.get(kind) or ())
+        wrong = [name for name in names if not name.endswith(family.spare_keys)]
+        if wrong:
+            what = kind.removesuffix("_keys")
+            raise ModelError(
+                f"{folder}: {len(wrong)} {what} tensors, first '{wrong[0]}'; "
+                "config.json and weights belong to different models, or a file is incomplete"
+            )
+
+
+def _checked(file: Path) -> Path:
+    if not file.is_file():
+        raise ModelError(f"{file}: missing; the index beside it names it; copy it from the source")
+    if file.stat().st_size < LFS_POINTER_BYTES:
+        with file.open("rb") as content:
+            if content.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise ModelError(
+                    f"{file}: a git-lfs pointer instead of the weights; run 'git lfs pull' there"
+                )
+    return file

@@ -1,0 +1,44 @@
+"""Parts of the data tests: a tokenizer without a model, and rows on disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import settings
+
+from raytune_ft.data.tokenizer import TextTokenizer
+from tests.conftest import make_tokenizer
+
+# Timings on a shared machine say nothing about correctness.
+settings.register_profile("data", deadline=None, max_examples=50)
+settings.load_profile("data")
+
+GOLDEN = Path(__file__).resolve().parent.parent / "golden"
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    make_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_folder: Path) -> TextTokenizer:
+    return TextTokenizer.from_folder(tokenizer_folder)
+
+
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def chat(*texts: str, system: str = "") -> list[dict[str, str]]:
+    """Make a conversation: question, answer, question, ..."""
+    first = [{"role": "system", "content": system}] if system else []
+    roles = ("user", "assistant")
+    return [*first, *({"role": roles[i % 2], "content": t} for i, t in enumerate(texts))]

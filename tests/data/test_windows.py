@@ -1,0 +1,176 @@
+"""Windows: what is counted, what is dropped and why, and one pack sequence from any position."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from raytune_ft.config.schema import DataSection
+from raytune_ft.data.encode import IGNORE_INDEX
+from raytune_ft.data.packing import Pack, Plan, Position
+from raytune_ft.data.sources import RowSource, open_sources
+from raytune_ft.data.tokenizer import TextTokenizer
+from raytune_ft.data.windows import (
+    Encoder,
+    Measurement,
+    add_report,
+    iter_packs,
+    measure_rows,
+    new_report,
+)
+from raytune_ft.errors import DataError
+from tests.conftest import ROOT, write_chats
+from tests.data.conftest import chat, write_jsonl
+
+REAL = ROOT.parent / "shared" / "data" / "openassistant-guanaco"
+
+
+def open_rows(
+    path: Path, tokenizer: TextTokenizer, **data: Any
+) -> tuple[RowSource, Encoder, DataSection]:
+    source = {"path": str(path), **data.pop("source", {})}
+    section = DataSection.model_validate({"sources": [source], "max_length": 128, **data})
+    return open_sources(section, 1), Encoder(tokenizer, "tokenizer", section), section
+
+
+def measured(source: RowSource, encoder: Encoder) -> Measurement:
+    return measure_rows(source, encoder, np.arange(len(source)))
+
+
+def fingerprint(item: tuple[Position, Pack]) -> tuple[object, ...]:
+    """Compare packs by all their values."""
+    position, pack = item
+    arrays = (pack.input_ids, pack.labels, pack.position_ids, pack.cu_seqlens, pack.row_ids)
+    return (position, *(array.tobytes() for array in arrays))
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Path:
+    """Rows of every fate."""
+    long_question, long_answer = "stone " * 60, "river " * 60
+    rows: list[dict[str, Any]] = [
+        {"messages": chat("Q", "A")},
+        {"messages": chat("Q", " ")},
+        {"messages": chat(long_question, "A")},
+        {"messages": chat("Q", long_answer)},
+        {"messages": chat("Q")},
+        {"texts": "x"},
+    ]
+    return write_jsonl(tmp_path / "mixed.jsonl", rows * 7)
+
+
+def test_every_row_is_used_or_counted_with_its_reason(
+    mixed: Path, tokenizer: TextTokenizer
+) -> None:
+    source, encoder, _ = open_rows(mixed, tokenizer, on_bad_row="skip")
+    got = measured(source, encoder)
+    assert got.lengths.reshape(7, 6).all(axis=0).tolist() == [
+        True,
+        False,
+        False,
+        True,
+        False,
+        False,
+    ]
+    assert (got.lengths[3], got.lengths.max()) == (128, 128)
+    report = got.report
+    assert report["dropped"] == {"empty": 7, "without a trained token": 7, "unusable": 14}
+    assert (report["rows"], report["used"], report["cut"]) == (42, 14, 7)
+    assert report["used"] + sum(report["dropped"].values()) == report["rows"]
+    assert report["tokens"] == got.lengths.sum()
+    assert report["targets"] == got.targets.sum()
+    assert report["places"]["empty"] == [f"{mixed}:{line}" for line in (2, 8, 14, 20, 26)]
+    assert report["places"]["unusable"][0].startswith(f"{mixed}:5: ")
+
+
+def test_reports_of_parts_add_up_to_that_of_the_whole(
+    mixed: Path, tokenizer: TextTokenizer
+) -> None:
+    source, encoder, _ = open_rows(mixed, tokenizer, on_bad_row="skip")
+    total = new_report()
+    for rows in np.array_split(np.arange(42), 5):
+        add_report(total, measure_rows(source, encoder, rows).report)
+    assert total == measured(source, encoder).report
+
+
+def test_long_rows_are_dropped_or_refused_as_asked(mixed: Path, tokenizer: TextTokenizer) -> None:
+    source, encoder, _ = open_rows(mixed, tokenizer, on_bad_row="skip", over_length="drop")
+    assert measured(source, encoder).report["dropped"]["over max_length"] == 14
+    source, encoder, _ = open_rows(mixed, tokenizer, on_bad_row="skip", over_length="error")
+    with pytest.raises(DataError, match=r"mixed\.jsonl:3: \d+ tokens, data\.max_length is 128"):
+        measured(source, encoder)
+
+
+def test_the_first_bad_row_stops_by_default(mixed: Path, tokenizer: TextTokenizer) -> None:
+    source, encoder, _ = open_rows(mixed, tokenizer)
+    with pytest.raises(DataError, match=r"mixed\.jsonl:5: column 'messages' ends with role 'user'"):
+        measured(source, encoder)
+
+
+@pytest.mark.parametrize("changes", [{}, {"pack": False}, {"shuffle_before_pack": False}])
+def test_two_epochs_hold_every_row_twice_with_its_own_tokens(
+    chats: Path, tokenizer: TextTokenizer, changes: dict[str, Any]
+) -> None:
+    source, encoder, section = open_rows(chats, tokenizer, window=16, **changes)
+    plan = Plan(measured(source, encoder).lengths, section, 5)
+    packs = [pack for _, pack in iter_packs(source, encoder, plan, epochs=2)]
+    assert len(packs) == plan.total_packs(2)
+    assert Counter(int(row) for pack in packs for row in pack.row_ids) == dict.fromkeys(
+        range(40), 2
+    )
+    for pack in packs:
+        for sample, row in enumerate(pack.row_ids):
+            start, end = pack.cu_seqlens[sample : sample + 2]
+            alone = encoder.encode(source.rows([row])[0], None, "row")
+            assert alone is not None
+            assert pack.input_ids[start:end].tolist() == alone.input_ids.tolist()
+            assert pack.labels[start:end].tolist() == alone.labels.tolist()
+            assert pack.labels[start] == IGNORE_INDEX
+
+
+def test_any_position_goes_on_as_the_whole_would(chats: Path, tokenizer: TextTokenizer) -> None:
+    source, encoder, section = open_rows(chats, tokenizer, window=16)
+    plan = Plan(measured(source, encoder).lengths, section, 5)
+    whole = [fingerprint(item) for item in iter_packs(source, encoder, plan, epochs=3)]
+    assert whole[-1][0] == Position(3, 0, 0)
+    for done, (position, *_) in enumerate(whole, start=1):
+        assert isinstance(position, Position)
+        rest = iter_packs(source, encoder, plan, position, epochs=3)
+        assert [fingerprint(item) for item in rest] == whole[done:]
+
+
+def test_without_an_end_the_epochs_go_on(chats: Path, tokenizer: TextTokenizer) -> None:
+    source, encoder, section = open_rows(chats, tokenizer)
+    plan = Plan(measured(source, encoder).lengths, section, 5)
+    count = plan.total_packs(4) + 1
+    last = list(islice(iter_packs(source, encoder, plan), count))[-1]
+    assert last[0].epoch == 4
+
+
+def test_a_file_that_changed_since_it_was_counted_is_noticed(
+    tmp_path: Path, tokenizer: TextTokenizer
+) -> None:
+    path = write_chats(tmp_path / "a.jsonl", 5)
+    source, encoder, section = open_rows(path, tokenizer)
+    plan = Plan(measured(source, encoder).lengths, section, 5)
+    path.write_text(path.read_text().replace("red", "ten", 1).replace("question 0", "question"))
+    with pytest.raises(DataError, match="changed since the rows were counted"):
+        list(iter_packs(source, encoder, plan, epochs=1))
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the real data set is not on this machine")
+def test_real_dialogues_are_used_whole(tokenizer: TextTokenizer) -> None:
+    source, encoder, section = open_rows(
+        REAL, tokenizer, source={"map": "oasst1_map_fn", "limit": 200}, max_length=8192
+    )
+    got = measured(source, encoder)
+    assert got.report["rows"] == 200
+    assert got.report["used"] >= 198
+    plan = Plan(got.lengths, section, 1)
+    packed = [pack for _, pack in iter_packs(source, encoder, plan, epochs=1)]
+    assert sum(len(pack.input_ids) for pack in packed) == got.report["tokens"]
