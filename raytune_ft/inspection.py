@@ -16,12 +16,12 @@ from rich.table import Table
 from rich.text import Text
 
 from raytune_ft import survey
+from raytune_ft.chat.text import printable
 from raytune_ft.config.schema import Recipe
 from raytune_ft.data import formats, sources
 from raytune_ft.data.encode import IGNORE_INDEX, Example
 from raytune_ft.data.tokenizer import TextTokenizer
 from raytune_ft.data.windows import Encoder, Report
-from raytune_ft.entry import tell
 from raytune_ft.errors import DataError, MemoryPlanError
 from raytune_ft.model import loading
 
@@ -76,7 +76,7 @@ def plan_recipe(recipe: Recipe, gpu_memory: str | None = None) -> PlanReport:
 
 
 def print_plan(recipe: Recipe, gpu_memory: str | None = None, *, as_json: bool = False) -> int:
-    """Print the plan; return 0, or 4 after a line on stderr if it does not fit the memory."""
+    """Print the plan and return 0; MemoryPlanError after it if it does not fit `gpu_memory`."""
     report = plan_recipe(recipe, gpu_memory)
     if as_json:
         print(json.dumps(report.to_json(), ensure_ascii=False, indent=2))
@@ -86,8 +86,7 @@ def print_plan(recipe: Recipe, gpu_memory: str | None = None, *, as_json: bool =
         for note in report.notes:
             console.print(Text(f"note: {note}"))
     if report.memory is not None and report.memory.fits is False:
-        tell(shortage(report.memory))
-        return MemoryPlanError.exit_code
+        raise MemoryPlanError(shortage(report.memory))
     return 0
 
 
@@ -108,9 +107,12 @@ def _plan_rows(recipe: Recipe, report: PlanReport) -> Iterator[tuple[str, str]]:
     yield "data", ", ".join(source.path for source in recipe.data.sources)
     if report.rows is not None:
         yield from _count_rows(report.rows, recipe.data.max_length, report.packs, report.density)
-    yield "batch", (
-        f"{recipe.global_batch_size} packs per step = {train.micro_batch_size} per pass"
-        f" x {train.accumulation} passes x {recipe.run.workers} workers"
+    yield (
+        "batch",
+        (
+            f"{recipe.global_batch_size} packs per step = {train.micro_batch_size} per pass"
+            f" x {train.accumulation} passes x {recipe.run.workers} workers"
+        ),
     )
     steps = "unknown until all rows are here" if report.steps is None else f"{report.steps:,}"
     yield "steps", f"{steps} in {train.epochs} epochs"
@@ -185,9 +187,7 @@ def inspect_recipe(recipe: Recipe, rows: int = 3) -> None:
     _show_counts(console, recipe, folder, tokenizer)
 
 
-def _show_row(
-    console: Console, opened: sources.RowSource, number: int, encoder: Encoder
-) -> bool:
+def _show_row(console: Console, opened: sources.RowSource, number: int, encoder: Encoder) -> bool:
     """Print one row; False if it has nothing to show."""
     where, map_name, data = opened.where(number), opened.map_of(number), encoder.data
     try:
@@ -239,17 +239,7 @@ def stretches(
         start = end
 
 
-def printable(text: str) -> str:
-    """Show control characters of a row as escapes, so that data cannot steer the terminal."""
-    return "".join(
-        char if char.isprintable() or char in "\n\t" else char.encode("unicode_escape").decode()
-        for char in text
-    )
-
-
-def _show_counts(
-    console: Console, recipe: Recipe, folder: Path, tokenizer: TextTokenizer
-) -> None:
+def _show_counts(console: Console, recipe: Recipe, folder: Path, tokenizer: TextTokenizer) -> None:
     found = survey.Survey(recipe, folder, tokenizer, None)
     survey.count_rows(found)
     table = Table(show_header=False, box=None, pad_edge=False)

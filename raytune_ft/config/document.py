@@ -122,6 +122,7 @@ class _Reader:
             return self._mapping(node, path)
         if isinstance(node, yaml.SequenceNode):
             return [self.value(item, (*path, i)) for i, item in enumerate(node.value)]
+        assert isinstance(node, yaml.ScalarNode)  # noqa: S101  YAML has three kinds of nodes
         return self._scalar(node)
 
     def _mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[str, Any]:
@@ -142,7 +143,7 @@ class _Reader:
                 content[key] = self.value(value_node, (*path, key))
         return content
 
-    def _scalar(self, node: yaml.Node) -> Any:
+    def _scalar(self, node: yaml.ScalarNode) -> Any:
         if node.tag not in _SCALARS:
             if node.tag.startswith("tag:yaml.org,2002:") and not node.style:
                 return node.value  # dates and the like are words here

@@ -56,15 +56,18 @@ def _real_path(loc: tuple[str | int, ...], content: Any) -> tuple[KeyPath, KeyPa
     path: list[str | int] = []
     here = content
     for i, part in enumerate(loc):
-        if isinstance(here, dict) and part in here:
-            here = here[part]
-        elif isinstance(here, list) and isinstance(part, int) and part < len(here):
-            here = here[part]
-        else:
+        if not _has(here, part):
             rest = loc[i:]
             return tuple(path), rest if len(rest) == 1 and _is_field(path, rest[0]) else ()
+        here = here[part]
         path.append(part)
     return tuple(path), ()
+
+
+def _has(here: Any, part: str | int) -> bool:
+    if isinstance(here, list):
+        return isinstance(part, int) and part < len(here)
+    return isinstance(here, dict) and part in here
 
 
 def _is_field(path: list[str | int], name: str | int) -> bool:

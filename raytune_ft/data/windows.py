@@ -206,9 +206,12 @@ def _planned(
     row: DataRow | DataError, number: int, source: RowSource, encoder: Encoder, plan: Plan
 ) -> Example:
     where = source.where(number)
-    if isinstance(row, DataError):
-        raise row
-    example = encoder.encode(row, source.map_of(number), where)
+    try:
+        if isinstance(row, DataError):
+            raise row
+        example = encoder.encode(row, source.map_of(number), where)
+    except DataError:
+        example = None  # it could be used when it was counted
     if example is None or len(example.input_ids) != plan.lengths[number]:
         raise DataError(f"{where}: changed since the rows were counted; start the run again")
     return example

@@ -82,9 +82,8 @@ def test_many_lengths_are_packed_in_seconds() -> None:
 
 
 def test_an_order_is_a_permutation_that_seed_and_epoch_decide() -> None:
-    orders = [
-        epoch_order(50, seed, epoch, True) for seed, epoch in ((1, 0), (1, 0), (1, 1), (2, 0))
-    ]
+    pairs = ((1, 0), (1, 0), (1, 1), (2, 0))
+    orders = [epoch_order(50, seed, epoch, True) for seed, epoch in pairs]
     assert all(sorted(order) == list(range(50)) for order in orders)
     assert np.array_equal(orders[0], orders[1])
     assert not np.array_equal(orders[0], orders[2])

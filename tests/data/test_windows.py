@@ -52,7 +52,7 @@ def fingerprint(item: tuple[Position, Pack]) -> tuple[object, ...]:
 @pytest.fixture
 def mixed(tmp_path: Path) -> Path:
     """Rows of every fate."""
-    long_question, long_answer = "stone " * 60, "river " * 60
+    long_question, long_answer = "stone " * 160, "river " * 160
     rows: list[dict[str, Any]] = [
         {"messages": chat("Q", "A")},
         {"messages": chat("Q", " ")},
@@ -69,14 +69,8 @@ def test_every_row_is_used_or_counted_with_its_reason(
 ) -> None:
     source, encoder, _ = open_rows(mixed, tokenizer, on_bad_row="skip")
     got = measured(source, encoder)
-    assert got.lengths.reshape(7, 6).all(axis=0).tolist() == [
-        True,
-        False,
-        False,
-        True,
-        False,
-        False,
-    ]
+    used = [True, False, False, True, False, False]
+    assert (got.lengths > 0).tolist() == used * 7
     assert (got.lengths[3], got.lengths.max()) == (128, 128)
     report = got.report
     assert report["dropped"] == {"empty": 7, "without a trained token": 7, "unusable": 14}
@@ -120,9 +114,8 @@ def test_two_epochs_hold_every_row_twice_with_its_own_tokens(
     plan = Plan(measured(source, encoder).lengths, section, 5)
     packs = [pack for _, pack in iter_packs(source, encoder, plan, epochs=2)]
     assert len(packs) == plan.total_packs(2)
-    assert Counter(int(row) for pack in packs for row in pack.row_ids) == dict.fromkeys(
-        range(40), 2
-    )
+    seen = Counter(int(row) for pack in packs for row in pack.row_ids)
+    assert seen == dict.fromkeys(range(40), 2)
     for pack in packs:
         for sample, row in enumerate(pack.row_ids):
             start, end = pack.cu_seqlens[sample : sample + 2]
