@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from raytune_ft import survey
@@ -67,6 +66,8 @@ def plan_recipe(recipe: Recipe, gpu_memory: str | None = None) -> PlanReport:
     found = survey.survey(recipe)
     memory = survey.memory_of(found, available)
     notes = list(found.notes)
+    if memory is not None and available is None and "GPU context" not in memory.parts:
+        notes.append("memory: on this machine's CPU; predict for a GPU with --gpu-memory 8GiB")
     if memory is None:
         notes.append("memory: not predicted, since the model's config.json is not here")
     rows = found.counted
@@ -81,23 +82,18 @@ def print_plan(recipe: Recipe, gpu_memory: str | None = None, *, as_json: bool =
     if as_json:
         print(json.dumps(report.to_json(), ensure_ascii=False, indent=2))
     else:
-        console = Console(highlight=False, soft_wrap=True)
-        console.print(plan_table(recipe, report))
-        for note in report.notes:
-            console.print(Text(f"note: {note}"))
+        print_pairs([*_plan_rows(recipe, report), *(("note", note) for note in report.notes)])
     if report.memory is not None and report.memory.fits is False:
         raise MemoryPlanError(shortage(report.memory))
     return 0
 
 
-def plan_table(recipe: Recipe, report: PlanReport) -> Table:
-    """Lay out a plan in two columns."""
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in _plan_rows(recipe, report):
-        table.add_row(Text(name, style="bold"), Text(value))
-    return table
+def print_pairs(pairs: Iterable[tuple[str, str]]) -> None:
+    """Print names and values in two columns, each pair on one line."""
+    console, lines = Console(highlight=False, soft_wrap=True), list(pairs)
+    width = max((len(name) for name, _ in lines), default=0)
+    for name, value in lines:
+        console.print(Text.assemble((name.ljust(width + 2), "bold"), value))
 
 
 def _plan_rows(recipe: Recipe, report: PlanReport) -> Iterator[tuple[str, str]]:
@@ -114,8 +110,10 @@ def _plan_rows(recipe: Recipe, report: PlanReport) -> Iterator[tuple[str, str]]:
             f" x {train.accumulation} passes x {recipe.run.workers} workers"
         ),
     )
-    steps = "unknown until all rows are here" if report.steps is None else f"{report.steps:,}"
-    yield "steps", f"{steps} in {train.epochs} epochs"
+    if report.steps is None:
+        yield "steps", f"{train.epochs} epochs; their steps are known when all rows are here"
+    else:
+        yield "steps", f"{report.steps:,} in {train.epochs} epochs"
     if report.memory is not None:
         yield from memory_rows(report.memory)
 
@@ -184,7 +182,7 @@ def inspect_recipe(recipe: Recipe, rows: int = 3) -> None:
         if shown == rows:
             break
         shown += _show_row(console, opened, number, encoder)
-    _show_counts(console, recipe, folder, tokenizer)
+    _show_counts(recipe, folder, tokenizer)
 
 
 def _show_row(console: Console, opened: sources.RowSource, number: int, encoder: Encoder) -> bool:
@@ -239,17 +237,13 @@ def stretches(
         start = end
 
 
-def _show_counts(console: Console, recipe: Recipe, folder: Path, tokenizer: TextTokenizer) -> None:
+def _show_counts(recipe: Recipe, folder: Path, tokenizer: TextTokenizer) -> None:
     found = survey.Survey(recipe, folder, tokenizer, None)
     survey.count_rows(found)
-    table = Table(show_header=False, box=None, pad_edge=False)
-    rows = found.counted
+    rows, pairs = found.counted, list[tuple[str, str]]()
     if rows is not None:
-        for line in _count_rows(rows.report, recipe.data.max_length, rows.packs, rows.density):
-            table.add_row(*map(Text, line))
-    console.print(table)
-    for note in found.notes:
-        console.print(Text(f"note: {note}"))
+        pairs += _count_rows(rows.report, recipe.data.max_length, rows.packs, rows.density)
+    print_pairs([*pairs, *(("note", note) for note in found.notes)])
 
 
 def _say(line: str) -> None:

@@ -204,14 +204,19 @@ def counted(measured: Measurement, recipe: Recipe, *, complete: bool) -> Counted
     plan = Plan(measured.lengths, recipe.data, recipe.train.seed)
     packs = plan.n_packs(0)
     if packs == 0:
-        report = measured.report
-        raise DataError(
-            f"data.sources: none of {report['rows']} rows can be trained on; "
-            f"dropped: {report['dropped']}"
-        )
+        raise DataError(nothing_left(measured.report))
     density = measured.report["tokens"] / (packs * recipe.data.max_length)
     steps = count_steps(plan, recipe) if complete else None
     return Counted(measured.report, packs, steps, density)
+
+
+def nothing_left(report: Report) -> str:
+    """Say why there is no row to train on, naming the first of each reason."""
+    reasons = (
+        f"{count} {reason} ({report['places'].get(reason, ['?'])[0]})"
+        for reason, count in report["dropped"].items()
+    )
+    return f"data.sources: none of {report['rows']} rows can be trained on: {', '.join(reasons)}"
 
 
 def count_steps(plan: Plan, recipe: Recipe) -> int:

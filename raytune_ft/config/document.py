@@ -38,6 +38,8 @@ class Document:
     content: Any = None
     lines: dict[KeyPath, int] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    broken: set[KeyPath] = field(default_factory=set)
+    """Keys whose value could not be read; their problem is told already."""
 
     def where(self, path: KeyPath) -> str:
         """Write `my.yaml:7`, the line of the nearest key above if this one has none."""
@@ -113,17 +115,17 @@ class _Reader:
         self.document.lines.setdefault(path, node.start_mark.line + 1)
         if not isinstance(node, yaml.ScalarNode):
             if id(node) in self.seen:
-                self._problem(node, "an alias ('*') repeats a part; write it out instead")
+                self._problem(node, "an alias ('*') repeats a part; write it out instead", path)
                 return None
             self.seen.add(id(node))
             if node.tag not in _COLLECTIONS:
-                self._problem(node, f"the tag '{node.tag}' is not allowed; write a plain value")
+                self._tag_problem(node, path)
         if isinstance(node, yaml.MappingNode):
             return self._mapping(node, path)
         if isinstance(node, yaml.SequenceNode):
             return [self.value(item, (*path, i)) for i, item in enumerate(node.value)]
         assert isinstance(node, yaml.ScalarNode)  # noqa: S101  YAML has three kinds of nodes
-        return self._scalar(node)
+        return self._scalar(node, path)
 
     def _mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[str, Any]:
         content: dict[str, Any] = {}
@@ -143,11 +145,11 @@ class _Reader:
                 content[key] = self.value(value_node, (*path, key))
         return content
 
-    def _scalar(self, node: yaml.ScalarNode) -> Any:
+    def _scalar(self, node: yaml.ScalarNode, path: KeyPath) -> Any:
         if node.tag not in _SCALARS:
             if node.tag.startswith("tag:yaml.org,2002:") and not node.style:
                 return node.value  # dates and the like are words here
-            self._problem(node, f"the tag '{node.tag}' is not allowed; write a plain value")
+            self._tag_problem(node, path)
             return None
         if node.tag.endswith(":str") and not node.style and _EXPONENT.fullmatch(node.value):
             return float(node.value.replace("_", ""))
@@ -156,7 +158,12 @@ class _Reader:
         except (ValueError, OverflowError):
             return node.value
 
-    def _problem(self, node: yaml.Node, text: str) -> None:
+    def _tag_problem(self, node: yaml.Node, path: KeyPath) -> None:
+        self._problem(node, f"the tag '{node.tag}' is not allowed; write a plain value", path)
+
+    def _problem(self, node: yaml.Node, text: str, broken: KeyPath | None = None) -> None:
+        if broken is not None:
+            self.document.broken.add(broken)
         line = f":{node.start_mark.line + 1}" if self.keep_lines else ""
         self.document.problems.append(f"{self.document.source}{line}: {text}")
 

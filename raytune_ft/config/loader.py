@@ -75,10 +75,12 @@ class _Merged:
     content: dict[str, Any] = field(default_factory=dict)
     owners: dict[KeyPath, Document] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    broken: set[KeyPath] = field(default_factory=set)
 
     def add(self, document: Document) -> None:
         """Lay a document over what is there."""
         self.problems += document.problems
+        self.broken |= document.broken
         self._merge(self.content, document.content, (), document)
 
     def _merge(self, below: Any, above: Any, path: KeyPath, document: Document) -> None:
@@ -124,7 +126,7 @@ class _Merged:
             # JSON mode is strict about types, yet takes lists for tuples
             recipe = Recipe.model_validate_json(json.dumps(self.content), strict=True)
         except ValidationError as error:
-            self.problems += problems.explain(error, self.content, self.where)
+            self.problems += problems.explain(error, self.content, self.where, self.broken)
         if not self.problems:
             return recipe
         raise RecipeError("\n".join(sorted(self.problems, key=_line_number)))

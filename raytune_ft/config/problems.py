@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -42,12 +42,16 @@ _BOUNDS = {
 }
 
 
-def explain(error: ValidationError, content: Any, where: Where) -> list[str]:
-    """Return one line per wrong key; the members of a union are one line."""
+def explain(
+    error: ValidationError, content: Any, where: Where, told: Collection[KeyPath] = ()
+) -> list[str]:
+    """Return one line per wrong key, but for those in `told`; a union's members are one line."""
     found: dict[KeyPath, list[Any]] = {}
     for detail in error.errors(include_url=False):
         path, missing = _real_path(detail["loc"], content)
-        found.setdefault((*path, *missing), []).append(detail)
+        whole = (*path, *missing)
+        if not any(whole[:end] in told for end in range(1, len(whole) + 1)):
+            found.setdefault(whole, []).append(detail)
     return [_line(path, details, content, where) for path, details in found.items()]
 
 

@@ -9,6 +9,7 @@ from pydantic import BaseModel
 
 from raytune_ft.config.schema import Recipe, Section
 
+_LINE_ENDS = "\n\r\x85\u2028\u2029"
 WIDTH = 100
 """Columns; a comment that would pass them stands above its field."""
 
@@ -70,8 +71,18 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    style = "|" if "\n" in text else None
+    style = None
+    if any(char in _LINE_ENDS for char in text):
+        style = "|" if _is_block(text) else '"'
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+def _is_block(text: str) -> bool:
+    """Tell whether a text of several lines survives PyYAML's block style unchanged."""
+    lines = text.removesuffix("\n").split("\n")
+    return all(line == line.strip() and line.isprintable() for line in lines) and all(
+        (lines[0], lines[-1])
+    )
 
 
 _Dumper.add_representer(str, _represent_text)

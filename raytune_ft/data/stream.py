@@ -131,7 +131,8 @@ def _run(
         )
 
     with ray.data.DataContext.current(context):
-        # Not ray.data.range: its read tasks want a whole core each, which workers may hold.
+        # from_items makes its blocks here. ray.data.range and from_arrow start tasks of their own
+        # that want a whole core: with less than one free beside the workers, they wait for ever.
         blocks = ray.data.from_arrow([pa.Table.from_pylist([row]) for row in arguments])
         results = blocks.map_batches(
             call,

@@ -139,9 +139,7 @@ def _stream(
             module.training = True
 
 
-def _last_logits(
-    model: nn.Module, step: torch.Tensor, n_seen: int, cache: Any
-) -> torch.Tensor:
+def _last_logits(model: nn.Module, step: torch.Tensor, n_seen: int, cache: Any) -> torch.Tensor:
     """Run `step` (1, n) at the end of `n_seen` tokens; return the last logits (1, V)."""
     positions = torch.arange(n_seen - step.shape[1], n_seen, device=step.device).unsqueeze(0)
     outputs = model(

@@ -9,9 +9,11 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 
 from raytune_ft.config.schema import ModelSection
 from raytune_ft.errors import MemoryPlanError, ModelError
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 LFS_POINTER = b"version https://git-lfs"
 LFS_POINTER_BYTES = 1024
+UNREADABLE = (OSError, ValueError, RuntimeError, KeyError, TypeError, UnpicklingError)
 
 Log = Callable[[str], None]
 
@@ -132,7 +135,7 @@ def load_model(folder: Path, section: ModelSection, device: torch.device) -> Pre
             raise MemoryPlanError(
                 f"{folder}: the weights do not fit on {device}; set model.quantization: nf4"
             ) from None
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
+        except (*UNREADABLE, SafetensorError) as error:
             reason = str(error).strip().partition("\n")[0]
             raise ModelError(f"{folder}: cannot be loaded ({reason})") from error
     _check_keys(folder, family, info)

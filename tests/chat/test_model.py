@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import raytune_ft.chat.model as chat_model
 from raytune_ft.chat import ChatModel, Sampling, open_chat
+from raytune_ft.config.schema import LoraSection, ModelSection
 from raytune_ft.data.encode import IGNORE_INDEX, encode_chat
 from raytune_ft.data.templates import get_template
 from raytune_ft.data.tokenizer import TextTokenizer
+from raytune_ft.model.adapter import attach, load_adapter, save_adapter
+from raytune_ft.model.loading import load_model
 
 CHAT = [
     {"role": "system", "content": "Be kind."},
@@ -135,6 +140,55 @@ def test_the_trained_system_text_is_used_unless_one_is_given(
     own = chat.tokenizer.decode(chat.encode(CHAT[:2]), skip_special_tokens=False)
     assert "Be kind." in own
     assert "Ada" not in own
+
+
+@pytest.fixture(scope="module")
+def trained_run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on an nf4 base, with a real adapter that changes the answers."""
+    run = tmp_path_factory.mktemp("runs") / "ada"
+    run.mkdir()
+    section = ModelSection(path=str(tiny_model), quantization="nf4")
+    model = attach(load_model(tiny_model, section, torch.device("cpu")), LoraSection(r=4), seed=0)
+    torch.manual_seed(0)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.5)
+    save_adapter(model, run / "adapter", str(tiny_model))
+    info = {"name": "ada", "status": "done", "model_folder": str(tiny_model), "system": ""}
+    (run / "run.json").write_text(json.dumps(info))
+    recipe = {"model": section.model_dump(), "data": {"sources": [{"path": "x.jsonl"}]}}
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return run
+
+
+def last_logits(chat: ChatModel) -> torch.Tensor:
+    with torch.no_grad():
+        logits: torch.Tensor = chat.model(
+            input_ids=torch.tensor([chat.encode(ask("red?"))])
+        ).logits[0, -1]
+    return logits
+
+
+def test_a_qlora_run_is_answered_on_the_weights_that_training_saw(
+    trained_run: Path, tiny_model: Path
+) -> None:
+    """Its logits are base + adapter in nf4; 16 bits on request, and then others."""
+    section = ModelSection(path=str(tiny_model), quantization="nf4")
+    base = load_model(tiny_model, section, torch.device("cpu"))
+    expected = load_adapter(base, trained_run / "adapter")
+    expected.eval()
+    chat, whole = open_chat(str(trained_run), device="cpu"), open_chat(str(trained_run), 16, "cpu")
+    kinds = [{type(m).__name__ for m in model.model.modules()} for model in (chat, whole)]
+    assert ["Linear4bit" in kind for kind in kinds] == [True, False]
+    torch.testing.assert_close(last_logits(chat), last_logits(replace(chat, model=expected)))
+    assert not torch.allclose(last_logits(chat), last_logits(whole), atol=1e-3)
+    plain = open_chat(str(tiny_model), 4, "cpu")
+    assert not torch.allclose(last_logits(chat), last_logits(plain), atol=1e-2)
+
+
+def test_the_adapter_folder_of_a_run_is_the_run(trained_run: Path) -> None:
+    run, adapter = (open_chat(str(p), device="cpu") for p in (trained_run, trained_run / "adapter"))
+    assert torch.equal(last_logits(run), last_logits(adapter))
 
 
 def test_trimming_leaves_room_for_an_answer(chat: ChatModel) -> None:

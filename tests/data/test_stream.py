@@ -79,6 +79,31 @@ def test_an_endless_stream_can_be_closed(chats: Path, tokenizer: TextTokenizer) 
     assert ray_library.available_resources()["CPU"] == whole
 
 
+@pytest.mark.timeout(90)
+@pytest.mark.usefixtures("ray")
+def test_half_a_free_core_is_enough(
+    chats: Path, tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training workers hold the rest; a task that wants a whole core would wait for ever."""
+    import ray as ray_library
+
+    from raytune_ft.data import stream
+
+    @ray_library.remote(num_cpus=ray_library.cluster_resources()["CPU"] - 0.5)  # type: ignore[untyped-decorator]
+    class Worker:
+        def ready(self) -> bool:
+            return True
+
+    worker = Worker.remote()
+    assert ray_library.get(worker.ready.remote())
+    source, encoder, section = open_rows(chats, tokenizer, window=16)
+    monkeypatch.setattr(stream, "IN_PROCESS_ROWS", 0)
+    counted = stream.measure(source, encoder)
+    plan = Plan(counted.lengths, section, 5)
+    assert len(list(stream.packs(source, encoder, plan, epochs=1))) == plan.n_packs(0)
+    ray_library.kill(worker)
+
+
 @pytest.mark.usefixtures("ray")
 def test_the_first_bad_row_comes_back_as_it_was_raised(
     tmp_path: Path, tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch

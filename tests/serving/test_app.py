@@ -47,6 +47,7 @@ def test_a_port_in_use_is_refused(tiny_model: Path) -> None:
         serve(str(tiny_model), port=70000)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Ray's own classes
 def test_the_key_itself_never_enters_the_application(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAYTUNE_API_KEY", "canary-key")
     application = build({"path": "x", "gpus": 0})

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator
+from itertools import count
 from typing import Any
 
 import pytest
@@ -40,22 +42,40 @@ def test_concurrent_answers_equal_single_ones(engine: EmbeddedEngine, endless: C
     assert first[-1].finish == "length"
 
 
-def test_more_than_may_wait_are_refused_at_once(engine: EmbeddedEngine) -> None:
+class Forever(ChatModel):
+    """Talks until it is cancelled, so that a place comes free by cancelling or never."""
+
+    def pieces(self, prompt_ids: Any, sampling: Any, cancelled: Any = None) -> Iterator[Piece]:
+        for n_tokens in count(1):
+            if cancelled():
+                return
+            time.sleep(0.002)
+            yield Piece("x", n_tokens)
+
+
+@pytest.fixture
+def busy(endless: ChatModel) -> Iterator[EmbeddedEngine]:
+    engine = EmbeddedEngine(Forever(**vars(endless)), max_waiting=2)
+    yield engine
+    engine.close()
+
+
+def test_more_than_may_wait_are_refused_at_once(busy: EmbeddedEngine) -> None:
     async def overload() -> None:
-        taken = [engine.submit(PROMPT, LONG) for _ in range(3)]
+        taken = [busy.submit(PROMPT, LONG) for _ in range(3)]
         with pytest.raises(EngineBusyError, match="2 requests wait already"):
-            engine.submit(PROMPT, SHORT)
-        for pieces in taken:  # never read
+            busy.submit(PROMPT, SHORT)
+        for left, pieces in enumerate(taken, start=1):  # none was ever read
             await pieces.aclose()
-        await until_free(engine)
-        assert len(await collect(engine.submit(PROMPT, SHORT))) == 7
+            await until_free(busy, in_use=3 - left)
+        assert (await anext(busy.submit(PROMPT, SHORT))).text == "x"
 
     asyncio.run(overload())
 
 
-def test_a_reader_that_leaves_frees_its_place(engine: EmbeddedEngine) -> None:
+def test_a_reader_that_leaves_frees_its_place(busy: EmbeddedEngine) -> None:
     async def leave() -> None:
-        running, waiting = engine.submit(PROMPT, LONG), engine.submit(PROMPT, LONG)
+        running, waiting = busy.submit(PROMPT, LONG), busy.submit(PROMPT, LONG)
         await anext(running)
         queued = asyncio.ensure_future(anext(waiting))
         await asyncio.sleep(0.05)
@@ -63,9 +83,9 @@ def test_a_reader_that_leaves_frees_its_place(engine: EmbeddedEngine) -> None:
         with pytest.raises(asyncio.CancelledError):
             await queued
         del waiting, queued
-        await until_free(engine, in_use=1)
+        await until_free(busy, in_use=1)
         await running.aclose()
-        await until_free(engine)
+        await until_free(busy)
 
     asyncio.run(leave())
 

@@ -143,7 +143,13 @@ def test_shift_enter_starts_a_line_and_enter_sends(scripted: Scripted, open_page
         box.press_sequentially("one")
         box.press("Shift+Enter")
         box.press_sequentially("two")
+        box.evaluate(
+            "box => box.dispatchEvent(new KeyboardEvent('keydown', "
+            "{key: 'Enter', isComposing: true, bubbles: true, cancelable: true}))"
+        )
+        page.wait_for_timeout(200)
         assert scripted.asked == []
+        playwright.expect(box).to_have_value("one\ntwo")
         box.press("Enter")
         answered(page)
         assert scripted.asked == [[{"role": "user", "content": "one\ntwo"}]]
@@ -261,5 +267,6 @@ def test_the_page_of_a_real_endpoint(live: Live, open_page: Any) -> None:
     page = open_page(live.url + "/")
     playwright.expect(page.get_by_role("heading", name=live.model)).to_be_visible()
     say(page, "red river?")
-    page.wait_for_function("document.querySelectorAll('.assistant.writing').length === 0")
+    done = page.locator(".assistant:not(.writing), .user")
+    playwright.expect(done).to_have_count(2, timeout=60_000)
     assert page.get_by_role("alert").count() == 0

@@ -1,0 +1,116 @@
+"""The memory plan: against a measured run, exact counts, and advice that really fits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from raytune_ft.config.schema import LoraSection, ModelSection, Recipe
+from raytune_ft.model.adapter import attach
+from raytune_ft.model.loading import load_model, read_config
+from raytune_ft.model.memory import plan_memory, trained_parameters
+
+INTERNLM_7B = {"model_type": "internlm", "bias": True}
+GIB = 2**30
+
+
+def recipe(**changes: dict[str, Any]) -> Recipe:
+    """The measured run: QLoRA r=64, 2048 tokens, micro-batch 1, recomputation, no DeepSpeed."""
+    values: dict[str, dict[str, Any]] = {
+        "model": {"path": "x", "quantization": "nf4", "gradient_checkpointing": True},
+        "lora": {"r": 64, "dropout": 0.0},
+        "data": {"sources": [{"path": "a.jsonl"}], "max_length": 2048},
+        "train": {"deepspeed": "none", "optimizer": "paged_adamw_32bit", "micro_batch_size": 1},
+    }
+    return Recipe.model_validate({k: v | changes.get(k, {}) for k, v in values.items()})
+
+
+def test_the_measured_7b_run() -> None:
+    """8.89 GB were allocated at the peak by transformers, peft and bitsandbytes on one H200."""
+    plan = plan_memory(recipe(), INTERNLM_7B, 80 * GIB)
+    allocated = plan.total - plan.parts["GPU context"]
+    assert allocated == pytest.approx(8.89e9, rel=0.2)
+    assert plan.counts.trained == 159_907_840
+    assert plan.counts.total == 7_321_948_160  # with biases and norms, counted by hand
+    assert plan.fits is True
+    assert plan.advice == []
+
+
+def test_without_recomputation_activations_rule() -> None:
+    kept = plan_memory(recipe(model={"gradient_checkpointing": False}), INTERNLM_7B, 80 * GIB)
+    again = plan_memory(recipe(), INTERNLM_7B, 80 * GIB)
+    assert kept.parts["activations"] > 10 * again.parts["activations"]
+
+
+def test_counts_are_those_of_the_loaded_model(tiny_model: Path) -> None:
+    section = ModelSection(path=str(tiny_model))
+    small = recipe(lora={"r": 4, "use_dora": True, "targets": ["q_proj", "down_proj"]})
+    model = attach(load_model(tiny_model, section, torch.device("cpu")), small.lora, 0)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    config = read_config(tiny_model)
+    assert trained_parameters(small, config) == trained
+    plan = plan_memory(small, config, None)
+    assert (
+        plan.counts.total == sum(p.numel() for p in model.get_base_model().parameters()) - trained
+    )
+    assert plan.fits is None
+
+
+def test_modules_to_save_and_full_training_are_counted(tiny_model: Path) -> None:
+    config = read_config(tiny_model)
+    section = ModelSection(path=str(tiny_model))
+    lora = LoraSection(r=2, modules_to_save=["lm_head"])
+    model = attach(load_model(tiny_model, section, torch.device("cpu")), lora, 0)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert trained_parameters(recipe(lora=lora.model_dump()), config) == trained
+    full = recipe(model={"method": "full", "quantization": "none"})
+    assert trained_parameters(full, config) == plan_memory(full, config, None).counts.total
+
+
+ROOMY: dict[str, dict[str, Any]] = {
+    "model": {"quantization": "none", "gradient_checkpointing": False},
+    "data": {"max_length": 4096},
+    "train": {"micro_batch_size": 4, "optimizer": "adamw"},
+}
+
+
+@pytest.mark.parametrize("gib", [4, 8, 12, 16, 24, 40])
+def test_advice_fits_when_followed(gib: int) -> None:
+    """Each line of advice, put into the recipe as it stands there, makes the run fit."""
+    plan = plan_memory(recipe(**ROOMY), INTERNLM_7B, gib * GIB)
+    assert plan.fits is False
+    assert bool(plan.advice) is (gib > 4)
+    for line in plan.advice:
+        changes = {k: dict(v) for k, v in ROOMY.items()}
+        for part in line.replace(" with ", " and ").split(" and "):
+            name, _, value = part.partition(": ")
+            section, _, key = name.partition(".")
+            changes.setdefault(section, {})[key] = {"true": True}.get(value, value)
+        assert plan_memory(recipe(**changes), INTERNLM_7B, gib * GIB).fits, line
+
+
+@settings(max_examples=25, deadline=None)
+@given(length=st.integers(64, 4096), batch=st.integers(1, 8), rank=st.sampled_from([1, 8, 64]))
+def test_more_of_anything_needs_more(length: int, batch: int, rank: int) -> None:
+    config = {
+        "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 500,
+        "intermediate_size": 128, "num_attention_heads": 4,
+    }  # fmt: skip
+
+    def total(length: int, batch: int, rank: int, storage: str) -> int:
+        changed = recipe(
+            model={"quantization": storage}, data={"max_length": length},
+            train={"micro_batch_size": batch}, lora={"r": rank},
+        )  # fmt: skip
+        return plan_memory(changed, config, GIB).total
+
+    base = total(length, batch, rank, "int8")
+    assert base < total(length + 1, batch, rank, "int8")
+    assert base < total(length, batch + 1, rank, "int8")
+    assert base < total(length, batch, rank + 1, "int8")
+    assert total(length, batch, rank, "nf4") < base
