@@ -111,7 +111,7 @@ def _plan_rows(recipe: Recipe, report: PlanReport) -> Iterator[tuple[str, str]]:
         ),
     )
     if report.steps is None:
-        yield "steps", f"{train.epochs} epochs; their steps are known when all rows are here"
+        yield "steps", f"{train.epochs} epochs; steps are known when model and rows are here"
     else:
         yield "steps", f"{report.steps:,} in {train.epochs} epochs"
     if report.memory is not None:

@@ -24,7 +24,8 @@ MAX_BYTES = 1 << 20
 """Longer files are no recipes, but weights or data named by mistake."""
 
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-_EXPONENT = re.compile(r"[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+")
+EXPONENT = re.compile(r"[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+")
+"""Numbers such as `2e-4`, which PyYAML takes for text."""
 _SCALARS = {f"tag:yaml.org,2002:{name}" for name in ("str", "null", "bool", "int", "float")}
 _COLLECTIONS = {f"tag:yaml.org,2002:{name}" for name in ("map", "seq")}
 
@@ -133,7 +134,7 @@ class _Reader:
             key = key_node.value
             if not isinstance(key_node, yaml.ScalarNode) or not isinstance(key, str):
                 self._problem(key_node, "a key must be a word")
-            elif key == "<<":
+            elif key_node.tag == "tag:yaml.org,2002:merge":
                 self._problem(key_node, "merge keys ('<<') are not used; start with 'base:'")
             elif key in content:
                 first = self.document.lines[(*path, key)]
@@ -151,7 +152,7 @@ class _Reader:
                 return node.value  # dates and the like are words here
             self._tag_problem(node, path)
             return None
-        if node.tag.endswith(":str") and not node.style and _EXPONENT.fullmatch(node.value):
+        if node.tag.endswith(":str") and not node.style and EXPONENT.fullmatch(node.value):
             return float(node.value.replace("_", ""))
         try:
             return self.scalars.construct_object(node)

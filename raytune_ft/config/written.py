@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
+from raytune_ft.config.document import EXPONENT
 from raytune_ft.config.schema import Recipe, Section
 
 _LINE_ENDS = "\n\r\x85\u2028\u2029"
@@ -38,7 +39,7 @@ def _entry(name: str, value: Any, description: str | None) -> str:
     if not meaning:
         return text
     if text.count("\n") == 1 and len(text) + len(meaning) + 3 <= WIDTH:
-        return f"{text.rstrip()}  # {meaning}\n"
+        return text.removesuffix("\n") + f"  # {meaning}\n"
     return "".join([*(f"  # {row}\n" for row in _wrapped(meaning)), text])
 
 
@@ -72,7 +73,9 @@ class _Dumper(yaml.SafeDumper):
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
     style = None
-    if any(char in _LINE_ENDS for char in text):
+    if EXPONENT.fullmatch(text):
+        style = "'"
+    elif any(char in _LINE_ENDS for char in text):
         style = "|" if _is_block(text) else '"'
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 

@@ -133,7 +133,7 @@ def _run(
     with ray.data.DataContext.current(context):
         # from_items makes its blocks here. ray.data.range and from_arrow start tasks of their own
         # that want a whole core: with less than one free beside the workers, they wait for ever.
-        blocks = ray.data.from_arrow([pa.Table.from_pylist([row]) for row in arguments])
+        blocks = ray.data.from_items(arguments, override_num_blocks=len(arguments))
         results = blocks.map_batches(
             call,
             batch_size=1,

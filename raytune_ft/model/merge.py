@@ -11,6 +11,7 @@ import json
 import math
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,19 +120,19 @@ def _merge(
     weights = read_adapter_weights(adapter_folder)
     change = _requantizer(base_folder, base, section)
     updates = low_rank_updates(config, weights)
-    untied = False
+    tied = has_tied_head(base_folder)
     if updates is None:
         merged = _merged_by_peft(base_folder, adapter_folder, change)
     else:
-        untied = _check_in_base(base_folder, updates)
-        merged = _merged_by_stream(base_folder, updates, change, untied=untied)
+        _check_in_base(base_folder, updates, tied=tied)
+        merged = _merged_by_stream(base_folder, updates, change, tied=tied)
     writer = ShardWriter(folder, limit)
     for name, tensor in merged:
         writer.add(name, tensor)
     n_shards = writer.close()
-    _copy_side_files(base_folder, folder, untied=untied)
+    _copy_side_files(base_folder, folder, untied=tied and HEAD in writer.names)
     count = 0 if updates is None else len(updates)
-    return count, writer.n_tensors, n_shards, writer.total_bytes, updates is None
+    return count, len(writer.names), n_shards, writer.total_bytes, updates is None
 
 
 def low_rank_updates(config: Any, weights: dict[str, torch.Tensor]) -> dict[str, Update] | None:
@@ -196,10 +197,15 @@ def _requantizer(base_folder: Path, base: Base, section: ModelSection | None) ->
     return change
 
 
-def _check_in_base(base_folder: Path, updates: dict[str, Update]) -> bool:
-    """Check every target against the base; return whether a tied head must become its own."""
+def has_tied_head(base_folder: Path) -> bool:
+    """Tell whether a model's head is its embedding; families differ in what silence means."""
+    config_json = read_config(base_folder)
+    config = detect(config_json, str(base_folder / "config.json")).translate(config_json)
+    return bool(config.get_text_config().tie_word_embeddings)
+
+
+def _check_in_base(base_folder: Path, updates: dict[str, Update], *, tied: bool) -> None:
     shapes = tensor_names(weight_files(base_folder))
-    tied = bool(read_config(base_folder).get("tie_word_embeddings")) and HEAD not in shapes
     for name, update in updates.items():
         if name == HEAD and tied:
             continue
@@ -210,16 +216,17 @@ def _check_in_base(base_folder: Path, updates: dict[str, Update]) -> bool:
                 f"{base_folder}: adapter target '{name}' {tuple(wanted)} is {found} in this base; "
                 "merge into the model that the adapter was trained on"
             )
-    return tied and HEAD in updates
 
 
 def _merged_by_stream(
-    base_folder: Path, updates: dict[str, Update], change: Change, *, untied: bool
+    base_folder: Path, updates: dict[str, Update], change: Change, *, tied: bool
 ) -> Tensors:
     for name, original in stream_tensors(weight_files(base_folder)):
+        if tied and name == HEAD:
+            continue
         weight = change(name, original)
         yield name, updates[name].apply(weight) if name in updates else weight
-        if untied and name.endswith("embed_tokens.weight"):
+        if tied and HEAD in updates and name.endswith("embed_tokens.weight"):
             yield HEAD, updates[HEAD].apply(weight)
 
 
@@ -231,16 +238,16 @@ def _merged_by_peft(base_folder: Path, adapter_folder: Path, change: Change) -> 
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(change(name, parameter))
-    merged: Any = load_adapter(model, adapter_folder).merge_and_unload()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # an untied head is handled below
+        merged: Any = load_adapter(model, adapter_folder).merge_and_unload()
     types = {name: t.dtype for name, t in stream_tensors(weight_files(base_folder))}
     state = merged.state_dict()
-    # a tied head has no tensor of its own, unless training gave it one
-    embedding = merged.get_input_embeddings().weight
-    if HEAD in state and HEAD not in types and state[HEAD].data_ptr() != embedding.data_ptr():
-        raise ModelError(
-            f"{adapter_folder}: trains one of two tied modules in full, which cannot be merged; "
-            "serve the adapter as it is"
-        )
+    if HEAD in state:
+        if state[HEAD].data_ptr() == merged.get_input_embeddings().weight.data_ptr():
+            del state[HEAD]
+        else:  # perhaps training took a tied head apart
+            types.setdefault(HEAD, next(iter(types.values())))
     for name, tensor in state.items():
         if name in types:
             yield name, tensor.to(types[name])

@@ -86,7 +86,7 @@ class ShardWriter:
         self.folder = folder
         self.max_bytes = max_bytes
         self.total_bytes = 0
-        self.n_tensors = 0
+        self.names: set[str] = set()
         self._held: dict[str, torch.Tensor] = {}
         self._held_bytes = 0
         self._shards: list[list[str]] = []
@@ -99,7 +99,7 @@ class ShardWriter:
         self._held[name] = tensor.contiguous()
         self._held_bytes += size
         self.total_bytes += size
-        self.n_tensors += 1
+        self.names.add(name)
 
     def close(self) -> int:
         """Write what is held, give the files their names, and return their number."""

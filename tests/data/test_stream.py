@@ -79,7 +79,7 @@ def test_an_endless_stream_can_be_closed(chats: Path, tokenizer: TextTokenizer) 
     assert ray_library.available_resources()["CPU"] == whole
 
 
-@pytest.mark.timeout(90)
+@pytest.mark.timeout(300)
 @pytest.mark.usefixtures("ray")
 def test_half_a_free_core_is_enough(
     chats: Path, tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch

@@ -12,7 +12,6 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from raytune_ft.config.schema import LoraSection, ModelSection
 from raytune_ft.errors import CheckpointError, RecipeError
@@ -60,7 +59,7 @@ def test_a_new_adapter_changes_nothing_and_trains_alone(tiny_model: Path) -> Non
     assert all("lora_" in name for name in names)
 
 
-def digest(model: nn.Module) -> str:
+def digest(model: Any) -> str:
     state = {n: p for n, p in model.named_parameters() if p.requires_grad}
     return hashlib.sha256(
         b"".join(p.detach().numpy().tobytes() for p in state.values())
@@ -169,6 +168,7 @@ def test_a_target_that_the_base_lacks(tiny_model: Path, saved: Path) -> None:
 
 
 def test_another_base(saved: Path, tmp_path: Path) -> None:
+    (tmp_path / "deeper").mkdir()
     make_tiny_model(tmp_path / "deeper", num_hidden_layers=3)
     with pytest.raises(CheckpointError, match="14 adapter tensors differ"):
         load_adapter(base(tmp_path / "deeper"), saved)
@@ -198,7 +198,7 @@ def test_damaged_folders(
 def test_names_that_the_model_lacks(tiny_model: Path) -> None:
     with pytest.raises(RecipeError, match=r"lora.targets: the model has no layer 'W_pack'.*q_proj"):
         attach(base(tiny_model), LoraSection(targets=["q_proj", "W_pack"]), 0)
-    with pytest.raises(RecipeError, match="lora.modules_to_save: the model has no module 'head'"):
+    with pytest.raises(RecipeError, match=r"lora.modules_to_save: the model has no module 'head'"):
         attach(base(tiny_model), LoraSection(modules_to_save=["head"]), 0)
 
 

@@ -63,6 +63,27 @@ def test_quantised_storage(tiny_model: Path, quantization: str, kind: str) -> No
     assert 0 < (near - exact).norm() / exact.norm() < 0.3
 
 
+def test_an_answer_leaves_nf4_weights_and_gradients_alone(tiny_model: Path) -> None:
+    """bitsandbytes would repack the weights for inference on CPUs with AVX512-BF16."""
+    model = load(tiny_model, quantization="nf4")
+    first = model.model.layers[0].input_layernorm.weight.requires_grad_()
+
+    def gradient() -> torch.Tensor:
+        model.train()
+        model(IDS).logits.square().sum().backward()
+        assert first.grad is not None
+        found = first.grad.clone()
+        first.grad = None
+        return found
+
+    before = gradient()
+    assert bool(before.any())
+    model.eval()
+    with torch.no_grad():
+        model(IDS)
+    assert torch.equal(gradient(), before)
+
+
 def test_auto_precision_is_float32_without_a_gpu(tiny_model: Path) -> None:
     assert compute_dtype(ModelSection(path="x"), CPU) is torch.float32
     assert load(tiny_model, dtype="bfloat16").dtype is torch.bfloat16
