@@ -9,6 +9,7 @@ from typing import Any
 
 from raytune_ft.config.loader import load_recipe
 from raytune_ft.config.schema import Recipe
+from raytune_ft.data.formats import fill_text
 from raytune_ft.errors import CheckpointError, RecipeError
 from raytune_ft.training.run_folder import RunFolder, write_json
 
@@ -86,6 +87,8 @@ def marker(folder: RunFolder) -> dict[str, Any]:
         "template": info["template"],
         "system": info["system"],
         "base": info["model_folder"],
+        "quantization": info["quantization"],
+        "double_quant": info["double_quant"],
         "run": info["name"],
         "version": info["version"],
     }
@@ -99,10 +102,17 @@ def read_marker(folder: Path) -> dict[str, Any] | None:
 
 def system_of(recipe: Recipe) -> str:
     """Return the system text that a chat with the trained model starts with."""
-    return recipe.data.system if recipe.chat_eval.system is None else recipe.chat_eval.system
+    text = recipe.data.system if recipe.chat_eval.system is None else recipe.chat_eval.system
+    return fill_text(text, recipe.data.fill)
 
 
 def _fresh(path: Path) -> Path:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise RecipeError(f"{path}: exists and is not empty; name a new folder with --out")
     return path
+
+
+if __name__ == "__main__":
+    from raytune_ft.cli import run_verb
+
+    run_verb("export")

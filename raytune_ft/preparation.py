@@ -5,7 +5,6 @@ Shared by training and sweeps. What fails here fails before a worker starts, and
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,10 +17,10 @@ from raytune_ft import export
 from raytune_ft.config import loader
 from raytune_ft.config.schema import Recipe
 from raytune_ft.data import sources, stream
-from raytune_ft.data.packing import Pack, Plan, Position
+from raytune_ft.data.packing import Pack, Plan, Position, count_steps
 from raytune_ft.data.sources import RowSource
-from raytune_ft.data.windows import Encoder, Measurement, Report
 from raytune_ft.data.tokenizer import TextTokenizer
+from raytune_ft.data.windows import Encoder, Measurement, Report
 from raytune_ft.errors import RecipeError
 from raytune_ft.model import loading
 from raytune_ft.screen import Screen
@@ -84,6 +83,7 @@ def prepare(recipe: Recipe, folder: RunFolder, source: str, screen: Screen) -> P
         system=export.system_of(recipe),
         method=recipe.model.method,
         quantization=recipe.model.quantization,
+        double_quant=recipe.model.double_quant,
         total_steps=total_steps,
     )
     write_json(folder.path / "data.json", record_of(measured.report, train.plan, total_steps))
@@ -114,13 +114,6 @@ def measure(rows: RowSource, encoder: Encoder, screen: Screen) -> Measurement:
     """Count tokens of all rows with Ray Data, showing progress."""
     screen.stage("data", 0, len(rows))
     return stream.measure(rows, encoder, lambda done, total: screen.stage("data", done, total))
-
-
-def count_steps(plan: Plan, recipe: Recipe) -> int:
-    """Count optimizer steps: a step never crosses an epoch's end, so each epoch rounds up."""
-    per_step = recipe.global_batch_size
-    steps = sum(math.ceil(plan.n_packs(e) / per_step) for e in range(recipe.train.epochs))
-    return min(steps, recipe.train.max_steps or steps)
 
 
 def new_folder(recipe: Recipe, source: str) -> RunFolder:

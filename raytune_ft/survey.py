@@ -18,7 +18,7 @@ import numpy as np
 from raytune_ft.config import catalog
 from raytune_ft.config.schema import Recipe, Source
 from raytune_ft.data import formats, locate, sources, templates, windows
-from raytune_ft.data.packing import Plan
+from raytune_ft.data.packing import Plan, count_steps
 from raytune_ft.data.sources import RowSource
 from raytune_ft.data.tokenizer import TextTokenizer
 from raytune_ft.data.windows import Encoder, Measurement, Report
@@ -217,13 +217,6 @@ def nothing_left(report: Report) -> str:
         for reason, count in report["dropped"].items()
     )
     return f"data.sources: none of {report['rows']} rows can be trained on: {', '.join(reasons)}"
-
-
-def count_steps(plan: Plan, recipe: Recipe) -> int:
-    """Count optimizer steps: a step never crosses an epoch's end, so each epoch rounds up."""
-    per_step = recipe.global_batch_size
-    steps = sum(math.ceil(plan.n_packs(e) / per_step) for e in range(recipe.train.epochs))
-    return min(steps, recipe.train.max_steps or steps)
 
 
 def remarks(found: Survey) -> list[str]:

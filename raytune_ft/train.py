@@ -30,19 +30,14 @@ CPUS_PER_WORKER = 0.5
 """Less than a core, so that data tasks find room beside the workers on a small machine."""
 
 
-def train(recipe: Recipe, *, source: str, resume: str | None = None, dry_run: bool = False) -> int:
+def train(recipe: Recipe, *, source: str, resume: str | None = None) -> int:
     """Train a recipe; return the exit code.
 
     Args:
         recipe: with `resume`, the recipe of that run.
         source: what the user called the recipe, for the run's name and record.
         resume: folder of a run to go on with, from its last checkpoint.
-        dry_run: check all that can be checked without a model, print the plan, and stop.
     """
-    if dry_run:
-        from raytune_ft.inspection import print_plan
-
-        return print_plan(recipe)
     folder = RunFolder.existing(resume) if resume else new_folder(recipe, source)
     with removed_unless_started(folder), noise_to(folder.path / "run.log") as terminal:
         screen = Screen(

@@ -27,6 +27,9 @@ from raytune_ft.screen import Screen
 from raytune_ft.training import worker
 from raytune_ft.training.run_folder import Event, RunFolder, append_jsonl
 
+INHERITED = (
+    "source", "model_folder", "template", "system", "method", "quantization", "double_quant",
+)  # fmt: skip
 TUNABLE = ("lora.", "train.", "model.")
 
 
@@ -134,10 +137,7 @@ def run_trial(config: dict[str, Any], prepared: Prepared) -> None:
     info = base.info()
     name = f"{info['name']}_{trial_id}"
     named = recipe.model_copy(update={"run": recipe.run.model_copy(update={"name": trial_id})})
-    folder.create(name, loader.dump_yaml(named), **{
-        key: info[key]
-        for key in ("source", "model_folder", "template", "system", "method", "quantization")
-    })  # fmt: skip
+    folder.create(name, loader.dump_yaml(named), **{key: info[key] for key in INHERITED})
     shutil.copy(base.path / "data.json", folder.path / "data.json")
     job = replace(prepared.job, recipe=named.model_dump(mode="json"), run_path=str(folder.path))
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from raytune_ft.config.schema import DataSection
+from raytune_ft.config.schema import DataSection, Recipe
 from raytune_ft.data.encode import IGNORE_INDEX, Example
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "Plan",
     "Position",
     "collate",
+    "count_steps",
     "epoch_order",
     "join_examples",
     "pack_lengths",
@@ -195,6 +196,13 @@ class Plan:
     def __getstate__(self) -> dict[str, object]:
         """Leave out what can be computed again."""
         return {**self.__dict__, "_order": None, "_counts": {}}
+
+
+def count_steps(plan: Plan, recipe: Recipe) -> int:
+    """Count optimizer steps: a step never crosses an epoch's end, so each epoch rounds up."""
+    per_step = recipe.global_batch_size
+    steps = sum(-(-plan.n_packs(epoch) // per_step) for epoch in range(recipe.train.epochs))
+    return min(steps, recipe.train.max_steps or steps)
 
 
 def join_examples(examples: Sequence[Example], row_ids: Sequence[int] | Numbers) -> Pack:

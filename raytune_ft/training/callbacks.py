@@ -11,6 +11,7 @@ from torch import nn
 
 from raytune_ft.config.schema import Recipe
 from raytune_ft.data.encode import encode_prompt
+from raytune_ft.data.formats import fill_text
 from raytune_ft.data.packing import Pack, collate
 from raytune_ft.data.templates import Template
 from raytune_ft.data.tokenizer import TextTokenizer
@@ -75,13 +76,6 @@ def build_hooks(
     return Hooks(sample=sample, validate=validate, save=save)
 
 
-def fill_words(text: str, fill: dict[str, str]) -> str:
-    """Put the recipe's words into a prompt, as they are put into the rows."""
-    for key, word in fill.items():
-        text = text.replace("{" + key + "}", word)
-    return text
-
-
 def held_out_loss(engine: Engine, packs: Iterable[Pack]) -> float:
     """Mean loss per labelled token over held-out packs; every rank computes the same number."""
     engine.module.eval()
@@ -99,8 +93,8 @@ def _sample(recipe: Recipe, voice: Voice, step: int, when: str, emit: Emit) -> N
     system = recipe.data.system if recipe.chat_eval.system is None else recipe.chat_eval.system
     for index, prompt in enumerate(prompts):
         emit("stage", name="samples", done=index, total=len(prompts), step=step)
-        question = fill_words(prompt, recipe.data.fill)
+        question = fill_text(prompt, recipe.data.fill)
         answer = voice.answer(
-            question, fill_words(system, recipe.data.fill), recipe.chat_eval.max_new_tokens
+            question, fill_text(system, recipe.data.fill), recipe.chat_eval.max_new_tokens
         )
         emit("sample", step=step, when=when, prompt=question, answer=answer)

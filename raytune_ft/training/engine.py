@@ -219,8 +219,9 @@ class ZeroEngine(Engine):
 def _ensure_process_group(device: torch.device) -> None:
     """Make a group of one where no launcher made one; it needs neither MPI nor a free port."""
     if not dist.is_initialized():
+        store = dist.HashStore()  # type: ignore[attr-defined]
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
 
 
 def quiet_deepspeed(*, on_gpu: bool) -> None:

@@ -14,7 +14,8 @@ def build_optimizer(
     parameters: Iterable[torch.nn.Parameter], train: TrainSection
 ) -> torch.optim.Optimizer:
     """Build the recipe's optimizer over `parameters`; its lr is set anew at each step."""
-    options: dict[str, Any] = {"lr": train.lr, "betas": train.betas, "weight_decay": train.weight_decay}
+    options: dict[str, Any]
+    options = {"lr": train.lr, "betas": train.betas, "weight_decay": train.weight_decay}
     if train.optimizer == "adamw":
         return torch.optim.AdamW(parameters, **options)
     import bitsandbytes as bnb

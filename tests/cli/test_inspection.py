@@ -41,14 +41,6 @@ def test_plan_counts_rows_packs_and_steps(recipe: Recipe) -> None:
     assert 2 * plan.packs / 3 <= plan.steps <= 2 * (plan.packs / 3 + 1)
 
 
-def test_plan_counts_the_steps_that_training_takes(recipe: Recipe) -> None:
-    preparation = pytest.importorskip("raytune_ft.preparation")
-    from raytune_ft.data.packing import Plan
-
-    plan = Plan(np.arange(1, 120, dtype=np.int32), recipe.data, 1)
-    assert survey.count_steps(plan, recipe) == preparation.count_steps(plan, recipe)
-
-
 def test_plan_of_the_walk_through_needs_no_weights(
     call: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

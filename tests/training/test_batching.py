@@ -34,8 +34,7 @@ def epochs(counts: list[int], sizes: list[int]) -> list[tuple[Position, Pack]]:
 
 def packs_of(step: StepData) -> list[int]:
     ids = [row for batch in step.micro_batches for row in batch["input_ids"]]
-    seen = [int(row[0]) for row, keep in zip(ids, labelled(step), strict=True) if keep]
-    return seen
+    return [int(row[0]) for row, keep in zip(ids, labelled(step), strict=True) if keep]
 
 
 def labelled(step: StepData) -> list[bool]:
