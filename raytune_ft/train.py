@@ -61,6 +61,7 @@ def fit(prepared: Prepared, folder: RunFolder, screen: Screen) -> None:
     from ray.train.torch import TorchConfig, TorchTrainer
 
     recipe = Recipe.model_validate(prepared.job.recipe)
+    (folder.path / FAILURES).unlink(missing_ok=True)  # of an earlier attempt, now resumed
     on_gpu = ray.cluster_resources().get("GPU", 0) >= 1
     mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
     trainer = TorchTrainer(

@@ -29,7 +29,7 @@ run: {{name: first, storage: {storage}}}
 def test_installed_wheel_lists_and_trains(tmp_path: Path) -> None:
     """This environment's packages are lent to the new one by a .pth file; ours is not."""
     subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, ROOT],
+        [sys.executable, "-m", "build", "--wheel", "--outdir", tmp_path, ROOT],
         check=True, capture_output=True,
     )  # fmt: skip
     wheel = next(tmp_path.glob("*.whl"))

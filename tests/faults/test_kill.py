@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -43,6 +45,27 @@ def kill_at(recipe: Path, folder: Path, step: int) -> str:
     assert process.wait(timeout=10) == 0, printed
     assert killed, f"no worker was found to kill\n{printed}"
     return printed
+
+
+def test_killed_driver_is_resumed(tiny_model: Path, chats: Path, tmp_path: Path) -> None:
+    """The driver dies, and with it its Ray; `--resume` ends with the undisturbed run's bytes."""
+    whole = runs.write_recipe(tmp_path, tiny_model, chats, "whole")
+    runs.train(whole)
+    recipe = runs.write_recipe(tmp_path, tiny_model, chats, "killed")
+    folder = tmp_path / "runs/killed"
+    process = runs.start(recipe)
+    while process.poll() is None and len(list(read_jsonl(folder / "metrics.jsonl"))) < 5:
+        time.sleep(0.02)
+    process.kill()
+    process.wait(timeout=10)
+    command = [sys.executable, "-m", "raytune_ft.train", "--resume", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "resumed from the checkpoint of step" in done.stderr
+    steps = [e["step"] for e in read_jsonl(folder / "metrics.jsonl")]
+    assert steps == list(range(1, len(steps) + 1))
+    weights = "adapter/adapter_model.safetensors"
+    assert runs.sha256(folder / weights) == runs.sha256(tmp_path / "runs/whole" / weights)
 
 
 def test_killed_worker_changes_nothing(
