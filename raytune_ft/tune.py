@@ -141,14 +141,23 @@ def run_trial(config: dict[str, Any], prepared: Prepared) -> None:
     shutil.copy(base.path / "data.json", folder.path / "data.json")
     job = replace(prepared.job, recipe=named.model_dump(mode="json"), run_path=str(folder.path))
 
+    last: list[Event] = []
+
     def report(event: Event) -> None:
         if event["kind"] == "step":
-            ray_tune.report({k: event[k] for k in ("step", "loss", "val_loss", "lr")})
+            metrics = {k: event[k] for k in ("step", "loss", "val_loss", "lr")}
+            # a scheduler ends a trial at its last report: that one waits for the adapter
+            if event["step"] == job.total_steps:
+                last.append(metrics)
+            else:
+                ray_tune.report(metrics)
 
     with noise_to(folder.log):
         validation = prepared.validation.once if prepared.validation else None
         worker.run(job, prepared.train.packs, validation, report)
     folder.update(status="done")
+    for metrics in last:
+        ray_tune.report(metrics)
 
 
 def with_values(recipe: Recipe, values: dict[str, Any]) -> Recipe:
@@ -190,13 +199,20 @@ class Lines(ray_tune.Callback):  # type: ignore[misc]
     """Prints a line when a trial starts, moves on, ends or fails."""
 
     def __init__(self, screen: Screen, section: TuneSection, total_steps: int) -> None:
-        self.screen, self.section, self.total_steps = screen, section, total_steps
+        self.screen: Screen | None = screen
+        self.section, self.total_steps = section, total_steps
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the screen out of what Ray Tune writes down; a copy prints nothing."""
+        return {**self.__dict__, "screen": None}
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: Event, **_: Any
     ) -> None:
         """Print progress at the sweep's logging interval."""
         step = result["step"]
+        if self.screen is None:
+            return
         if step in (1, self.total_steps) or step % self.screen.log_every == 0:
             value = result.get(self.section.metric)
             text = f"{self.section.metric} {value:.4f}" if value is not None else ""
@@ -207,7 +223,8 @@ class Lines(ray_tune.Callback):  # type: ignore[misc]
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         """Say which trial failed."""
-        self.screen.line(f"trial {trial.trial_id} | {words(trial.config)} | failed")
+        if self.screen is not None:
+            self.screen.line(f"trial {trial.trial_id} | {words(trial.config)} | failed")
 
 
 def ranked(grid: Any, section: TuneSection, folder: RunFolder, total_steps: int) -> list[Trial]:
