@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from raytune_ft.chat import open_chat
 from raytune_ft.training.run_folder import read_json, read_jsonl
 from tests import runs
 from tests.conftest import ROOT, make_tiny_model
@@ -63,6 +64,21 @@ def test_internlm_oasst1_trains_on_real_rows(tmp_path: Path) -> None:
     assert data["used"] + sum(data["dropped"].values()) == 950
     assert data["density"] > 0.97
     assert (tmp_path / "classic/adapter/adapter_model.safetensors").is_file()
+
+
+def test_a_full_parameter_run_is_a_model_to_talk_to(
+    tiny_model: Path, chats: Path, tmp_path: Path
+) -> None:
+    recipe = runs.write_recipe(tmp_path, tiny_model, chats, "full")
+    runs.train(recipe, "model.method=full", "train.max_steps=3", "checkpoint.every=2")
+    run = tmp_path / "runs/full"
+    before = load_file(tiny_model / "model.safetensors")
+    after = load_file(run / "model/model.safetensors")
+    assert before.keys() == after.keys()
+    assert all((after[name] != before[name]).any() for name in before)
+    message = [{"role": "user", "content": "what is red?"}]
+    for path in (run, run / "model"):
+        assert isinstance("".join(open_chat(str(path)).reply(message, max_new_tokens=3)), str)
 
 
 def test_a_sweep_keeps_its_best_trial(tiny_model: Path, chats: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,10 @@ from raytune_ft.training.checkpoint import TrainState
 from raytune_ft.training.engine import Engine, TorchEngine, ZeroEngine, rank, world_size
 from raytune_ft.training.loop import Emit, train
 from raytune_ft.training.run_folder import Event, RunFolder, RunWriter
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+)  # fmt: skip
 
 PackStream = Callable[[Position], Iterator[tuple[Position, Pack]]]
 
@@ -164,6 +169,9 @@ def _export(recipe: Recipe, model: Any, folder: RunFolder, base: str) -> None:
         adapter.save_adapter(model, folder.adapter, base)
     else:
         model.save_pretrained(folder.model)
+        for name in TOKENIZER_FILES:
+            if (Path(base) / name).is_file():
+                shutil.copy(Path(base) / name, folder.model / name)
 
 
 def _silent(kind: str, **fields: object) -> None:
