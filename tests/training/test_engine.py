@@ -9,11 +9,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from raytune_ft.model.loss import TokenLoss
 
 from raytune_ft.config.schema import LoraSection, ModelSection, Recipe
 from raytune_ft.errors import CheckpointError
 from raytune_ft.model import adapter, loading
+from raytune_ft.model.loss import TokenLoss
 from raytune_ft.training import presets
 from raytune_ft.training.batching import TensorBatch, empty_batch
 from raytune_ft.training.engine import Engine, State, TorchEngine, ZeroEngine
