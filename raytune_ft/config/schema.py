@@ -71,9 +71,17 @@ class Source(Section):
     """`.jsonl`, `.json` or `.parquet` file, a folder of such, or a hub data set."""
     name: str | None = None
     """Subset of a hub data set."""
+    data_dir: str | None = None
+    """Folder inside the data set that holds the rows [data_dir]."""
     split: str = "train"
     map: str | None = None
-    """Map function [dataset_map_fn]; none: rows are `messages` or `conversation` already."""
+    """Map function [dataset_map_fn], or a format; null: recognised from the columns."""
+    columns: dict[str, str] = {}
+    """Column that the format expects -> its name in these rows, where they differ."""
+    system: str | None = None
+    """System text for rows that bring none; null takes `data.system`."""
+    loss: Literal["assistant", "last", "all"] = "assistant"
+    """Which tokens are learned: every answer, the last answer alone, or the whole text."""
     weight: Annotated[float, Field(gt=0.0)] = 1.0
     """Times that each row is seen per epoch; 2 twice, 0.5 every second row."""
     limit: PositiveInt | None = None
@@ -102,6 +110,8 @@ class DataSection(Section):
     """Held-out rows: a split's or file's name, or a fraction of the sources."""
     window: PositiveInt = 1024
     """Rows shuffled and packed together by one data task."""
+    compat: Literal["xtuner-0.1.9"] | None = None
+    """Give exactly the token ids, labels and packs of this release, its defects included."""
 
 
 class TrainSection(Section):
@@ -122,6 +132,8 @@ class TrainSection(Section):
     scheduler: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_ratio: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Share of all optimizer steps in which lr rises from 0."""
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    """Optimizer steps in which lr rises from 0; set, it goes before `warmup_ratio`."""
     min_lr: Annotated[float, Field(ge=0.0)] = 0.0
     """lr at the end [eta_min]."""
     optimizer: Literal["adamw", "paged_adamw_32bit", "paged_adamw_8bit", "adamw_8bit"] = "adamw"
@@ -142,6 +154,8 @@ class ChatEvalSection(Section):
     system: str | None = None
     """System text of the prompts; null takes `data.system`."""
     max_new_tokens: PositiveInt = 600
+    mmlu: list[str] = []
+    """Files of MMLU questions {input, output, subject}, answered after every epoch."""
 
 
 class CheckpointSection(Section):

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
-Message = dict[str, str]
-"""`role` (system, user or assistant) and `content`."""
+Message = dict[str, Any]
+"""`role` (system, user, assistant or tool) and `content`, a text. An answer may also have
+`reasoning_content`, a text, and `tool_calls`, a list in OpenAI's form; a tool's message `name`
+and `tool_call_id`."""
+
+Loss = Literal["assistant", "last", "all"]
+"""Which tokens are learned; as `data.sources[].loss`."""
 
 
 @dataclass(frozen=True)
@@ -18,6 +24,21 @@ class Segment:
     """Ids to take as they are, instead of tokenising `text`."""
     trained: bool
     """Whether the loss counts on these tokens."""
+    foreign: tuple[tuple[int, int], ...] = ()
+    """Character spans [start, end) of `text` that come from a row or a user, not from the
+    template, ascending and apart; special tokens are never made out of them."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What a row of data is turned into: the only value between formats and encoding."""
+
+    messages: Sequence[Message]
+    tools: Sequence[Mapping[str, Any]] = ()
+    """Tools that the assistant may call, JSON schemas in OpenAI's form."""
+    loss: Loss = "assistant"
+    written: tuple[Segment, ...] | None = None
+    """Set for rows that carry their markers already (MOSS): no template is applied."""
 
 
 def is_text(messages: Sequence[Message]) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from raytune_ft import __version__
-from raytune_ft.cli import split_words
+from raytune_ft.cli.runs import split_words
 from raytune_ft.config import catalog
 from raytune_ft.config.loader import load_recipe
 from raytune_ft.entry import exit_code

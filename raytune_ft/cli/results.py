@@ -1,0 +1,93 @@
+"""Verbs for a finished run: export, merge, chat, serve."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated
+
+import typer
+
+from raytune_ft.cli.app import Out, Run, verb
+from raytune_ft.errors import RecipeError
+
+
+@verb("export")
+def export(run: Run, out: Out = None) -> None:
+    """Write a run's adapter as plain peft loads it."""
+    from raytune_ft import export as export_module
+
+    print(export_module.export(run, out))
+
+
+ShardSize = Annotated[str, typer.Option("--max-shard-size", help="Largest weight file.")]
+Base = Annotated[
+    str | None,
+    typer.Option(
+        "--base", help="Weights to merge into: original, or dequantized as training saw them."
+    ),
+]
+
+
+@verb("merge")
+def merge(run: Run, out: Out = None, max_shard_size: ShardSize = "2GB", base: Base = None) -> None:
+    """Merge a run's adapter into its base model."""
+    if base not in (None, "original", "dequantized"):
+        raise RecipeError(f"--base: expected original or dequantized, got '{base}'")
+    if not re.fullmatch(r"\d+(\.\d+)?\s*([KMGT]i?)?B", max_shard_size, re.IGNORECASE):
+        raise RecipeError(
+            f"--max-shard-size: expected such as 2GB or 500MB, got '{max_shard_size}'"
+        )
+    from raytune_ft import export as export_module
+
+    print(export_module.merge(run, out, max_shard_size, base))
+
+
+Chattable = Annotated[
+    str, typer.Argument(metavar="PATH", help="A run, adapter, merged or plain model folder.")
+]
+Bits = Annotated[int | None, typer.Option("--bits", help="4 or 8; default: as in training.")]
+
+
+@verb("chat")
+def chat(
+    path: Chattable,
+    ask: Annotated[
+        list[str] | None, typer.Option("--ask", help="Answer this and leave; repeatable.")
+    ] = None,
+    bits: Bits = None,
+    system: Annotated[str | None, typer.Option("--system", help="System text.")] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 answers greedily.")] = 0.1,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus.")] = 0.75,
+    top_k: Annotated[int, typer.Option(min=0, help="Candidates per token.")] = 40,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
+    seed: Annotated[int, typer.Option(min=0, help="Same seed, same answers.")] = 0,
+) -> int:
+    """Talk to a trained model."""
+    from raytune_ft.chat import run_chat
+
+    return run_chat(
+        path,
+        ask=ask or [],
+        bits=bits,
+        system=system,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+    )
+
+
+@verb("serve")
+def serve(
+    path: Chattable,
+    host: Annotated[str, typer.Option(help="Address; others than loopback need a key.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=1, max=65535, help="TCP port.")] = 8000,
+    bits: Bits = None,
+) -> int:
+    """Serve a trained model: an OpenAI-compatible endpoint and a chat page."""
+    from raytune_ft.serving.app import serve as run
+
+    return run(path, host=host, port=port, bits=bits)
