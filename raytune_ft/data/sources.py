@@ -31,18 +31,22 @@ _HASH_ROWS = 4096
 class RowSource:
     """Rows by number; picklable, a few bytes per row.
 
+    `sources` has one entry per reader: the same object for all files of one data set.
     `selection` int64 (n,): for each row, its number in all readers laid end to end. A row that a
     weight repeats stands there several times.
     """
 
     readers: tuple[Reader, ...]
-    maps: tuple[str | None, ...]
+    sources: tuple[Source, ...]
     selection: Numbers
     _ends: Numbers = field(init=False, repr=False)
+    _sets: npt.NDArray[np.int32] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         sizes = [len(reader) for reader in self.readers]
         object.__setattr__(self, "_ends", np.cumsum(sizes, dtype=np.int64))
+        changes = [a is not b for a, b in zip(self.sources, self.sources[1:], strict=False)]
+        object.__setattr__(self, "_sets", np.cumsum([False, *changes], dtype=np.int32))
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -53,9 +57,18 @@ class RowSource:
         reader, place = self._find(row)
         return self.readers[reader].where(place)
 
+    def source_of(self, row: int) -> Source:
+        """Return the data set that a row comes from."""
+        return self.sources[self._find(row)[0]]
+
+    def sets_of(self, indices: Sequence[int] | Numbers) -> npt.NDArray[np.int32]:
+        """Return the number of each row's data set, int32 of the same shape."""
+        numbers = self.selection[np.asarray(indices, dtype=np.int64)]
+        return self._sets[np.searchsorted(self._ends, numbers, side="right")]
+
     def map_of(self, row: int) -> str | None:
         """Return the map function of a row's source."""
-        return self.maps[self._find(row)[0]]
+        return self.source_of(row).map
 
     def rows(self, indices: Sequence[int] | Numbers) -> list[DataRow]:
         """Read rows, in the order asked for; DataError for the first that cannot be read."""
@@ -81,7 +94,7 @@ class RowSource:
 
     def subset(self, rows: Numbers) -> RowSource:
         """Return a source of some of the rows."""
-        return RowSource(self.readers, self.maps, self.selection[rows])
+        return RowSource(self.readers, self.sources, self.selection[rows])
 
     def _find(self, row: int) -> tuple[int, int]:
         number = int(self.selection[row])
@@ -101,7 +114,7 @@ def open_sources(data: DataSection, seed: int) -> RowSource:
         DataError: a file is empty or damaged.
     """
     readers: list[Reader] = []
-    maps: list[str | None] = []
+    sources: list[Source] = []
     parts: list[Numbers] = []
     rows_before = 0
     for index, source in enumerate(data.sources):
@@ -110,8 +123,8 @@ def open_sources(data: DataSection, seed: int) -> RowSource:
         parts.append(rows_before + _sampled(n_rows, source, (seed, index)))
         rows_before += n_rows
         readers += opened
-        maps += [source.map] * len(opened)
-    return RowSource(tuple(readers), tuple(maps), np.concatenate(parts))
+        sources += [source] * len(opened)
+    return RowSource(tuple(readers), tuple(sources), np.concatenate(parts))
 
 
 def split_validation(
@@ -180,12 +193,12 @@ def _named_validation(data: DataSection, name: str) -> RowSource:
     if Path(name).suffix in SUFFIXES or "/" in name:
         only = data.sources[0].model_copy(update={"path": name, "limit": None, "weight": 1.0})
         readers = open_all(only, "data.validation")
-        maps = [only.map] * len(readers)
+        sources = [only] * len(readers)
     else:
-        readers, maps = [], []
+        readers, sources = [], []
         for source in data.sources:
             found = split_readers(source, name)
             readers += found
-            maps += [source.map] * len(found)
+            sources += [source] * len(found)
     n_rows = sum(len(reader) for reader in readers)
-    return RowSource(tuple(readers), tuple(maps), np.arange(n_rows, dtype=np.int64))
+    return RowSource(tuple(readers), tuple(sources), np.arange(n_rows, dtype=np.int64))
