@@ -20,7 +20,7 @@ from raytune_ft.data import sources, stream
 from raytune_ft.data.packing import Pack, Plan, Position, count_steps
 from raytune_ft.data.sources import RowSource
 from raytune_ft.data.tokenizer import TextTokenizer
-from raytune_ft.data.windows import Encoder, Measurement, Report
+from raytune_ft.data.windows import Encoder, Measurement, Report, make_plan
 from raytune_ft.errors import RecipeError
 from raytune_ft.model import loading
 from raytune_ft.screen import Screen
@@ -67,7 +67,7 @@ def prepare(recipe: Recipe, folder: RunFolder, source: str, screen: Screen) -> P
     rows = sources.open_sources(recipe.data, recipe.train.seed)
     training, held_out = sources.split_validation(rows, recipe.data, recipe.train.seed)
     measured = measure(training, encoder, screen)
-    train = Rows(training, encoder, Plan(measured.lengths, recipe.data, recipe.train.seed))
+    train = Rows(training, encoder, make_plan(measured, recipe.data, recipe.train.seed))
     validation = _held_out(held_out, encoder, recipe, screen) if held_out is not None else None
     total_steps = count_steps(train.plan, recipe)
 
@@ -100,14 +100,17 @@ def prepare(recipe: Recipe, folder: RunFolder, source: str, screen: Screen) -> P
 def record_of(report: Report, plan: Plan, total_steps: int) -> dict[str, Any]:
     """Write down what became of the rows; nothing is dropped without a line here."""
     packs = plan.n_packs(0)
-    density = round(report["tokens"] / (packs * plan.max_length), 4)
-    return {**report, "packs": packs, "density": density, "steps": total_steps}
+    lost = plan.lost_tokens
+    density = round((report["tokens"] - lost) / (packs * plan.max_length), 4)
+    counts = {"packs": packs, "density": density, "steps": total_steps}
+    return {**report, **counts, **({"lost_tokens": lost} if lost else {})}
 
 
 def _held_out(rows: RowSource, encoder: Encoder, recipe: Recipe, screen: Screen) -> Rows:
-    still = recipe.data.model_copy(update={"shuffle_before_pack": False})
-    lengths = measure(rows, encoder, screen).lengths
-    return Rows(rows, encoder, Plan(lengths, still, recipe.train.seed))
+    # the reference packs no held-out rows: each counts alone, under data.compat as well
+    still = recipe.data.model_copy(update={"shuffle_before_pack": False, "compat": None})
+    measured = measure(rows, encoder, screen)
+    return Rows(rows, encoder, make_plan(measured, still, recipe.train.seed))
 
 
 def measure(rows: RowSource, encoder: Encoder, screen: Screen) -> Measurement:

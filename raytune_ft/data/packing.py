@@ -6,14 +6,14 @@ The order of an epoch is a function of (lengths, recipe, seed, epoch): rows are 
 permutation, `window` rows at a time are packed together, and a window's packs are shuffled. Any
 window can be made again from its number.
 
-Shapes: L = longest pack of a batch, n = tokens of one pack, S = samples in one pack.
+Shapes: L = longest pack of a batch, n = tokens of one pack, S = segments in one pack.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -26,8 +26,10 @@ __all__ = [
     "Pack",
     "Plan",
     "Position",
+    "build_pack",
     "collate",
     "count_steps",
+    "cut_example",
     "epoch_order",
     "join_examples",
     "pack_lengths",
@@ -53,10 +55,11 @@ class Position:
 
 @dataclass(frozen=True)
 class Pack:
-    """Samples end to end; each is to see itself only.
+    """Segments end to end; each is to see itself only.
 
     `input_ids`, `labels`, `position_ids` int32 (n,); `cu_seqlens` int32 (S + 1,), from 0 to n;
-    `row_ids` int64 (S,), the rows' numbers.
+    `row_ids` int64, the numbers of the rows. A segment is a row, so there are S of them; only
+    with `data.compat` a pack is one segment of many rows.
     """
 
     input_ids: Ints
@@ -127,6 +130,9 @@ class Plan:
     `n_windows` is the number of windows of every epoch; 0 when all rows are left out.
     """
 
+    isolated = True
+    """Whether each row is a segment of its own; if not, a pack is one segment."""
+
     def __init__(self, lengths: Ints, data: DataSection, seed: int) -> None:
         self.lengths = lengths
         self.seed = seed
@@ -154,6 +160,21 @@ class Plan:
             return [rows[place : place + 1] for place in self._similar(rows, random)]
         groups = pack_lengths(self.lengths[rows], self.max_length)
         return [rows[groups[place]] for place in random.permutation(len(groups))]
+
+    def window_pieces(self, epoch: int, window: int) -> list[Numbers]:
+        """Return the slices of rows of each pack of a window, in the packs' final order.
+
+        Each is int64 (pieces, 3): row, first token, token behind the last. Here rows are whole.
+        """
+        return [
+            np.stack([rows, np.zeros_like(rows), self.lengths[rows]], axis=1)
+            for rows in self.window_groups(epoch, window)
+        ]
+
+    @property
+    def lost_tokens(self) -> int:
+        """Tokens of used rows that stand in no pack."""
+        return 0
 
     def packs_per_window(self, epoch: int) -> list[int]:
         """Count the packs of each window of an epoch."""
@@ -205,12 +226,33 @@ def count_steps(plan: Plan, recipe: Recipe) -> int:
     return min(steps, recipe.train.max_steps or steps)
 
 
-def join_examples(examples: Sequence[Example], row_ids: Sequence[int] | Numbers) -> Pack:
-    """Lay examples end to end; positions restart at each."""
+def cut_example(example: Example, start: int, stop: int) -> Example:
+    """Return a stretch of an example's tokens."""
+    return replace(
+        example, input_ids=example.input_ids[start:stop], labels=example.labels[start:stop]
+    )
+
+
+def join_examples(
+    examples: Sequence[Example], row_ids: Sequence[int] | Numbers, *, isolated: bool = True
+) -> Pack:
+    """Lay examples end to end; each is a segment, or, if not `isolated`, all are one."""
     sizes = [len(example.input_ids) for example in examples]
+    return build_pack(
+        np.concatenate([example.input_ids for example in examples]),
+        np.concatenate([example.labels for example in examples]),
+        sizes if isolated else [sum(sizes)],
+        row_ids,
+    )
+
+
+def build_pack(
+    input_ids: Ints, labels: Ints, sizes: Sequence[int] | Ints, row_ids: Sequence[int] | Numbers
+) -> Pack:
+    """Make a pack of segments of `sizes` tokens; positions restart at each."""
     return Pack(
-        input_ids=np.concatenate([example.input_ids for example in examples]),
-        labels=np.concatenate([example.labels for example in examples]),
+        input_ids=input_ids,
+        labels=labels,
         position_ids=np.concatenate([np.arange(size, dtype=np.int32) for size in sizes]),
         cu_seqlens=np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32),
         row_ids=np.asarray(row_ids, dtype=np.int64),
@@ -236,6 +278,6 @@ def collate(packs: Sequence[Pack], pad_to: int | None = None) -> dict[str, Ints]
         batch["input_ids"][row, :size] = pack.input_ids
         batch["labels"][row, :size] = pack.labels
         batch["position_ids"][row, :size] = pack.position_ids
-        samples = np.diff(pack.cu_seqlens)
-        batch["segment_ids"][row, :size] = np.repeat(np.arange(len(samples)), samples)
+        segments = np.diff(pack.cu_seqlens)
+        batch["segment_ids"][row, :size] = np.repeat(np.arange(len(segments)), segments)
     return batch

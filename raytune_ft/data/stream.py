@@ -20,8 +20,7 @@ import ray
 import ray.data
 
 from raytune_ft import errors
-from raytune_ft.data.encode import Example
-from raytune_ft.data.packing import Pack, Plan, Position, join_examples
+from raytune_ft.data.packing import Pack, Plan, Position, build_pack
 from raytune_ft.data.sources import RowSource
 from raytune_ft.data.windows import (
     Encoder,
@@ -82,7 +81,8 @@ def measure(source: RowSource, encoder: Encoder, progress: Progress | None = Non
         targets.append(np.frombuffer(row["targets"], dtype=np.int32))
         add_report(report, json.loads(row["report"]))
         report_progress(report["rows"], n_rows)
-    return Measurement(np.concatenate(lengths), np.concatenate(targets), report)
+    sets = source.sets_of(np.arange(n_rows))
+    return Measurement(np.concatenate(lengths), np.concatenate(targets), sets, report)
 
 
 def packs(
@@ -179,32 +179,31 @@ def _measure_task(shared: tuple[RowSource, Encoder], start: int, end: int) -> di
 def _window_task(
     shared: tuple[RowSource, Encoder, Plan], epoch: int, window: int
 ) -> dict[str, Any]:
-    """Make one window; packs travel as five arrays, which is far smaller than one row per pack."""
+    """Make one window; packs travel as six arrays, which is far smaller than one row per pack."""
     made = window_packs(*shared, epoch, window)
     return {
         "input_ids": np.concatenate([pack.input_ids for pack in made]).tobytes(),
         "labels": np.concatenate([pack.labels for pack in made]).tobytes(),
         "row_ids": np.concatenate([pack.row_ids for pack in made]).tobytes(),
-        "sample_sizes": np.concatenate([np.diff(pack.cu_seqlens) for pack in made]).tobytes(),
-        "samples_per_pack": np.array([len(pack.row_ids) for pack in made], np.int32).tobytes(),
+        "sizes": np.concatenate([np.diff(pack.cu_seqlens) for pack in made]).tobytes(),
+        "rows_per_pack": np.array([len(pack.row_ids) for pack in made], np.int32).tobytes(),
+        "segments_per_pack": np.array([len(p.cu_seqlens) - 1 for p in made], np.int32).tobytes(),
     }
 
 
 def _unpacked(row: dict[str, Any]) -> list[Pack]:
     """Rebuild the packs of `_window_task`."""
-    ids, labels, sizes = (
-        np.frombuffer(row[key], np.int32) for key in ("input_ids", "labels", "sample_sizes")
+    ids, labels, sizes, n_rows, n_segments = (
+        np.frombuffer(row[key], np.int32)
+        for key in ("input_ids", "labels", "sizes", "rows_per_pack", "segments_per_pack")
     )
-    row_ids = np.frombuffer(row["row_ids"], np.int64)
-    ends = np.concatenate([[0], np.cumsum(sizes)])
-    packs_, first = [], 0
-    for count in np.frombuffer(row["samples_per_pack"], np.int32).tolist():
-        examples = [
-            Example(ids[start:end], labels[start:end], int(end - start))
-            for start, end in zip(
-                ends[first : first + count], ends[first + 1 : first + count + 1], strict=True
-            )
-        ]
-        packs_.append(join_examples(examples, row_ids[first : first + count]))
-        first += count
-    return packs_
+    per_pack = np.split(sizes, np.cumsum(n_segments)[:-1])
+    token_ends = np.cumsum([part.sum() for part in per_pack])[:-1]
+    parts = zip(
+        np.split(ids, token_ends),
+        np.split(labels, token_ends),
+        per_pack,
+        np.split(np.frombuffer(row["row_ids"], np.int64), np.cumsum(n_rows)[:-1]),
+        strict=True,
+    )
+    return [build_pack(*part) for part in parts]

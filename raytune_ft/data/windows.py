@@ -14,9 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from raytune_ft.config.schema import DataSection, Recipe
+from raytune_ft.data.concat_packing import ConcatPlan
 from raytune_ft.data.encode import Example, encode_chat
 from raytune_ft.data.formats import to_messages
-from raytune_ft.data.packing import Pack, Plan, Position, join_examples
+from raytune_ft.data.packing import Pack, Plan, Position, cut_example, join_examples
 from raytune_ft.data.readers import DataRow
 from raytune_ft.data.sources import Numbers, RowSource
 from raytune_ft.data.templates import Template, get_template
@@ -119,12 +120,20 @@ class Measurement:
     """Rows counted, before any training.
 
     `lengths` int32 (n_rows,): tokens after the cut, 0 for a row that is left out; `targets` int32
-    (n_rows,): labelled tokens.
+    (n_rows,): labelled tokens; `sets` int32 (n_rows,): the number of the row's data set.
     """
 
     lengths: npt.NDArray[np.int32]
     targets: npt.NDArray[np.int32]
+    sets: npt.NDArray[np.int32]
     report: Report
+
+
+def make_plan(measured: Measurement, data: DataSection, seed: int) -> Plan:
+    """Decide which rows share a pack: isolated rows, or the packs of `data.compat`."""
+    if data.compat is None:
+        return Plan(measured.lengths, data, seed)
+    return ConcatPlan(measured.lengths, data, seed, measured.sets)
 
 
 def measure_rows(source: RowSource, encoder: Encoder, rows: Sequence[int] | Numbers) -> Measurement:
@@ -145,7 +154,7 @@ def measure_rows(source: RowSource, encoder: Encoder, rows: Sequence[int] | Numb
             targets[place] = example.n_targets
     report["used"] = int((lengths > 0).sum())
     report["tokens"], report["targets"] = int(lengths.sum()), int(targets.sum())
-    return Measurement(lengths, targets, report)
+    return Measurement(lengths, targets, source.sets_of(rows), report)
 
 
 def _measured(
@@ -174,7 +183,7 @@ def _measured(
         if data.over_length == "drop":
             _drop(report, TOO_LONG, where)
             return None
-    if not example.n_targets:
+    if not example.n_targets and data.compat is None:
         _drop(report, UNTRAINED, where)
         return None
     if example.uncut_length > data.max_length:
@@ -191,15 +200,20 @@ def window_packs(
     Raises:
         DataError: a row is not as it was when the plan was made.
     """
-    groups = plan.window_groups(epoch, window)
-    rows = np.concatenate(groups)
-    examples = iter(
-        [
-            _planned(row, int(number), source, encoder, plan)
-            for number, row in zip(rows, source.try_rows(rows), strict=True)
-        ]
-    )
-    return [join_examples([next(examples) for _ in group], group) for group in groups]
+    packs = plan.window_pieces(epoch, window)
+    rows = np.unique(np.concatenate(packs)[:, 0])
+    examples = {
+        int(number): _planned(row, int(number), source, encoder, plan)
+        for number, row in zip(rows, source.try_rows(rows), strict=True)
+    }
+    return [
+        join_examples(
+            [cut_example(examples[row], start, stop) for row, start, stop in pieces.tolist()],
+            pieces[:, 0],
+            isolated=plan.isolated,
+        )
+        for pieces in packs
+    ]
 
 
 def _planned(
