@@ -1,20 +1,25 @@
 """Shipped recipes: a name `<model>_<method>_<data>` is a model card plus a recipe without model.
 
+    configs/families.yaml                 what the cards of a family share
     configs/models/<model>.yaml           card: path, template, family, size, bot_name, config
     configs/recipes/<method>/<data>.yaml  recipe sections; `@bot_name` stands for the card's
-    configs/catalog.yaml                  the names that are listed, grouped by recipe
+    configs/catalog.yaml                  the names of XTuner v0.1.9 and our own, by recipe
 
-Any card goes with any recipe, listed or not.
+Any card goes with any recipe. Cards that XTuner v0.1.9 did not have are listed with all of them.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
+from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from raytune_ft.config.document import nearest, read_file
+from raytune_ft.config.footprint import fitting_targets
 from raytune_ft.errors import RecipeError
 
 PRESETS = (
@@ -24,6 +29,39 @@ PRESETS = (
     "deepspeed_zero3",
     "deepspeed_zero3_offload",
 )
+
+REFERENCE = "xtuner"
+"""Group of catalog.yaml with the names of XTuner v0.1.9."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the cards of a family share; docs/models.md shows it."""
+
+    title: str
+    network: str
+    """Class of transformers that computes it."""
+    layout: str
+    """Names and shapes of the original checkpoint's tensors."""
+    tokenizer: str
+    """File that is read."""
+    checked: str
+    """What our tokenizer was compared with."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """A model that recipes go with."""
+
+    path: str
+    """Hub name, or a name that prepares itself."""
+    template: str
+    family: str
+    size: str
+    config: dict[str, Any]
+    """Shape of the network, in the words of its config.json: memory is planned without weights."""
+    bot_name: str = "MOSS"
+    """What the model is called in data that names it; MOSS is the name in the rows themselves."""
 
 
 @functools.cache
@@ -35,51 +73,84 @@ def configs_dir() -> Path:
 
 
 def names() -> list[str]:
-    """Return the shipped recipe names, sorted."""
-    groups = _catalog()
-    return sorted(name for group in groups.values() for name in _expand(group))
+    """Return every listed name, presets included, sorted."""
+    return sorted([*recipe_names(), *PRESETS])
+
+
+def recipe_names() -> list[str]:
+    """Return the listed names of recipes, sorted: XTuner's, ours, and every one of newer cards."""
+    listed = {name for group in _catalog().values() for name in _expand(group)}
+    composed = {compose(model, recipe) for model in newer_models() for recipe in recipes()}
+    return sorted(listed | composed)
 
 
 def reference_names() -> list[str]:
     """Return exactly the names that XTuner v0.1.9 lists, its DeepSpeed presets included."""
-    return sorted([*_expand(_catalog()["xtuner"]), *PRESETS])
+    return sorted([*_expand(_catalog()[REFERENCE]), *PRESETS])
 
 
-def models() -> list[str]:
+@functools.cache
+def models() -> tuple[str, ...]:
     """Return the names of the model cards, sorted."""
-    return sorted(path.stem for path in (configs_dir() / "models").glob("*.yaml"))
+    return tuple(sorted(path.stem for path in (configs_dir() / "models").glob("*.yaml")))
 
 
-def recipes() -> list[str]:
+def newer_models() -> list[str]:
+    """Return the cards that XTuner v0.1.9 does not have, sorted."""
+    known = {model for cards in _catalog()[REFERENCE].values() for model in cards}
+    return [model for model in models() if model not in known]
+
+
+@functools.cache
+def recipes() -> tuple[str, ...]:
     """Return the recipes as `<method>/<data>`, sorted."""
     folder = configs_dir() / "recipes"
-    return sorted(f"{p.parent.name}/{p.stem}" for p in folder.glob("*/*.yaml"))
+    return tuple(sorted(f"{p.parent.name}/{p.stem}" for p in folder.glob("*/*.yaml")))
+
+
+@functools.cache
+def families() -> dict[str, Family]:
+    """Return the families in the order in which they are listed."""
+    return {name: Family(**content) for name, content in _read("families.yaml").items()}
+
+
+@functools.cache
+def card(model: str) -> Card:
+    """Read a model card."""
+    return Card(**_read(f"models/{model}.yaml"))
+
+
+def compose(model: str, recipe: str) -> str:
+    """Return the name of a card with a recipe."""
+    return f"{model}_{recipe.replace('/', '_')}"
 
 
 def resolve(name: str) -> dict[str, Any]:
     """Compose the raw recipe mapping of a name; RecipeError says which part of it is wrong."""
     model, recipe = split(name)
-    card, body = _card(model), _read(f"recipes/{recipe}.yaml")
-    body = _filled(body, card)
-    own = {key: card[key] for key in ("path", "template")}
-    return {**body, "model": {**own, **body.get("model", {})}}
+    return body_for(model, recipe)
+
+
+def body_for(model: str, recipe: str) -> dict[str, Any]:
+    """Lay a recipe over a card: the raw recipe mapping."""
+    own = card(model)
+    body = _filled(copy.deepcopy(_recipe(recipe)), own)
+    targets = body.get("lora", {}).get("targets")
+    if isinstance(targets, list):
+        fitting = fitting_targets(targets, own.config)
+        body["lora"]["targets"] = fitting or "all-linear"
+    return {**body, "model": {"path": own.path, "template": own.template, **body.get("model", {})}}
 
 
 def split(name: str) -> tuple[str, str]:
     """Split a name into its card and its `<method>/<data>`, by the longest card that fits."""
-    fitting = [m for m in models() if name.startswith(f"{m}_")]
-    if not fitting:
-        raise RecipeError(f"{_unknown(name)}; no model card fits its beginning{_near(name)}")
-    model = max(fitting, key=len)
-    rest = name[len(model) + 1 :]
     known = {recipe.replace("/", "_"): recipe for recipe in recipes()}
-    if rest not in known:
-        near = nearest(rest, known)
-        hint = f"; nearest: {model}_{near}" if near else _near(name)
-        raise RecipeError(
-            f"{_unknown(name)}; the model '{model}' is known, the recipe '{rest}' is not{hint}"
-        )
-    return model, known[rest]
+    fitting = [m for m in models() if name.startswith(f"{m}_")]
+    for model in sorted(fitting, key=len, reverse=True):
+        rest = name[len(model) + 1 :]
+        if rest in known:
+            return model, known[rest]
+    raise RecipeError(_unknown(name, max(fitting, key=len, default=None), known))
 
 
 def preset(name: str) -> dict[str, Any]:
@@ -90,22 +161,18 @@ def preset(name: str) -> dict[str, Any]:
 
 
 def card_config(path: str) -> dict[str, Any] | None:
-    """Return the shape of a shipped model by its hub path or folder name; None if unknown.
-
-    The keys are those of a Llama config.json, so that memory can be planned without weights.
-    """
+    """Return the shape of a shipped model by its hub path or folder name; None if unknown."""
     last = Path(path).name.lower()
     for model in models():
-        card = _card(model)
-        if path == card["path"] or last == str(card["path"]).rpartition("/")[2].lower():
-            config: dict[str, Any] | None = card.get("config")
-            return config
+        own = card(model).path
+        if path == own or last == own.rpartition("/")[2].lower():
+            return card(model).config
     return None
 
 
 def data_paths() -> set[str]:
     """Return the data sets that shipped recipes name."""
-    bodies = (_read(f"recipes/{recipe}.yaml") for recipe in recipes())
+    bodies = (_recipe(recipe) for recipe in recipes())
     return {str(source["path"]) for body in bodies for source in body["data"]["sources"]}
 
 
@@ -114,18 +181,41 @@ def is_path(config: str) -> bool:
     return "/" in config or "\\" in config or config.endswith((".yaml", ".yml", ".json", ".py"))
 
 
+def _unknown(name: str, model: str | None, known: Collection[str]) -> str:
+    """Say which part of a name is unknown, and which name is nearest."""
+    if name in PRESETS:
+        zero = name.removeprefix("deepspeed_")
+        return f"'{name}' is a DeepSpeed preset, no recipe; set train.deepspeed={zero} in a recipe"
+    start = f"no recipe '{name}' among {len(names())} shipped names; "
+    if model is not None:
+        rest = name[len(model) + 1 :]
+        near = nearest(rest, known)
+        hint = f"nearest: {model}_{near}" if near else "recipes: raytune-ft list --data"
+        return f"{start}the model '{model}' is known, the recipe '{rest}' is not; {hint}"
+    recipe = max((r for r in known if name.endswith(f"_{r}")), key=len, default=None)
+    if recipe is not None:
+        rest = name.removesuffix(f"_{recipe}")
+        near = nearest(rest, models())
+        hint = f"nearest: {near}_{recipe}" if near else "models: raytune-ft list --models"
+        return f"{start}the recipe '{recipe}' is known, the model '{rest}' is not; {hint}"
+    near = nearest(name, names())
+    hint = f"nearest: {near}" if near else "list them: raytune-ft list"
+    return f"{start}no model card fits its beginning, no recipe its end; {hint}"
+
+
 @functools.cache
 def _catalog() -> dict[str, dict[str, list[str]]]:
     content: dict[str, dict[str, list[str]]] = _read("catalog.yaml")
     return content
 
 
+@functools.cache
+def _recipe(recipe: str) -> dict[str, Any]:
+    return _read(f"recipes/{recipe}.yaml")
+
+
 def _expand(group: dict[str, list[str]]) -> list[str]:
-    return [f"{m}_{recipe.replace('/', '_')}" for recipe, ms in group.items() for m in ms]
-
-
-def _card(model: str) -> dict[str, Any]:
-    return _read(f"models/{model}.yaml")
+    return [compose(model, recipe) for recipe, ms in group.items() for model in ms]
 
 
 def _read(place: str) -> dict[str, Any]:
@@ -136,24 +226,12 @@ def _read(place: str) -> dict[str, Any]:
     return content
 
 
-def _filled(value: Any, card: dict[str, Any]) -> Any:
-    """Replace `@field` by the card's field; where the card has none, the key goes."""
+def _filled(value: Any, own: Card) -> Any:
+    """Replace `@field` by the card's field."""
     if isinstance(value, dict):
-        filled = {k: _filled(v, card) for k, v in value.items()}
-        return {k: v for k, v in filled.items() if not _is_open(v)}
+        return {k: _filled(v, own) for k, v in value.items()}
     if isinstance(value, list):
-        return [_filled(v, card) for v in value]
-    return card.get(value[1:], value) if _is_open(value) else value
-
-
-def _is_open(value: Any) -> bool:
-    return isinstance(value, str) and value.startswith("@")
-
-
-def _unknown(name: str) -> str:
-    return f"no recipe '{name}' among {len(names())} shipped names"
-
-
-def _near(name: str) -> str:
-    near = nearest(name, [*names(), *PRESETS])
-    return f"; nearest: {near}" if near else "; list them: raytune-ft list"
+        return [_filled(v, own) for v in value]
+    if isinstance(value, str) and value.startswith("@"):
+        return getattr(own, value[1:])
+    return value

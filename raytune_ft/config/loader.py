@@ -35,6 +35,8 @@ __all__ = ["dump_yaml", "load_recipe", "recipe_stem"]
 
 ARGUMENT = "argument"
 SUFFIXES = (".yaml", ".yml")
+SHORTHANDS: dict[str, KeyPath] = {"compat": ("data", "compat")}
+"""Words at the top of a recipe, or of an argument, that stand for a field of a section."""
 
 
 def load_recipe(config: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -50,9 +52,9 @@ def load_recipe(config: str, overrides: Sequence[str] = ()) -> Recipe:
     merged = _Merged()
     document = _open(config)
     base = _base_of(document, config)
-    if base is not None:
-        merged.add(base)
-    merged.add(document)
+    for each in [document] if base is None else [base, document]:
+        _spell_out(each)
+        merged.add(each)
     for text in overrides:
         merged.override(text)
     return merged.check()
@@ -213,12 +215,33 @@ def _base_of(document: Document, config: str) -> Document | None:
     return base
 
 
+def _spell_out(document: Document) -> None:
+    """Put the value of a shorthand where it belongs; both spellings at once are a problem."""
+    for word in SHORTHANDS.keys() & document.content.keys():
+        section, name = SHORTHANDS[word]
+        value = document.content.pop(word)
+        place = document.where((word,))
+        inside = document.content.setdefault(section, {})
+        if not isinstance(inside, dict):  # the schema says so
+            continue
+        if name in inside:
+            other = document.where((section, name))
+            document.problems.append(
+                f"{place}: '{word}' is '{section}.{name}', which stands in {other} already; "
+                "keep one"
+            )
+        inside[name] = value
+        if (word,) in document.lines:
+            document.lines[section, name] = document.lines[word,]
+
+
 def _parse_override(text: str, content: dict[str, Any]) -> tuple[KeyPath, Any]:
     """Split `a.b=value`; RecipeError names the nearest field if there is none like it."""
     key, equals, raw = text.partition("=")
     key = key.strip()
     if not equals or not key:
         raise RecipeError(f"{ARGUMENT}: '{text}': expected key=value, such as train.lr=2e-4")
+    key = dotted(SHORTHANDS[key]) if key in SHORTHANDS else key
     section, _, rest = key.partition(".")
     name, _, inner = rest.partition(".")
     if name not in problems.fields_at((section,)):
@@ -234,19 +257,25 @@ def _parse_override(text: str, content: dict[str, Any]) -> tuple[KeyPath, Any]:
 
 def _inner_path(key: str, path: KeyPath, inner: str, content: dict[str, Any]) -> KeyPath:
     """Resolve what follows `section.field.`: a key of a mapping, or a place in data.sources."""
-    if typing.get_origin(problems.annotation(str(path[0]), str(path[1]))) is dict:
+    if typing.get_origin(problems.annotation(path)) is dict:
         return (*path, inner)
-    if path == ("data", "sources"):
-        place, _, name = inner.partition(".")
-        data = content.get("data")
-        sources = data.get("sources") if isinstance(data, dict) else None
-        count = len(sources) if isinstance(sources, list) else 0
-        if not (place.isdecimal() and int(place) < count):
-            raise RecipeError(f"{ARGUMENT}: '{key}': data.sources has the places 0 to {count - 1}")
-        if name not in problems.fields_at(path):
-            raise RecipeError(f"{ARGUMENT}: {problems.unknown_key((*path, int(place), name))}")
-        return (*path, int(place), name)
-    raise RecipeError(f"{ARGUMENT}: unknown key '{key}'; did you mean '{dotted(path)}'?")
+    if path != ("data", "sources"):
+        raise RecipeError(f"{ARGUMENT}: unknown key '{key}'; did you mean '{dotted(path)}'?")
+    place, _, rest = inner.partition(".")
+    name, _, column = rest.partition(".")
+    data = content.get("data")
+    sources = data.get("sources") if isinstance(data, dict) else None
+    count = len(sources) if isinstance(sources, list) else 0
+    if not (place.isdecimal() and int(place) < count):
+        raise RecipeError(f"{ARGUMENT}: '{key}': data.sources has the places 0 to {count - 1}")
+    here: KeyPath = (*path, int(place), name)
+    if name not in problems.fields_at(path):
+        raise RecipeError(f"{ARGUMENT}: {problems.unknown_key(here)}")
+    if not column:
+        return here
+    if typing.get_origin(problems.annotation(here)) is not dict:
+        raise RecipeError(f"{ARGUMENT}: unknown key '{key}'; did you mean '{dotted(here)}'?")
+    return (*here, column)
 
 
 def _override_value(raw: str, key: str, path: KeyPath) -> Any:
@@ -266,9 +295,4 @@ def _override_value(raw: str, key: str, path: KeyPath) -> Any:
 
 def _is_text(path: KeyPath) -> bool:
     """Tell whether a field holds text and nothing but text (or null)."""
-    if path[:2] == ("data", "sources") and len(path) == 4:
-        return path[3] in ("path", "name", "split", "map")
-    kind = problems.annotation(str(path[0]), str(path[1]))
-    if typing.get_origin(kind) is dict:
-        return len(path) > 2 and typing.get_args(kind)[1] is str
-    return set(typing.get_args(kind) or [kind]) <= {str, type(None)}
+    return set(problems.choices(problems.annotation(path))) <= {str, type(None)}

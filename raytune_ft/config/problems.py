@@ -171,21 +171,42 @@ def all_fields() -> list[str]:
     return [f"{s}.{f}" for s in Recipe.model_fields for f in fields_at((s,))]
 
 
-def annotation(section: str, name: str) -> Any:
-    """Return the type of `section.name`."""
-    kind: Any = Recipe.model_fields[section].annotation
-    return kind.model_fields[name].annotation
+def annotation(path: KeyPath) -> Any:
+    """Return the type of what stands at a path that the schema knows."""
+    kind: Any = Recipe
+    for part in path:
+        kind = _inside(kind, part)
+    return kind
+
+
+def _inside(kind: Any, part: str | int) -> Any:
+    """Return the type of a section's field, of a list's item, or of the value of a key."""
+    for member in choices(kind):
+        if _is_section(member) and part in member.model_fields:
+            return member.model_fields[part].annotation
+        if typing.get_origin(member) in (list, dict):
+            return typing.get_args(member)[-1]
+    return Any
+
+
+def choices(kind: Any) -> Iterator[Any]:
+    """Yield a type, or the members of a union of types."""
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        for member in typing.get_args(kind):
+            yield from choices(member)
+    elif typing.get_origin(kind) is typing.Annotated:
+        yield from choices(typing.get_args(kind)[0])
+    else:
+        yield kind
 
 
 def _members(kind: Any) -> Iterator[Any]:
-    """Yield a type, or the members of a union, list or dict of types."""
-    if typing.get_origin(kind) in (typing.Union, types.UnionType, list):
-        for member in typing.get_args(kind):
-            yield from _members(member)
-    elif typing.get_origin(kind) is typing.Annotated:
-        yield from _members(typing.get_args(kind)[0])
-    else:
-        yield kind
+    """Yield a type, or the members of a union or list of types."""
+    for member in choices(kind):
+        if typing.get_origin(member) is list:
+            yield from _members(typing.get_args(member)[0])
+        else:
+            yield member
 
 
 def _is_section(kind: Any) -> bool:

@@ -163,8 +163,8 @@ class CheckpointSection(Section):
 
     every: Literal["epoch"] | PositiveInt = "epoch"
     """`epoch`, or optimizer steps."""
-    keep: PositiveInt = 2
-    """Newest checkpoints kept."""
+    keep: Literal[-1] | PositiveInt = 2
+    """Newest checkpoints kept; -1 keeps all [max_keep_ckpts]."""
 
 
 class RunSection(Section):

@@ -16,10 +16,11 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from raytune_ft.config.footprint import LOGIT_ROWS
 from raytune_ft.errors import ModelError
 
 IGNORE_INDEX = -100
-CHUNK_ROWS = 1024
+CHUNK_ROWS = LOGIT_ROWS
 """Rows of logits at a time: 1024 x 100k words in float32 are 0.4 GB."""
 
 # Configuration values by which families change their logits after the head.

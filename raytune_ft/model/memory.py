@@ -1,7 +1,7 @@
 """Memory planning: a recipe and a config.json in, predicted peak bytes per worker out.
 
-Parameters are counted on a network without storage, so every family is counted exactly; what
-activations take is a formula, checked against a measured run (see docs/benchmarks.md).
+Parameters are counted on a network without storage, so every family is counted exactly; what they
+and the activations take is `config.footprint`'s arithmetic.
 """
 
 from __future__ import annotations
@@ -13,52 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from raytune_ft.config.footprint import Counts, memory_bytes
 from raytune_ft.config.schema import Recipe
 from raytune_ft.model.adapter import linear_names
 from raytune_ft.model.families import detect
 from raytune_ft.model.loading import quiet
-from raytune_ft.model.loss import CHUNK_ROWS
-
-# Bytes per weight with their scales: one scale per 64 weights, a second level per 256 scales.
-NF4_DOUBLE = 0.5 + 1 / 64 + 4 / (64 * 256)
-NF4_SINGLE = 0.5 + 4 / 64
-INT8 = 1.0
-
-LOGIT_BYTES = 12
-"""Per logit of a chunk: log-softmax, its gradient and the one before it, in float32."""
-GPU_CONTEXT = 600 * 2**20
-"""What a CUDA process holds outside torch's allocator."""
-RECOMPUTE_FROM_TOKENS = 512
-"""`gradient_checkpointing: auto` recomputes above this many tokens per micro-batch."""
 
 Change = tuple[str, dict[str, dict[str, Any]]]
-
-
-@dataclass(frozen=True)
-class Counts:
-    """Numbers of parameters, and the widths that activations depend on."""
-
-    linear: int
-    largest_linear: int
-    embedding: int
-    head: int
-    """0 where the head is tied to the embedding."""
-    other: int
-    """Norms and biases."""
-    trained: int
-    adapter_inputs: int
-    """Sum of the input widths of adapted layers, one decoder layer."""
-    layers: int
-    hidden: int
-    mlp: int
-    attention: int
-    """Width of queries plus that of keys and values."""
-    vocabulary: int
-
-    @property
-    def total(self) -> int:
-        """All parameters of the base model."""
-        return self.linear + self.embedding + self.head + self.other
 
 
 @dataclass(frozen=True)
@@ -96,13 +57,13 @@ def plan_memory(
     on_gpu = device_bytes is not None or torch.cuda.is_available()
     shape = _Shape(config_json)
     counts = shape.counts(recipe)
-    parts = _parts(recipe, counts, on_gpu=on_gpu)
+    parts = memory_bytes(recipe, counts, on_gpu=on_gpu)
     if device_bytes is None:
         return MemoryPlan(parts, counts, None)
     fits = sum(parts.values()) <= device_bytes
 
     def would_fit(changed: Recipe) -> bool:
-        needed = _parts(changed, shape.counts(changed), on_gpu=on_gpu)
+        needed = memory_bytes(changed, shape.counts(changed), on_gpu=on_gpu)
         return sum(needed.values()) <= device_bytes
 
     return MemoryPlan(parts, counts, fits, [] if fits else _advice(recipe, would_fit))
@@ -174,83 +135,6 @@ class _Shape:
         kv_heads = getattr(config, "num_key_value_heads", None) or heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         return int((heads + 2 * kv_heads) * head_dim)
-
-
-def _parts(recipe: Recipe, counts: Counts, *, on_gpu: bool) -> dict[str, int]:
-    model = recipe.model
-    width = _compute_bytes(recipe, on_gpu=on_gpu)
-    if model.quantization == "none":
-        stored: float = width
-    elif model.quantization == "int8":
-        stored = INT8
-    else:
-        stored = NF4_DOUBLE if model.double_quant else NF4_SINGLE
-    tokens = recipe.train.micro_batch_size * recipe.data.max_length
-    layer = _layer_bytes(recipe, counts, width)
-    if _recompute(recipe, tokens, on_gpu=on_gpu):
-        activations = tokens * (counts.layers * counts.hidden * width + layer)
-    else:
-        activations = tokens * counts.layers * layer
-    shards = recipe.run.workers if recipe.train.deepspeed.startswith("zero3") else 1
-    # quantised weights are unpacked one layer at a time, forward and backward
-    unpacked = 0 if model.quantization == "none" else 2 * counts.largest_linear * width
-    parts = {
-        "base weights": (counts.linear * stored + counts.other * width) / shards,
-        "embedding and head": (counts.embedding + counts.head) * width / shards,
-        **_training_state(recipe, counts, width, on_gpu=on_gpu),
-        "activations": activations,
-        "logits": min(tokens, CHUNK_ROWS) * counts.vocabulary * LOGIT_BYTES,
-        "workspace": unpacked + tokens * recipe.data.max_length,
-        "GPU context": GPU_CONTEXT if on_gpu else 0,
-    }
-    return {name: int(size) for name, size in parts.items() if size}
-
-
-def _training_state(
-    recipe: Recipe, counts: Counts, width: int, *, on_gpu: bool
-) -> dict[str, float]:
-    """Adapters, gradients and optimizer; DeepSpeed keeps a float32 copy beside 16-bit weights."""
-    zero, n = recipe.train.deepspeed, counts.trained
-    sharded = recipe.run.workers if zero != "none" else 1
-    on_host = on_gpu and (zero.endswith("_offload") or recipe.train.optimizer.startswith("paged"))
-    lora = recipe.model.method == "lora"
-    if zero != "none" and width == 2:
-        trained, master = 2, 4
-    else:
-        trained, master = (4 if lora else width), 0
-    moments = 2 * 1.02 if recipe.train.optimizer.endswith("8bit") else 2 * max(trained, master)
-    shards = sharded if zero.startswith("zero3") else 1
-    return {
-        "adapters": n * trained / shards if lora else 0,
-        "gradients": n * trained / (sharded if zero[:5] in {"zero2", "zero3"} else 1),
-        "optimizer": (0 if on_host else n * moments / sharded)
-        + (0 if zero.endswith("_offload") and on_gpu else n * master / sharded),
-    }
-
-
-def _layer_bytes(recipe: Recipe, counts: Counts, width: int) -> int:
-    """Bytes that one decoder layer keeps per token for its backward pass, plain torch kernels."""
-    norms = 2 * 8 * counts.hidden  # each keeps a float32 copy of its input and result
-    attention = width * (3 * counts.attention + counts.hidden)  # before, in and after rotation
-    mlp = width * 4 * counts.mlp  # gate, its activation, up, and their product
-    if recipe.model.method == "full":
-        return norms + attention + mlp + width * 2 * counts.hidden
-    # float32 adapters and dropout give every adapted layer an input copy of its own
-    own_copy = width == 4 or recipe.train.deepspeed == "none" or recipe.lora.dropout > 0
-    copied = counts.adapter_inputs if own_copy else counts.adapter_inputs // 2
-    adapter_width = width if recipe.train.deepspeed != "none" else 4
-    return norms + attention + mlp + copied * adapter_width
-
-
-def _recompute(recipe: Recipe, tokens: int, *, on_gpu: bool) -> bool:
-    choice = recipe.model.gradient_checkpointing
-    return on_gpu and tokens > RECOMPUTE_FROM_TOKENS if choice == "auto" else choice
-
-
-def _compute_bytes(recipe: Recipe, *, on_gpu: bool) -> int:
-    if recipe.model.dtype == "auto":
-        return 2 if on_gpu else 4
-    return 4 if recipe.model.dtype == "float32" else 2
 
 
 def _advice(recipe: Recipe, would_fit: Callable[[Recipe], bool]) -> list[str]:

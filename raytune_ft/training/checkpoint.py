@@ -62,6 +62,8 @@ def save(
 ) -> Path:
     """Write the checkpoint of `state.step`, then remove all but the `keep` newest valid ones.
 
+    A `keep` of -1 removes none.
+
     Raises:
         CheckpointError: the disk refuses; names the folder. Earlier checkpoints are untouched.
     """
@@ -85,7 +87,7 @@ def save(
         raise CheckpointError(
             f"{final}: cannot be written ({error.strerror}); free space there or set run.storage"
         ) from error
-    for old in valid_steps(root)[:-keep]:
+    for old in valid_steps(root)[:-keep] if keep > 0 else []:
         shutil.rmtree(old, ignore_errors=True)
     return final
 

@@ -35,6 +35,12 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     assert [p.name for p in checkpoint.valid_steps(tmp_path)] == ["step_000015", "step_100000"]
 
 
+def test_minus_one_keeps_all(tmp_path: Path) -> None:
+    for step in (5, 10, 15):
+        write(tmp_path, step, keep=-1)
+    assert len(checkpoint.valid_steps(tmp_path)) == 3
+
+
 def test_every_flipped_byte_is_found(tmp_path: Path) -> None:
     write(tmp_path, 5)
     newest = write(tmp_path, 10)
