@@ -20,10 +20,11 @@ from raytune_ft.data import sources, stream
 from raytune_ft.data.packing import Pack, Plan, Position, count_steps
 from raytune_ft.data.sources import RowSource
 from raytune_ft.data.tokenizer import TextTokenizer
-from raytune_ft.data.windows import Encoder, Measurement, Report, make_plan
-from raytune_ft.errors import RecipeError
+from raytune_ft.data.windows import Encoder, Measurement, Report, make_plan, nothing_left
+from raytune_ft.errors import DataError, RecipeError
 from raytune_ft.model import loading
 from raytune_ft.screen import Screen
+from raytune_ft.training import mmlu
 from raytune_ft.training.run_folder import RunFolder, write_json
 from raytune_ft.training.worker import Job
 
@@ -60,6 +61,9 @@ def prepare(recipe: Recipe, folder: RunFolder, source: str, screen: Screen) -> P
 
     Ray must be running. Raises RecipeError, ModelError or DataError with one line each.
     """
+    mmlu_files = mmlu.absolute(recipe.chat_eval.mmlu)
+    for path in recipe.chat_eval.mmlu:
+        mmlu.read_benchmark(path)  # a bad row ends the run here, not after the first epoch
     screen.stage("model folder")
     model_folder = loading.prepare_folder(recipe.model.path, log=screen.line)
     tokenizer = TextTokenizer.from_folder(model_folder)
@@ -68,6 +72,8 @@ def prepare(recipe: Recipe, folder: RunFolder, source: str, screen: Screen) -> P
     training, held_out = sources.split_validation(rows, recipe.data, recipe.train.seed)
     measured = measure(training, encoder, screen)
     train = Rows(training, encoder, make_plan(measured, recipe.data, recipe.train.seed))
+    if not train.plan.n_windows:
+        raise DataError(nothing_left(measured.report))
     validation = _held_out(held_out, encoder, recipe, screen) if held_out is not None else None
     total_steps = count_steps(train.plan, recipe)
 
@@ -87,8 +93,9 @@ def prepare(recipe: Recipe, folder: RunFolder, source: str, screen: Screen) -> P
         total_steps=total_steps,
     )
     write_json(folder.path / "data.json", record_of(measured.report, train.plan, total_steps))
+    chat_eval = resolved.chat_eval.model_copy(update={"mmlu": mmlu_files})
     job = Job(
-        resolved.model_dump(mode="json"),
+        resolved.model_copy(update={"chat_eval": chat_eval}).model_dump(mode="json"),
         str(folder.path),
         str(model_folder),
         total_steps,

@@ -27,6 +27,7 @@ STAGES = {
     "workers": "start workers",
     "load model": "load model",
     "samples": "ask the sample prompts",
+    "mmlu": "answer the MMLU questions",
     "train": "train",
     "checkpoint": "save checkpoint",
     "export": "write adapter",
@@ -105,6 +106,9 @@ class Screen:
         if event["step"] % self.log_every == 0 or event["step"] in (1, self.total_steps):
             self.line(note)
 
+    def _on_mmlu(self, event: Event) -> None:
+        self.line(mmlu_line(event))
+
     def _on_resumed(self, event: Event) -> None:
         self.line(f"resumed from the checkpoint of step {event['step']}")
 
@@ -134,6 +138,15 @@ def step_line(event: Event, total: int) -> str:
     if event.get("val_loss") is not None:
         parts.insert(2, f"held-out {event['val_loss']:.4f}")
     return " | ".join(parts)
+
+
+def mmlu_line(event: Event) -> str:
+    """Format the accuracies of one file of MMLU questions."""
+    parts = ", ".join(f"{name} {share:.2f}" for name, share in event["categories"].items())
+    return (
+        f"{event['name']}, step {event['step']}: average {event['average']:.2f} % ({parts}) "
+        f"of {event['questions']:,} questions"
+    )
 
 
 def _short(event: Event) -> str:

@@ -18,12 +18,12 @@ import numpy as np
 from raytune_ft.config import catalog
 from raytune_ft.config.schema import Recipe, Source
 from raytune_ft.data import formats, locate, sources, templates, windows
-from raytune_ft.data.packing import Plan, count_steps
+from raytune_ft.data.packing import count_steps
 from raytune_ft.data.sources import RowSource
 from raytune_ft.data.tokenizer import TextTokenizer
 from raytune_ft.data.windows import Encoder, Measurement, Report
 from raytune_ft.errors import DataError, ModelError, RecipeError
-from raytune_ft.model.cache import cache_dir
+from raytune_ft.config.cache import cache_dir
 from raytune_ft.model.default_model import NAME as DEFAULT_MODEL
 
 if TYPE_CHECKING:
@@ -201,22 +201,13 @@ def read_rows(rows: RowSource, recipe: Recipe) -> Report:
 
 def counted(measured: Measurement, recipe: Recipe, *, complete: bool) -> Counted:
     """Compute packs and steps; without all sources (`complete`) the steps stay unknown."""
-    plan = Plan(measured.lengths, recipe.data, recipe.train.seed)
+    plan = windows.make_plan(measured, recipe.data, recipe.train.seed)
     packs = plan.n_packs(0)
     if packs == 0:
-        raise DataError(nothing_left(measured.report))
-    density = measured.report["tokens"] / (packs * recipe.data.max_length)
+        raise DataError(windows.nothing_left(measured.report))
+    density = (measured.report["tokens"] - plan.lost_tokens) / (packs * recipe.data.max_length)
     steps = count_steps(plan, recipe) if complete else None
     return Counted(measured.report, packs, steps, density)
-
-
-def nothing_left(report: Report) -> str:
-    """Say why there is no row to train on, naming the first of each reason."""
-    reasons = (
-        f"{count} {reason} ({report['places'].get(reason, ['?'])[0]})"
-        for reason, count in report["dropped"].items()
-    )
-    return f"data.sources: none of {report['rows']} rows can be trained on: {', '.join(reasons)}"
 
 
 def remarks(found: Survey) -> list[str]:
@@ -225,6 +216,11 @@ def remarks(found: Survey) -> list[str]:
     run = Path(recipe.run.storage).expanduser() / (recipe.run.name or "")
     if recipe.run.name and run.exists():
         notes.append(f"run.name: {run} exists; training will ask for another name or --resume")
+    notes += [
+        f"chat_eval.mmlu: {path} is not here; training needs it"
+        for path in recipe.chat_eval.mmlu
+        if locate.local_path(path) is None
+    ]
     positions = (found.config or {}).get("max_position_embeddings")
     if isinstance(positions, int) and recipe.data.max_length > positions:
         notes.append(

@@ -92,6 +92,15 @@ def new_report(rows: int = 0) -> Report:
     return Report(rows=rows, used=0, tokens=0, targets=0, cut=0, dropped={}, places={})
 
 
+def nothing_left(report: Report) -> str:
+    """Say why there is no row to train on, naming the first of each reason."""
+    reasons = (
+        f"{count} {reason} ({report['places'].get(reason, ['?'])[0]})"
+        for reason, count in report["dropped"].items()
+    )
+    return f"data.sources: none of {report['rows']} rows can be trained on: {', '.join(reasons)}"
+
+
 def add_report(report: Report, later: Report) -> None:
     """Add the report of rows that come after these."""
     keys: tuple[Literal["rows", "used", "tokens", "targets", "cut"], ...]

@@ -1,4 +1,4 @@
-"""What a run does beside optimizing: answer sample prompts, measure held-out loss, save."""
+"""What a run does beside optimizing: answer prompts and MMLU, measure held-out loss, save."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from raytune_ft.data.packing import Pack, collate
 from raytune_ft.data.templates import Template
 from raytune_ft.data.tokenizer import TextTokenizer
 from raytune_ft.model.generate import stream_ids
-from raytune_ft.training import checkpoint
+from raytune_ft.training import checkpoint, mmlu
 from raytune_ft.training.batching import to_tensors
 from raytune_ft.training.checkpoint import TrainState
 from raytune_ft.training.engine import Engine, rank, world_size
 from raytune_ft.training.loop import Emit, Hooks
+from raytune_ft.training.mmlu import Benchmark
 from raytune_ft.training.run_folder import RunFolder
 
 
@@ -73,7 +74,13 @@ def build_hooks(
         if world_size() > 1:
             dist.barrier()
 
-    return Hooks(sample=sample, validate=validate, save=save)
+    benchmarks = [mmlu.read_benchmark(path) for path in recipe.chat_eval.mmlu]
+
+    def benchmark(step: int) -> None:
+        for questions in benchmarks:
+            _benchmark(engine, recipe, voice, questions, step, emit)
+
+    return Hooks(sample=sample, validate=validate, benchmark=benchmark, save=save)
 
 
 def held_out_loss(engine: Engine, packs: Iterable[Pack]) -> float:
@@ -86,6 +93,20 @@ def held_out_loss(engine: Engine, packs: Iterable[Pack]) -> float:
             total += float(loss_sum)
             count += int(n_targets)
     return total / max(1, count)
+
+
+def _benchmark(
+    engine: Engine, recipe: Recipe, voice: Voice, questions: Benchmark, step: int, emit: Emit
+) -> None:
+    found = mmlu.evaluate(
+        voice.model,
+        voice.tokenizer,
+        questions,
+        recipe.data,
+        engine.device,
+        lambda done, total: emit("stage", name="mmlu", done=done, total=total, step=step),
+    )
+    emit("mmlu", step=step, name=questions.name, **found)
 
 
 def _sample(recipe: Recipe, voice: Voice, step: int, when: str, emit: Emit) -> None:

@@ -34,6 +34,8 @@ class Hooks:
     """(step, when) -> answers to the recipe's prompts."""
     validate: Callable[[int], float | None]
     """step -> loss on the held-out rows, if there are any."""
+    benchmark: Callable[[int], None]
+    """step -> answers to the recipe's MMLU questions."""
     save: Callable[[TrainState], None]
 
 
@@ -96,6 +98,8 @@ def train(
         every = recipe.chat_eval.every
         if every and state.step % every == 0 and not last:
             hooks.sample(state.step, "step")
+        if last or _epoch_ends(data):
+            hooks.benchmark(state.step)
         if last or _due(recipe.checkpoint.every, state.step, data):
             hooks.save(state)
     hooks.sample(state.step, "after")

@@ -1,7 +1,7 @@
 """The run folder: every file of a run, who writes it and when (docs/architecture.md).
 
-Only rank 0 writes. Lines of `metrics.jsonl` and `samples.jsonl` beyond the step that a run is
-taken up from are cut off, so each step stands there once.
+Only rank 0 writes. Lines of `metrics.jsonl`, `samples.jsonl` and `mmlu.jsonl` beyond the step
+that a run is taken up from are cut off, so each step stands there once.
 """
 
 from __future__ import annotations
@@ -63,6 +63,10 @@ class RunFolder:
         return self.path / "samples.jsonl"
 
     @property
+    def mmlu(self) -> Path:
+        return self.path / "mmlu.jsonl"
+
+    @property
     def log(self) -> Path:
         return self.path / "run.log"
 
@@ -98,8 +102,8 @@ class RunFolder:
         self.update(name=name, status="running", created=created, version=__version__, **fields)
 
     def cut_after(self, step: int) -> None:
-        """Drop lines of later steps than `step` from the two JSONL files."""
-        for path in (self.metrics, self.samples):
+        """Drop lines of later steps than `step` from the JSONL files."""
+        for path in (self.metrics, self.samples, self.mmlu):
             if path.is_file():
                 kept = [
                     e for e in read_jsonl(path) if e["step"] <= step and e.get("when") != "after"
@@ -121,12 +125,17 @@ class RunWriter:
             self.board = SummaryWriter(str(folder.path / "tensorboard"))
 
     def __call__(self, kind: str, **fields: Any) -> None:
-        """Record and show one event; `step` and `sample` events go to their JSONL files."""
+        """Record and show one event; `step`, `sample` and `mmlu` ones go to their JSONL files."""
         if kind == "step":
             append_jsonl(self.folder.metrics, fields)
             self._to_board(fields)
         elif kind == "sample":
             append_jsonl(self.folder.samples, fields)
+        elif kind == "mmlu":
+            append_jsonl(self.folder.mmlu, fields)
+            if self.board is not None:
+                key = f"{fields['name']}/average"
+                self.board.add_scalar(key, fields["average"], fields["step"])
         elif kind == "end" and self.board is not None:
             self.board.close()
         self.show({"kind": kind, **fields})
