@@ -6,13 +6,12 @@ v and o alike. Files of the 7B carry rotary buffers that every reader computes a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-from raytune_ft.model.families.family import Family
+from raytune_ft.model.families.family import ConfigJson, Family, stored_dtype
 
 # Defaults of the model's own configuration class; its files state only what differs.
-DEFAULTS: Mapping[str, Any] = {
+DEFAULTS: ConfigJson = {
     "vocab_size": 103168,
     "hidden_size": 4096,
     "intermediate_size": 11008,
@@ -29,12 +28,12 @@ DEFAULTS: Mapping[str, Any] = {
 }
 
 
-def matches(config: Mapping[str, Any]) -> bool:
-    """Tell whether config.json is of the first generation."""
+def matches(config: ConfigJson) -> bool:
+    """Tell whether config.json is of the first generation; a later 20B calls itself llama."""
     return config.get("model_type") == "internlm"
 
 
-def translate(config: Mapping[str, Any]) -> Any:
+def translate(config: ConfigJson) -> Any:
     """Build the equal LlamaConfig.
 
     `rotary` of later files asks for dynamic scaling beyond the trained length; within it, which
@@ -43,12 +42,11 @@ def translate(config: Mapping[str, Any]) -> Any:
     from transformers import LlamaConfig
 
     rotary = config.get("rotary") or {}
-    dtype = config.get("dtype", config.get("torch_dtype", "float16"))
     return LlamaConfig(
         **{key: config.get(key, default) for key, default in DEFAULTS.items()},
         attention_bias=config.get("bias", True),
         rope_parameters={"rope_type": "default", "rope_theta": float(rotary.get("base", 10000))},
-        dtype=dtype,
+        dtype=stored_dtype(config, "float16"),
     )
 
 

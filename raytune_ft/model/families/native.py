@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-from raytune_ft.model.families.family import Family
+from raytune_ft.model.families.family import ConfigJson, Family
 
 
-def matches(config: Mapping[str, Any]) -> bool:
+def matches(config: ConfigJson) -> bool:
     """Tell whether transformers has a causal language model of this type."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     return config.get("model_type") in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
-def translate(config: Mapping[str, Any]) -> Any:
+def translate(config: ConfigJson) -> Any:
     """Build the configuration; `auto_map`, a pointer to remote code, is left out."""
     from transformers import CONFIG_MAPPING
 
