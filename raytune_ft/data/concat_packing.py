@@ -40,7 +40,7 @@ class Pieces:
         return self.pieces[self.ends[number] : self.ends[number + 1]]
 
 
-def pack_bounds(lengths: Numbers, max_length: int, group_rows: int = GROUP_ROWS) -> Numbers:
+def pack_bounds(lengths: Numbers, max_length: int, group_rows: int) -> Numbers:
     """Return where packs begin and end in the rows laid end to end, int64 (P + 1,) from 0 on.
 
     Rows are joined in groups, with what the group before left over. At least `max_length` tokens
@@ -127,7 +127,7 @@ class ConcatPlan(Plan):
             rows = rows[epoch_order(len(rows), self.seed, number, shuffle)]
         lengths = self.lengths[rows].astype(np.int64)
         bounds = (
-            pack_bounds(lengths, self.max_length)
+            pack_bounds(lengths, self.max_length, GROUP_ROWS)
             if self._data.pack
             else np.concatenate([[0], np.cumsum(lengths)])
         )
