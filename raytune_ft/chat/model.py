@@ -174,13 +174,14 @@ def load_source(
     source: ChatSource, device: str | None = None, log: Callable[[str], None] = lambda _line: None
 ) -> ChatModel:
     """Load what `find_source` found."""
-    from raytune_ft.model.adapter import load_adapter
+    from raytune_ft.model.adapter import has_head, load_adapter
     from raytune_ft.model.loading import load_model, prepare_folder
 
     folder = prepare_folder(source.base, log)
     tokenizer = TextTokenizer.from_folder(folder)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model: Any = load_model(folder, source.section, place)
+    head_trained = source.adapter is not None and has_head(source.adapter)
+    model: Any = load_model(folder, source.section, place, head_trained=head_trained)
     if source.adapter is not None:
         model = load_adapter(model, source.adapter)
     model.eval()

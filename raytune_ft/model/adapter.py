@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,18 +15,25 @@ import torch
 from torch import nn
 
 from raytune_ft.config.schema import LoraSection
-from raytune_ft.errors import CheckpointError, RecipeError
+from raytune_ft.errors import CheckpointError, ModelError, RecipeError
+from raytune_ft.model.families.fused_adapter import to_native
+from raytune_ft.model.families.layout import IDENTITY, Layout, Widths, widths_of
 from raytune_ft.model.loading import quiet
 from raytune_ft.model.merge import MergeReport, merge_to
-from raytune_ft.model.tensors import load_tensors, save_tensors
+from raytune_ft.model.tensors import load_pickled, load_tensors, save_tensors
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-__all__ = ["MergeReport", "attach", "load_adapter", "merge_to", "save_adapter"]
+__all__ = [
+    "MergeReport", "attach", "has_head", "load_adapter", "merge_to", "save_adapter", "trains_head",
+]  # fmt: skip
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+PICKLED_FILE = "adapter_model.bin"
+"""What PEFT wrote until 0.7 (November 2023)."""
+HEAD = "lm_head"
 
 
 def attach(model: nn.Module, lora: LoraSection, seed: int) -> PeftModel:
@@ -50,6 +58,7 @@ def attach(model: nn.Module, lora: LoraSection, seed: int) -> PeftModel:
         use_dora=lora.use_dora,
         modules_to_save=_modules_to_save(model, lora) or None,
     )
+    _prepare_head(model, config)
     with torch.random.fork_rng(), quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(seed)
@@ -85,14 +94,17 @@ def save_adapter(model: nn.Module, folder: Path, base: str) -> None:
 def load_adapter(model: nn.Module, folder: Path) -> PeftModel:
     """Put a saved adapter onto a model, for inference; strict in both directions.
 
+    Its names may be the original network's (`W_pack`, `query_key_value` ...) or ours.
+
     Raises:
         CheckpointError: a file is missing, or saved tensors, targets and model do not match.
     """
     from peft import get_peft_model, set_peft_model_state_dict
 
-    config = read_adapter_config(folder)
-    weights = read_adapter_weights(folder)
+    layout = getattr(type(model), "layout", IDENTITY)
+    config, weights = read_adapter(folder, layout, widths_of(cast(Any, model).config))
     _check_targets(model, config, folder)
+    _prepare_head(model, config)
     with torch.random.fork_rng(), quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         config.inference_mode = True
@@ -105,6 +117,29 @@ def load_adapter(model: nn.Module, folder: Path) -> PeftModel:
         set_peft_model_state_dict(wrapped, weights)
     wrapped.eval()
     return wrapped
+
+
+def read_adapter(
+    folder: Path, layout: Layout, widths: Widths
+) -> tuple[Any, dict[str, torch.Tensor]]:
+    """Return LoraConfig and tensors of an adapter folder under the network's names.
+
+    Raises:
+        CheckpointError: the folder holds no adapter, or one of another model.
+    """
+    config, weights = read_adapter_config(folder), read_adapter_weights(folder)
+    return to_native(config, weights, layout, widths, str(folder))
+
+
+def trains_head(lora: LoraSection) -> bool:
+    """Tell whether an adapter of this shape changes the output head."""
+    targets = [] if lora.targets == "all-linear" else lora.targets
+    return _names_head([*targets, *lora.modules_to_save])
+
+
+def has_head(folder: Path) -> bool:
+    """Tell whether a saved adapter changes the output head."""
+    return _names_head(_trained_names(read_adapter_config(folder)))
 
 
 def read_adapter_config(folder: Path) -> Any:
@@ -131,7 +166,12 @@ def read_adapter_config(folder: Path) -> Any:
 
 def read_adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
     """Return the tensors of an adapter folder; CheckpointError if they cannot be read."""
-    file = folder / WEIGHTS_FILE
+    file, pickled = folder / WEIGHTS_FILE, folder / PICKLED_FILE
+    if not file.is_file() and pickled.is_file():
+        try:
+            return load_pickled(pickled)
+        except ModelError as error:
+            raise CheckpointError(str(error)) from None
     try:
         return load_tensors(file)
     except (OSError, ValueError) as error:
@@ -200,6 +240,29 @@ def _check_same(
             f"'{wrong[0]}' of the {where}; load the adapter onto the base model that it was "
             "trained on"
         )
+
+
+def _names_head(names: Iterable[str]) -> bool:
+    return any(HEAD in name for name in names)
+
+
+def _trained_names(config: Any) -> list[str]:
+    """Return what a LoraConfig names: targets, or the pattern of targets, and whole modules."""
+    targets = config.target_modules or ()
+    named = [targets] if isinstance(targets, str) else list(targets)
+    return [*named, *(config.modules_to_save or ())]
+
+
+def _prepare_head(model: nn.Module, config: Any) -> None:
+    """Give PEFT the layer for Baichuan2's head, whose update belongs inside its rows' lengths."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if not hasattr(head, "fold"):
+        return
+    from raytune_ft.model.families.norm_head import LoraNormHead, NormHead
+
+    config._register_custom_module({NormHead: LoraNormHead})
+    if cast(Any, head).folded and _names_head(_trained_names(config)):
+        raise ModelError("the head was loaded as frozen; load_model needs head_trained=True")
 
 
 def _ends_with(name: str, target: str) -> bool:

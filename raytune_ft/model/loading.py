@@ -18,7 +18,8 @@ from safetensors import SafetensorError
 from raytune_ft.config.schema import ModelSection
 from raytune_ft.errors import MemoryPlanError, ModelError
 from raytune_ft.model import default_model, hub
-from raytune_ft.model.families import Family, detect
+from raytune_ft.model.families import Family, detect, translate
+from raytune_ft.model.tensors import load_pickled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -54,8 +55,7 @@ def prepare_folder(path: str, log: Log = lambda _line: None) -> Path:
                 f"{path}: no such folder; model.path is a folder, a hub name such as org/model, "
                 f"or {default_model.NAME}"
             )
-    config = read_config(folder)
-    detect(config, str(folder / "config.json"))
+    translate(read_config(folder), str(folder / "config.json"))
     weight_files(folder)
     return folder.resolve()
 
@@ -107,17 +107,25 @@ def compute_dtype(section: ModelSection, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if capable else torch.float32
 
 
-def load_model(folder: Path, section: ModelSection, device: torch.device) -> PreTrainedModel:
+def load_model(
+    folder: Path, section: ModelSection, device: torch.device, *, head_trained: bool = False
+) -> PreTrainedModel:
     """Load a model folder onto a device, frozen, quantised as `section` asks.
+
+    Args:
+        folder: config.json and weights, in any family's original layout.
+        section: `dtype`, `quantization` and `double_quant` count.
+        device: where the weights go.
+        head_trained: the output head will be trained, or has an adapter: Baichuan2's then keeps
+            dividing by its rows' lengths in the forward pass instead of being divided once.
 
     Raises:
         ModelError: files and network do not fit each other tensor by tensor.
         MemoryPlanError: the weights do not fit into the device's memory.
     """
-    config_json = read_config(folder)
-    family = detect(config_json, str(folder / "config.json"))
-    weight_files(folder)
-    config = family.translate(config_json)
+    config_json, where = read_config(folder), str(folder / "config.json")
+    family, config = detect(config_json, where), translate(config_json, where)
+    files = weight_files(folder)
     network = family.network(config)
     with quiet():
         try:
@@ -136,11 +144,14 @@ def load_model(folder: Path, section: ModelSection, device: torch.device) -> Pre
                 f"{folder}: the weights do not fit on {device}; set model.quantization: nf4"
             ) from None
         except (*UNREADABLE, SafetensorError) as error:
+            _name_refused(files)
             reason = str(error).strip().partition("\n")[0]
             raise ModelError(f"{folder}: cannot be loaded ({reason})") from error
     _check_keys(folder, family, info)
     gc.collect()  # the loader leaves a copy of the weights in reference cycles
     model.requires_grad_(False)
+    if family.normalised_head and not head_trained:
+        model.lm_head.fold()
     _keep_nf4_layout(model)
     frozen: PreTrainedModel = model
     return frozen
@@ -192,13 +203,20 @@ def _keep_nf4_layout(model: torch.nn.Module) -> None:
 def _check_keys(folder: Path, family: Family, info: Mapping[str, Any]) -> None:
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         names = sorted(str(n[0] if isinstance(n, tuple) else n) for n in info.get(kind) or ())
-        wrong = [name for name in names if not name.endswith(family.spare_keys)]
+        wrong = [name for name in names if not family.is_spare(name)]
         if wrong:
             what = kind.removesuffix("_keys")
             raise ModelError(
                 f"{folder}: {len(wrong)} {what} tensors, first '{wrong[0]}'; "
                 "config.json and weights belong to different models, or a file is incomplete"
             )
+
+
+def _name_refused(files: list[Path]) -> None:
+    """Raise a ModelError that names the first file of pickled tensors that is not one."""
+    for file in files:
+        if file.suffix != ".safetensors":
+            load_pickled(file)
 
 
 def _checked(file: Path) -> Path:

@@ -1,39 +1,30 @@
 """Merging: base weights and an adapter in, a plain model folder out.
 
 W + scale * B A is computed in float32, tensor by tensor, so memory holds one output shard and
-the adapter. Adapters with more than A and B (DoRA, trained biases or whole modules) are merged
-by PEFT in memory instead.
+the adapter. Parts of fused layers are changed on their rows. Adapters with more than A and B (DoRA,
+trained biases or whole modules) are merged by PEFT in memory instead.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
 
 from raytune_ft.config.schema import ModelSection
 from raytune_ft.errors import ModelError, RecipeError
-from raytune_ft.model.families import detect
-from raytune_ft.model.loading import load_model, quiet, read_config, weight_files
-from raytune_ft.model.tensors import ShardWriter, size_bytes, stream_tensors, tensor_names
+from raytune_ft.model.loading import load_model
+from raytune_ft.model.original import Change, Form, Original
+from raytune_ft.model.side_files import copy_side_files, write_native_files
+from raytune_ft.model.tensors import ShardWriter, size_bytes
 
 Base = Literal["original", "dequantized"]
 PEFT_PREFIX = "base_model.model."
-HEAD = "lm_head.weight"
-WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
-SKIPPED_FILES = {"model.safetensors.index.json", "pytorch_model.bin.index.json", "README.md"}
-
-Tensors = Iterator[tuple[str, torch.Tensor]]
-Change = Callable[[str, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -73,8 +64,9 @@ def merge_to(
     max_shard_size: str = "2GB",
     base: str = "original",
     section: ModelSection | None = None,
+    layout: Form = "original",
 ) -> MergeReport:
-    """Write the folder of the merged model, in the base's precision, with its tokenizer.
+    """Write the folder of the merged model, in the base's precision, with its side files.
 
     Args:
         base_folder: model that the adapter was trained on.
@@ -84,9 +76,13 @@ def merge_to(
         base: `original`: the files' weights. `dequantized`: those weights sent through NF4 and
             back, which an adapter trained on NF4 has seen, so its answers are kept.
         section: the run's model section; its `dtype` and `double_quant` count for `dequantized`.
+        layout: `original`: tensor names, config.json, tokenizer files and the model's own Python
+            files as in the base's folder. `native`: as transformers has the network; the
+            tokenizer is left to the caller.
 
     Raises:
-        RecipeError: a bad size or kind of base, or `out` is not empty.
+        RecipeError: a bad size or kind of base, `out` is not empty, or the model has no native
+            form.
         ModelError: an adapter target is not in the base.
         CheckpointError: the adapter cannot be read.
     """
@@ -96,43 +92,63 @@ def merge_to(
     kind: Base = "dequantized" if base == "dequantized" else "original"
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RecipeError(f"{out}: exists and is not empty; name a new folder")
+    original = Original.of(base_folder)
+    if layout == "native" and original.family.no_native_form:
+        raise RecipeError(
+            f"{base_folder}: no native layout ({original.family.no_native_form}); "
+            "merge with layout original"
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
         folder = Path(scratch) / out.name
         folder.mkdir()
-        report = _merge(base_folder, adapter_folder, folder, limit, kind, section)
+        writer = ShardWriter(folder, limit)
+        requantize = _requantizer(original, kind, section)
+        report = _merge(original, adapter_folder, writer, requantize, layout)
         folder.rename(out)
     return MergeReport(out, kind, *report)
 
 
 def _merge(
-    base_folder: Path,
-    adapter_folder: Path,
-    folder: Path,
-    limit: int,
-    base: Base,
-    section: ModelSection | None,
+    original: Original, adapter_folder: Path, writer: ShardWriter, requantize: Change, form: Form
 ) -> tuple[int, int, int, int, bool]:
     # imported late: adapter offers this module's merge_to as its own
-    from raytune_ft.model.adapter import read_adapter_config, read_adapter_weights
+    from raytune_ft.model.adapter import read_adapter
 
-    config = read_adapter_config(adapter_folder)
-    weights = read_adapter_weights(adapter_folder)
-    change = _requantizer(base_folder, base, section)
+    config, weights = read_adapter(adapter_folder, original.family.layout, original.widths)
     updates = low_rank_updates(config, weights)
-    tied = has_tied_head(base_folder)
     if updates is None:
-        merged = _merged_by_peft(base_folder, adapter_folder, change)
+        change, untie = _merged_by_peft(original, adapter_folder, requantize)
     else:
-        _check_in_base(base_folder, updates, tied=tied)
-        merged = _merged_by_stream(base_folder, updates, change, tied=tied)
-    writer = ShardWriter(folder, limit)
-    for name, tensor in merged:
+        _check_in_base(original, updates)
+        untie = original.tied and original.head in updates
+
+        def change(name: str, tensor: torch.Tensor) -> torch.Tensor:
+            weight = requantize(name, tensor)
+            return updates[name].apply(weight) if name in updates else weight
+
+    for name, tensor in original.rewritten(_finished(original, change, form), form, untie=untie):
         writer.add(name, tensor)
     n_shards = writer.close()
-    _copy_side_files(base_folder, folder, untied=tied and HEAD in writer.names)
+    if form == "original":
+        copy_side_files(original, writer.folder, untied=untie)
+    else:
+        write_native_files(original, writer.folder, untied=untie)
     count = 0 if updates is None else len(updates)
     return count, len(writer.names), n_shards, writer.total_bytes, updates is None
+
+
+def _finished(original: Original, change: Change, form: Form) -> Change:
+    """Divide a NormHead's rows by their lengths where the reader will not do it."""
+    if form == "original" or not original.family.normalised_head:
+        return change
+    from raytune_ft.model.families.norm_head import normalised
+
+    def finished(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        changed = change(name, tensor)
+        return normalised(changed) if name == original.head else changed
+
+    return finished
 
 
 def low_rank_updates(config: Any, weights: dict[str, torch.Tensor]) -> dict[str, Update] | None:
@@ -153,20 +169,8 @@ def low_rank_updates(config: Any, weights: dict[str, torch.Tensor]) -> dict[str,
 
 
 def quantized_names(base_folder: Path) -> set[str]:
-    """Return the tensors that loading in NF4 quantises: all linear layers but the head."""
-    from transformers.quantizers.base import get_keys_to_not_convert
-
-    config_json = read_config(base_folder)
-    family = detect(config_json, str(base_folder / "config.json"))
-    config = family.translate(config_json)
-    with torch.device("meta"), quiet():
-        model = family.network(config)(config)
-    kept = set(get_keys_to_not_convert(model))
-    return {
-        f"{name}.weight"
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name not in kept
-    }
+    """Return the native names of the tensors that loading in NF4 quantises."""
+    return Original.of(base_folder).linear_names()
 
 
 def through_nf4(weight: torch.Tensor, *, double_quant: bool) -> torch.Tensor:
@@ -180,10 +184,10 @@ def through_nf4(weight: torch.Tensor, *, double_quant: bool) -> torch.Tensor:
     return seen
 
 
-def _requantizer(base_folder: Path, base: Base, section: ModelSection | None) -> Change:
+def _requantizer(original: Original, base: Base, section: ModelSection | None) -> Change:
     if base == "original":
         return lambda _name, weight: weight
-    names = quantized_names(base_folder)
+    names = original.linear_names()
     double_quant = section.double_quant if section else True
     given = section.dtype if section else "auto"
     dtype = None if given == "auto" else getattr(torch, given)
@@ -197,67 +201,36 @@ def _requantizer(base_folder: Path, base: Base, section: ModelSection | None) ->
     return change
 
 
-def has_tied_head(base_folder: Path) -> bool:
-    """Tell whether a model's head is its embedding; families differ in what silence means."""
-    config_json = read_config(base_folder)
-    config = detect(config_json, str(base_folder / "config.json")).translate(config_json)
-    return bool(config.get_text_config().tie_word_embeddings)
-
-
-def _check_in_base(base_folder: Path, updates: dict[str, Update], *, tied: bool) -> None:
-    shapes = tensor_names(weight_files(base_folder))
+def _check_in_base(original: Original, updates: dict[str, Update]) -> None:
+    shapes = original.shapes()
     for name, update in updates.items():
-        if name == HEAD and tied:
+        if name == original.head and original.tied:
             continue
         wanted = torch.Size((update.b.shape[0], update.a.shape[1]))
         if shapes.get(name) != wanted:
             found = tuple(shapes[name]) if name in shapes else "absent"
             raise ModelError(
-                f"{base_folder}: adapter target '{name}' {tuple(wanted)} is {found} in this base; "
-                "merge into the model that the adapter was trained on"
+                f"{original.folder}: adapter target '{name}' {tuple(wanted)} is {found} in this "
+                "base; merge into the model that the adapter was trained on"
             )
 
 
-def _merged_by_stream(
-    base_folder: Path, updates: dict[str, Update], change: Change, *, tied: bool
-) -> Tensors:
-    for name, original in stream_tensors(weight_files(base_folder)):
-        if tied and name == HEAD:
-            continue
-        weight = change(name, original)
-        yield name, updates[name].apply(weight) if name in updates else weight
-        if tied and HEAD in updates and name.endswith("embed_tokens.weight"):
-            yield HEAD, updates[HEAD].apply(weight)
-
-
-def _merged_by_peft(base_folder: Path, adapter_folder: Path, change: Change) -> Tensors:
+def _merged_by_peft(
+    original: Original, adapter_folder: Path, requantize: Change
+) -> tuple[Change, bool]:
+    """Merge in memory; return what gives each native tensor its new content, and `untie`."""
     from raytune_ft.model.adapter import load_adapter
 
-    section = ModelSection(path=str(base_folder), dtype="float32")
-    model = load_model(base_folder, section, torch.device("cpu"))
+    section = ModelSection(path=str(original.folder), dtype="float32")
+    # Baichuan2's head as in the files, with the lengths of its rows
+    model = load_model(original.folder, section, torch.device("cpu"), head_trained=True)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(change(name, parameter))
+            parameter.copy_(requantize(name, parameter))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # an untied head is handled below
         merged: Any = load_adapter(model, adapter_folder).merge_and_unload()
-    types = {name: t.dtype for name, t in stream_tensors(weight_files(base_folder))}
-    state = merged.state_dict()
-    if HEAD in state:
-        if state[HEAD].data_ptr() == merged.get_input_embeddings().weight.data_ptr():
-            del state[HEAD]
-        else:  # perhaps training took a tied head apart
-            types.setdefault(HEAD, next(iter(types.values())))
-    for name, tensor in state.items():
-        if name in types:
-            yield name, tensor.to(types[name])
-
-
-def _copy_side_files(base_folder: Path, folder: Path, *, untied: bool) -> None:
-    for file in sorted(base_folder.iterdir()):
-        wanted = file.suffix not in WEIGHT_SUFFIXES and file.name not in SKIPPED_FILES
-        if wanted and file.is_file() and not file.name.startswith("."):
-            shutil.copyfile(file, folder / file.name)
-    if untied:
-        config = read_config(folder) | {"tie_word_embeddings": False}
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    state: dict[str, torch.Tensor] = merged.state_dict()
+    embedding = merged.get_input_embeddings().weight
+    untie = original.tied and state[original.head].data_ptr() != embedding.data_ptr()
+    return lambda name, tensor: state[name].to(tensor.dtype), untie

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 
-from raytune_ft.errors import RecipeError
+from raytune_ft.errors import ModelError, RecipeError
 
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?i?B)", re.IGNORECASE)
+FOREIGN = re.compile(r"GLOBAL ([\w.]+)")
+"""What torch's restricted unpickler says about a class that it does not build."""
 UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
@@ -36,10 +40,7 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def stream_tensors(files: Iterable[Path]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (name, tensor) of weight files, one tensor in memory at a time.
-
-    `.bin` files go through torch's restricted unpickler, which runs no code.
-    """
+    """Yield (name, tensor) of weight files, one tensor in memory at a time."""
     from safetensors import safe_open
 
     for file in files:
@@ -48,8 +49,7 @@ def stream_tensors(files: Iterable[Path]) -> Iterator[tuple[str, torch.Tensor]]:
                 for name in content.keys():  # noqa: SIM118  not a mapping
                     yield name, content.get_tensor(name)
         else:
-            tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-            for name, tensor in tensors.items():
+            for name, tensor in load_pickled(file).items():
                 yield name, tensor.clone()
 
 
@@ -64,9 +64,36 @@ def tensor_names(files: Iterable[Path]) -> dict[str, torch.Size]:
                 for name in content.keys():  # noqa: SIM118  not a mapping
                     found[name] = torch.Size(content.get_slice(name).get_shape())
         else:
-            tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-            found |= {name: tensor.shape for name, tensor in tensors.items()}
+            found |= {name: tensor.shape for name, tensor in load_pickled(file).items()}
     return found
+
+
+def load_pickled(file: Path) -> dict[str, torch.Tensor]:
+    """Open a file of pickled tensors with torch's restricted unpickler, which runs no code.
+
+    The tensors stay in the file until they are used, but in files older than PyTorch 1.6.
+
+    Raises:
+        ModelError: the unpickler refuses the file, or it holds something else than tensors.
+    """
+    try:
+        content = torch.load(
+            file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
+        )
+    except UnpicklingError as error:
+        found = FOREIGN.search(str(error))
+        raise ModelError(
+            f"{file}: holds more than tensors ({found[1] if found else 'no pickle of tensors'}), "
+            "and torch.load(weights_only=True) runs no code; take the model's safetensors files"
+        ) from None
+    except (OSError, ValueError, RuntimeError, EOFError, KeyError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ModelError(f"{file}: cannot be read ({reason}); copy the file again") from None
+    if not isinstance(content, dict) or not all(
+        isinstance(tensor, torch.Tensor) for tensor in content.values()
+    ):
+        raise ModelError(f"{file}: holds something else than tensors by name; copy the file again")
+    return content
 
 
 def size_bytes(text: str) -> int:

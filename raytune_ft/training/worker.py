@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from raytune_ft.data.packing import Pack, Position
 from raytune_ft.data.templates import get_template
 from raytune_ft.data.tokenizer import TextTokenizer
 from raytune_ft.errors import CheckpointError
-from raytune_ft.model import adapter, loading
+from raytune_ft.model import adapter, loading, side_files
 from raytune_ft.model.loss import TokenLoss
 from raytune_ft.training import checkpoint, presets
 from raytune_ft.training.batching import steps
@@ -32,10 +31,6 @@ from raytune_ft.training.checkpoint import TrainState
 from raytune_ft.training.engine import Engine, TorchEngine, ZeroEngine, rank, world_size
 from raytune_ft.training.loop import Emit, train
 from raytune_ft.training.run_folder import Event, RunFolder, RunWriter
-
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
-)  # fmt: skip
 
 PackStream = Callable[[Position], Iterator[tuple[Position, Pack]]]
 
@@ -89,7 +84,8 @@ def build_engine(
     recipe: Recipe, model_folder: Path, device: torch.device
 ) -> tuple[Engine, torch.nn.Module]:
     """Load the model, attach the adapter and wrap both into the recipe's engine."""
-    model: Any = loading.load_model(model_folder, recipe.model, device)
+    head_trained = recipe.model.method == "full" or adapter.trains_head(recipe.lora)
+    model: Any = loading.load_model(model_folder, recipe.model, device, head_trained=head_trained)
     if recipe.model.method == "lora":
         model = adapter.attach(model, recipe.lora, recipe.train.seed)
     else:
@@ -168,10 +164,7 @@ def _export(recipe: Recipe, model: Any, folder: RunFolder, base: str) -> None:
     if recipe.model.method == "lora":
         adapter.save_adapter(model, folder.adapter, base)
     else:
-        model.save_pretrained(folder.model)
-        for name in TOKENIZER_FILES:
-            if (Path(base) / name).is_file():
-                shutil.copy(Path(base) / name, folder.model / name)
+        side_files.save_full(model, Path(base), folder.model)
 
 
 def _silent(kind: str, **fields: object) -> None:

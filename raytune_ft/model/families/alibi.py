@@ -58,7 +58,7 @@ def biased_mask(mask: Mask, heads: int, n_queries: int, n_keys: int, like: torch
     return bias.masked_fill(~allowed, lowest).clamp_(min=lowest).to(like.dtype)
 
 
-class AlibiLlamaModel(LlamaModel):
+class AlibiLlamaModel(LlamaModel):  # type: ignore[misc]
     """Llama's layers with ALiBi; position ids are not looked at.
 
     The mask takes B * H * Q * K elements and is shared by all layers.

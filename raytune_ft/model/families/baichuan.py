@@ -46,7 +46,7 @@ def has_alibi(config: ConfigJson) -> bool:
     """Tell whether the model is a 13B; ContradictionError if its fields disagree."""
     size = (config.get("hidden_size"), config.get("num_attention_heads"))
     by_length = "max_position_embeddings" not in config
-    by_size = {SIZE_7B: False, SIZE_13B: True}.get(size)
+    by_size = None if size not in (SIZE_7B, SIZE_13B) else size == SIZE_13B
     by_class = False if FIRST_CLASS in (config.get("architectures") or ()) else None
     if any(sign not in (None, by_length) for sign in (by_size, by_class)):
         found = "absent, as in a 13B" if by_length else "present, as in a 7B"

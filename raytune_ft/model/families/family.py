@@ -56,6 +56,11 @@ class Family:
     no_native_form: str = ""
     """Why the model cannot be written in a layout that transformers reads; empty: it can."""
 
+    def is_spare(self, name: str) -> bool:
+        """Tell whether a tensor of the files is one that the network does not need."""
+        # whole words: `attn.bias` is a buffer, `c_attn.bias` a weight
+        return f".{name}".endswith(tuple(f".{end}" for end in self.spare_keys))
+
     def problems(self, config: ConfigJson) -> Iterator[str]:
         """Yield `field is value: advice` for each field that the network cannot follow."""
         for demand in self.demands:

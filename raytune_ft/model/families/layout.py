@@ -15,8 +15,6 @@ from typing import Any
 
 import torch
 
-from raytune_ft.errors import ModelError
-
 LAYER = "{n}"
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
@@ -120,21 +118,14 @@ IDENTITY = Layout()
 
 
 def widths_of(config: Any) -> Widths:
-    """Return the rows of a network's query and key layers."""
-    heads = config.num_attention_heads
+    """Return the rows of a network's query and key layers; none for networks without heads."""
+    config = config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None)
+    if not isinstance(heads, int):
+        return {}
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     keys = getattr(config, "num_key_value_heads", None) or heads
     return {"queries": heads * head_dim, "keys": keys * head_dim}
-
-
-def check_rows(name: str, tensor_rows: int, pieces: tuple[Piece, ...], where: str) -> None:
-    """Raise ModelError unless the pieces of a fused tensor fill it exactly."""
-    end = pieces[-1].rows.stop
-    if end is not None and end != tensor_rows:
-        raise ModelError(
-            f"{where}: tensor '{name}' has {tensor_rows} rows, and config.json asks for {end}; "
-            "config.json and weights belong to different models"
-        )
 
 
 def conversions(layout: Layout) -> list[Any]:

@@ -24,28 +24,28 @@ def _registered(cls: Any) -> Any:
 
 
 @_registered
-class ChatGLMNetwork(GlmForCausalLM):
+class ChatGLMNetwork(GlmForCausalLM):  # type: ignore[misc]
     """ChatGLM2 and 3: GLM."""
 
     layout: ClassVar[Layout] = layouts.CHATGLM
 
 
 @_registered
-class QwenNetwork(Qwen2ForCausalLM):
+class QwenNetwork(Qwen2ForCausalLM):  # type: ignore[misc]
     """Qwen, first generation: Qwen2 with as many key heads as query heads."""
 
     layout: ClassVar[Layout] = layouts.QWEN
 
 
 @_registered
-class YiNetwork(LlamaForCausalLM):
+class YiNetwork(LlamaForCausalLM):  # type: ignore[misc]
     """Yi, first release: Llama with other names for the norms."""
 
     layout: ClassVar[Layout] = layouts.YI
 
 
 @_registered
-class BaichuanNetwork(LlamaForCausalLM):
+class BaichuanNetwork(LlamaForCausalLM):  # type: ignore[misc]
     """Baichuan-7B: Llama."""
 
     layout: ClassVar[Layout] = layouts.BAICHUAN

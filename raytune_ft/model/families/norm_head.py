@@ -24,7 +24,8 @@ SMALLEST = 1e-12
 def row_lengths(weight: torch.Tensor) -> torch.Tensor:
     """Return the lengths (V,) of rows, in float32 or better."""
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    return torch.linalg.vector_norm(weight, dim=1, dtype=dtype).clamp_min(SMALLEST)
+    lengths: torch.Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=dtype)
+    return lengths.clamp_min(SMALLEST)
 
 
 def normalised(weight: torch.Tensor) -> torch.Tensor:
@@ -49,7 +50,8 @@ class NormHead(nn.Linear):
     def fold(self) -> None:
         """Give every row length 1, in place; for a head that is not trained."""
         # a few thousand rows at a time: a float32 copy of all of them would be gigabytes
-        for rows in self.weight.split(8192):
+        for start in range(0, self.out_features, 8192):
+            rows = self.weight[start : start + 8192]
             rows.copy_(normalised(rows))
         self.folded = True
 
@@ -93,4 +95,5 @@ def _lengths_with_update(
     a, b = a.to(dtype), b.to(dtype) * scale
     cross = ((weight @ a.to(weight.dtype).T).to(dtype) * b).sum(1)
     squares = row_lengths(weight).square() + 2 * cross + ((b @ (a @ a.T)) * b).sum(1)
-    return squares.clamp_min(SMALLEST**2).sqrt()
+    lengths: torch.Tensor = squares.clamp_min(SMALLEST**2).sqrt()
+    return lengths

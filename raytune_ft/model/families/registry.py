@@ -65,12 +65,22 @@ def translate(config: ConfigJson, where: str = "config.json") -> Any:
     """Return the configuration of the network that reads a config.json, whatever its family.
 
     Its fields have transformers' names, so whoever needs a model's shape or its context asks here.
+
+    Raises:
+        ModelError: see `detect`; or a value has the wrong type.
     """
-    return detect(config, where).translate(config)
+    from huggingface_hub.errors import StrictDataclassError
+
+    family = detect(config, where)
+    try:
+        return family.translate(config)
+    except (StrictDataclassError, TypeError, ValueError, ArithmeticError) as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(f"{where}: cannot be understood ({reason}); copy the file again") from None
 
 
 def _unknown(config: ConfigJson) -> str:
-    kind = config.get("model_type")
+    kind = str(config.get("model_type"))
     if kind in REFUSED:
         return f"model_type '{kind}': {REFUSED[kind]}"
     if config.get("auto_map"):
