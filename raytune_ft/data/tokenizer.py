@@ -1,73 +1,83 @@
-"""Tokenizer: text in, token ids out, from the files of a model folder.
+"""Tokenizer: text in, token ids out, and back. Special tokens are never made of a user's text.
 
-Reads tokenizer.json with the `tokenizers` library; no transformers, no torch, no remote code.
+Runs on the `tokenizers` library alone; `tokenizer_spec` reads the files of a model folder.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Sequence
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
 
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Encoding, Tokenizer
 
-from raytune_ft.errors import ModelError
+from raytune_ft.data.guard import Guard, Span, is_marker
+from raytune_ft.data.tokenizer_spec import TokenizerSpec, read_spec
 
-# Classes whose start ids are not written in their configuration; XTuner v0.1.9 has the same pair.
-START_IDS: Mapping[str, tuple[int, ...]] = {
-    "ChatGLMTokenizer": (64790, 64792),
-    "QWenTokenizer": (),
-}
+__all__ = ["TextTokenizer", "TokenizerSpec"]
 
-
-@dataclass(frozen=True)
-class TokenizerSpec:
-    """Everything that decides ids, as plain values; this is what travels to data tasks."""
-
-    tokenizer_json: str
-    bos_ids: tuple[int, ...]
-    eos_id: int
-    extra_stop_ids: frozenset[int]
-    """Ids that end an answer by generation_config.json, beside `eos_id`."""
-    named_tokens: tuple[tuple[str, str], ...]
-    """(`bos_token`, text) and so on, the variables of chat templates."""
-    chat_template: str | None
+REPLACEMENT = "\ufffd"
+BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+LONE_BYTE = re.compile(r"[\udc80-\udcff]")
 
 
 class TextTokenizer:
-    """One model's tokenizer; built in a millisecond from its spec, so it pickles as the spec."""
+    """One model's tokenizer; it pickles as its spec, and a process builds each spec once."""
 
     def __init__(self, spec: TokenizerSpec) -> None:
         self.spec = spec
-        self._backend: Tokenizer = Tokenizer.from_str(spec.tokenizer_json)
+        self._backend, self.content_hash = _built(spec)
         self.bos_ids = spec.bos_ids
         self.eos_id = spec.eos_id
         self.extra_stop_ids = spec.extra_stop_ids
         self.chat_template = spec.chat_template
         self.named_tokens = dict(spec.named_tokens)
         self.vocab_size: int = self._backend.get_vocab_size(with_added_tokens=True)
-        added = self._backend.get_added_tokens_decoder()
+        added: dict[int, AddedToken] = self._backend.get_added_tokens_decoder()
         self.special_tokens = {token.content: id_ for id_, token in added.items() if token.special}
-        self.content_hash = _hash(spec)
+        self._markers = {id_: token.content for id_, token in added.items() if is_marker(token)}
+        self._alone = {token.content for token in added.values() if self._needs_company(token)}
 
     @classmethod
-    def from_folder(cls, path: str | Path) -> TextTokenizer:
-        """Read a model folder; ModelError, one line, if that is impossible."""
-        return cls(_read_spec(Path(path)))
+    def from_folder(cls, path: str | Path, eos_token: str | None = None) -> TextTokenizer:
+        """Read a model folder; ModelError, one line, if that is impossible.
 
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of `text`; adds nothing, and special tokens in the text count as such."""
+        Args:
+            path: the folder.
+            eos_token: ends an answer, whatever the folder says; a recipe's `model.eos_token`.
+        """
+        return cls(read_spec(Path(path), eos_token))
+
+    def encode(self, text: str, foreign: Sequence[Span] = ()) -> list[int]:
+        """Return the ids of `text`; adds nothing. Special tokens in the text count as such.
+
+        Args:
+            text: encoded as a whole, so that nothing depends on where spans begin.
+            foreign: character spans [start, end), ascending and apart, in which no special token
+                is recognised, nor one that only ends or begins there: it stays plain text.
+        """
         if not text:
             return []
-        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
-        return ids
+        if not foreign and text in self._alone:
+            return list(self._backend.encode(text * 2, add_special_tokens=False).ids[:-1])
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        ids: list[int] = encoding.ids
+        if not foreign or self._markers.keys().isdisjoint(ids):
+            return ids
+        found = self._found(text, encoding)
+        genuine = [marker for marker in found if not _touches(marker[0], foreign)]
+        return ids if len(genuine) == len(found) else self._guard.encode(text, genuine)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Return the text of `ids`."""
+        """Return the text of `ids`; U+FFFD for bytes that are no UTF-8."""
+        if skip_special_tokens and self.spec.silent_ids:
+            ids = [id_ for id_ in ids if id_ not in self.spec.silent_ids]
         text: str = self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        if REPLACEMENT in text and self._falls_back_to_bytes:
+            return self._decode_broken(ids, skip_special_tokens)
         return text
 
     def token_id(self, text: str) -> int | None:
@@ -75,115 +85,71 @@ class TextTokenizer:
         id_: int | None = self._backend.token_to_id(text)
         return id_
 
+    def _found(self, text: str, encoding: Encoding) -> list[tuple[Span, int]]:
+        """List the special tokens that the library recognised: where they are written, id."""
+        found = []
+        for id_, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+            if id_ in self._markers:
+                # a token may swallow spaces beside it, and those may well be foreign
+                content = self._markers[id_]
+                at = text.find(content, start, end)
+                span = (start, end) if at < 0 else (at, at + len(content))
+                found.append((span, id_))
+        return found
+
+    def _needs_company(self, token: AddedToken) -> bool:
+        """Tell whether a text of this token alone lacks sentencepiece's leading space.
+
+        See `sentencepiece_file.prefix`: it spares such a text, but not the same token twice.
+        """
+        normalizer = self._backend.normalizer
+        if normalizer is None or token.special or not token.normalized:
+            return False
+        return bool(normalizer.normalize_str(token.content) == token.content)
+
+    @cached_property
+    def _guard(self) -> Guard:
+        return Guard(self.spec.tokenizer_json, self._markers)
+
+    @cached_property
+    def _falls_back_to_bytes(self) -> bool:
+        return self._backend.token_to_id("<0x00>") is not None
+
+    def _decode_broken(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
+        """Decode byte pieces as sentencepiece does: each byte that is no UTF-8 is one U+FFFD.
+
+        The library loses the whole run of bytes, whole characters before the broken one too.
+        """
+        special = set(self.special_tokens.values()) if skip_special_tokens else set()
+        tokens: list[str] = []
+        run = bytearray()
+        for id_ in [*ids, None]:
+            token = None if id_ is None else self._backend.id_to_token(id_)
+            if id_ in special or (token is None and id_ is not None):
+                continue
+            if token is not None and BYTE.fullmatch(token):
+                run.append(int(token[3:5], 16))
+                continue
+            if run:
+                tokens.append(LONE_BYTE.sub(REPLACEMENT, run.decode("utf-8", "surrogateescape")))
+                run.clear()
+            if token is not None:
+                tokens.append(token)
+        text: str = self._backend.decoder.decode(tokens)
+        return text
+
     def __reduce__(self) -> tuple[type[TextTokenizer], tuple[TokenizerSpec]]:
         return TextTokenizer, (self.spec,)
 
 
-def _hash(spec: TokenizerSpec) -> str:
+@lru_cache(maxsize=8)
+def _built(spec: TokenizerSpec) -> tuple[Tokenizer, str]:
+    """Return the pipeline and the content hash; large vocabularies take most of a second."""
     parts = [spec.tokenizer_json, list(spec.bos_ids), spec.eos_id, spec.chat_template]
     parts.append(sorted(spec.named_tokens))
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    content_hash = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    return Tokenizer.from_str(spec.tokenizer_json), content_hash
 
 
-def _read_spec(folder: Path) -> TokenizerSpec:
-    if not folder.is_dir():
-        raise ModelError(f"{folder}: no such folder; model.path is the folder of a model")
-    config = _read_json(folder / "tokenizer_config.json")
-    generation = _read_json(folder / "generation_config.json")
-    named = _named_tokens(_read_json(folder / "special_tokens_map.json"), config)
-    backend = _read_backend(folder, config)
-
-    stops = generation.get("eos_token_id")
-    stop_ids = [stops] if isinstance(stops, int) else list(stops or [])
-    eos_id = backend.token_to_id(named["eos_token"]) if "eos_token" in named else None
-    if eos_id is None:
-        if not stop_ids:
-            raise ModelError(
-                f"{folder}: no end-of-text token; set eos_token in tokenizer_config.json "
-                "to a token of tokenizer.json"
-            )
-        eos_id = stop_ids[0]
-    return TokenizerSpec(
-        tokenizer_json=backend.to_str(),
-        bos_ids=_bos_ids(backend, config, named),
-        eos_id=eos_id,
-        extra_stop_ids=frozenset(stop_ids) - {eos_id},
-        named_tokens=tuple(sorted(named.items())),
-        chat_template=_chat_template(folder, config),
-    )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """Return the mapping in a JSON file, an empty one if the file is absent."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{path}: not valid JSON ({error}); copy the file again") from None
-    if not isinstance(content, dict):
-        raise ModelError(f"{path}: holds no JSON object; copy the file again")
-    return content
-
-
-def _read_backend(folder: Path, config: Mapping[str, Any]) -> Tokenizer:
-    file = folder / "tokenizer.json"
-    if not file.is_file():
-        if (folder / "tokenizer.model").is_file():
-            raise ModelError(
-                f"{folder}: sentencepiece model only; not readable yet; "
-                "put the model's tokenizer.json beside tokenizer.model"
-            )
-        raise ModelError(f"{folder}: no tokenizer.json; copy it from the model's repository")
-    try:
-        backend = Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises bare Exception for every damaged file
-        raise ModelError(f"{file}: cannot be read ({error}); copy the file again") from None
-    # Some files carry the settings of their author's last call; ids must not depend on them.
-    backend.no_truncation()
-    backend.no_padding()
-    for token in config.get("added_tokens_decoder", {}).values():
-        if backend.token_to_id(token["content"]) is None:
-            keys = ("single_word", "lstrip", "rstrip", "normalized", "special")
-            flags = {key: bool(token[key]) for key in keys if key in token}
-            backend.add_tokens([AddedToken(token["content"], **flags)])
-    return backend
-
-
-def _named_tokens(*layers: Mapping[str, Any]) -> dict[str, str]:
-    """Merge `bos_token` and the like; later layers win, an explicit null removes."""
-    named: dict[str, str] = {}
-    for layer in layers:
-        for key, value in layer.items():
-            if not key.endswith("_token"):
-                continue
-            text = value.get("content") if isinstance(value, dict) else value
-            if isinstance(text, str) and text:
-                named[key] = text
-            elif value is None:
-                named.pop(key, None)
-    return named
-
-
-def _bos_ids(
-    backend: Tokenizer, config: Mapping[str, Any], named: Mapping[str, str]
-) -> tuple[int, ...]:
-    special = START_IDS.get(str(config.get("tokenizer_class")))
-    if special is not None:
-        return special
-    if "bos_token" not in named:
-        return ()
-    bos_id = backend.token_to_id(named["bos_token"])
-    return () if bos_id is None else (bos_id,)
-
-
-def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """Prefer the file over the configuration, as transformers does."""
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        named = {entry["name"]: entry["template"] for entry in template}
-        template = named.get("default")
-    return template if isinstance(template, str) and template else None
+def _touches(span: Span, foreign: Sequence[Span]) -> bool:
+    return any(span[0] < end and start < span[1] for start, end in foreign)
