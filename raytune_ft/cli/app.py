@@ -16,6 +16,10 @@ WRONG_USAGE = 2
 UsageProblem: Any = typer.BadParameter.__bases__[0]
 """Click's UsageError, wherever this version of typer keeps it."""
 
+MAY_STAND_ALONE = ("--method",)
+ALONE = "?"
+"""Value of an option that was given without one."""
+
 app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
@@ -38,7 +42,8 @@ def run_verb(verb: str) -> NoReturn:
 def dispatch(arguments: list[str]) -> int:
     """Run a command line; return its exit code. Wrong usage is 2, with the nearest word."""
     try:
-        result = app(arguments or ["--help"], prog_name=PROGRAM, standalone_mode=False)
+        words = _with_value(arguments) or ["--help"]
+        result = app(words, prog_name=PROGRAM, standalone_mode=False)
     except UsageProblem as problem:
         message = " ".join(problem.format_message().split())
         context = getattr(problem, "ctx", None)
@@ -46,6 +51,16 @@ def dispatch(arguments: list[str]) -> int:
         tell(f"{message.rstrip('.')}; see: {path} --help")
         return WRONG_USAGE
     return result if isinstance(result, int) else 0
+
+
+def _with_value(arguments: list[str]) -> list[str]:
+    """Give an option that may stand alone the value `ALONE` where it does; typer has no such."""
+    words = []
+    for place, word in enumerate(arguments):
+        following = arguments[place + 1 : place + 2]
+        alone = not following or following[0].startswith("-")
+        words.append(f"{word}={ALONE}" if word in MAY_STAND_ALONE and alone else word)
+    return words
 
 
 def verb(name: str) -> Callable[[Callable[..., int | None]], Callable[..., int]]:

@@ -79,9 +79,14 @@ def names() -> list[str]:
 
 def recipe_names() -> list[str]:
     """Return the listed names of recipes, sorted: XTuner's, ours, and every one of newer cards."""
-    listed = {name for group in _catalog().values() for name in _expand(group)}
-    composed = {compose(model, recipe) for model in newer_models() for recipe in recipes()}
-    return sorted(listed | composed)
+    return sorted(compose(model, recipe) for model, recipe in pairs())
+
+
+def pairs() -> set[tuple[str, str]]:
+    """Return the cards and recipes that make listed names."""
+    groups = _catalog().values()
+    listed = {(model, r) for group in groups for r, ms in group.items() for model in ms}
+    return listed | {(model, recipe) for model in newer_models() for recipe in recipes()}
 
 
 def reference_names() -> list[str]:
@@ -106,6 +111,12 @@ def recipes() -> tuple[str, ...]:
     """Return the recipes as `<method>/<data>`, sorted."""
     folder = configs_dir() / "recipes"
     return tuple(sorted(f"{p.parent.name}/{p.stem}" for p in folder.glob("*/*.yaml")))
+
+
+@functools.cache
+def recipe_body(recipe: str) -> dict[str, Any]:
+    """Read a recipe, `<method>/<data>`; its placeholders stand as they are."""
+    return _read(f"recipes/{recipe}.yaml")
 
 
 @functools.cache
@@ -134,7 +145,7 @@ def resolve(name: str) -> dict[str, Any]:
 def body_for(model: str, recipe: str) -> dict[str, Any]:
     """Lay a recipe over a card: the raw recipe mapping."""
     own = card(model)
-    body = _filled(copy.deepcopy(_recipe(recipe)), own)
+    body = _filled(copy.deepcopy(recipe_body(recipe)), own)
     targets = body.get("lora", {}).get("targets")
     if isinstance(targets, list):
         fitting = fitting_targets(targets, own.config)
@@ -172,7 +183,7 @@ def card_config(path: str) -> dict[str, Any] | None:
 
 def data_paths() -> set[str]:
     """Return the data sets that shipped recipes name."""
-    bodies = (_recipe(recipe) for recipe in recipes())
+    bodies = (recipe_body(recipe) for recipe in recipes())
     return {str(source["path"]) for body in bodies for source in body["data"]["sources"]}
 
 
@@ -207,11 +218,6 @@ def _unknown(name: str, model: str | None, known: Collection[str]) -> str:
 def _catalog() -> dict[str, dict[str, list[str]]]:
     content: dict[str, dict[str, list[str]]] = _read("catalog.yaml")
     return content
-
-
-@functools.cache
-def _recipe(recipe: str) -> dict[str, Any]:
-    return _read(f"recipes/{recipe}.yaml")
 
 
 def _expand(group: dict[str, list[str]]) -> list[str]:

@@ -53,7 +53,7 @@ class Entry:
 
 
 def entries(pattern: str | None = None, method: str | None = None) -> list[Entry]:
-    """Return the names that contain `pattern`, in any case, by family and then by name."""
+    """Return the names that contain `pattern`, in any case, by family, model and name."""
     wanted = (pattern or "").lower()
     found = [
         entry
@@ -61,16 +61,29 @@ def entries(pattern: str | None = None, method: str | None = None) -> list[Entry
         if wanted in entry.name and method in (None, entry.method)
     ]
     order = {family: place for place, family in enumerate(catalog.families())}
-    return sorted(found, key=lambda e: (order.get(e.family, len(order)), e.name))
+    return sorted(
+        found, key=lambda e: (order.get(e.family, len(order)), by_size(e.model or ""), e.name)
+    )
 
 
 def _all_entries() -> Iterator[Entry]:
     reference = set(catalog.reference_names())
-    for name in catalog.recipe_names():
-        model, recipe = catalog.split(name)
+    for model, recipe in catalog.pairs():
+        name = catalog.compose(model, recipe)
         yield Entry(name, catalog.card(model).family, model, recipe, name in reference)
     for name in catalog.PRESETS:
         yield Entry(name, PRESET_FAMILY, None, None, True)
+
+
+def by_size(model: str) -> list[str | int]:
+    """Return a key that sorts names by the numbers in them: 7b before 14b."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", model)]
+
+
+def models() -> list[str]:
+    """Return the model cards by family and size."""
+    order = list(catalog.families())
+    return sorted(catalog.models(), key=lambda m: (order.index(catalog.card(m).family), by_size(m)))
 
 
 def memory(model: str, recipe: str) -> int:

@@ -56,6 +56,7 @@ class LoraSection(Section):
     targets: Literal["all-linear"] | list[str] = "all-linear"
     """Leaf names of linear layers; `all-linear`: all but the output head."""
     bias: Literal["none", "all", "lora_only"] = "none"
+    """Biases that are trained too: none, all of the model, or those of adapted layers."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(r)."""
     use_dora: bool = False
@@ -68,12 +69,14 @@ class Source(Section):
     """One data set: a file, a folder, or a name of the hub."""
 
     path: str = Field(min_length=1)
-    """`.jsonl`, `.json` or `.parquet` file, a folder of such, or a hub data set."""
+    """File, folder or glob of rows (jsonl, json, csv, parquet, arrow, text), here or at https, s3
+    or gs, or a hub data set."""
     name: str | None = None
     """Subset of a hub data set."""
     data_dir: str | None = None
     """Folder inside the data set that holds the rows [data_dir]."""
     split: str = "train"
+    """Part of the data set; files have the one."""
     map: str | None = None
     """Map function [dataset_map_fn], or a format; null: recognised from the columns."""
     columns: dict[str, str] = {}
@@ -92,6 +95,7 @@ class DataSection(Section):
     """Rows, and how they become packs of tokens."""
 
     sources: Annotated[list[Source], Field(min_length=1)]
+    """Data sets, read one after the other and shuffled together."""
     fill: dict[str, str] = {}
     """Words put into `{key}` placeholders of the rows and of the sampled prompts."""
     system: str = ""
@@ -118,6 +122,7 @@ class TrainSection(Section):
     """Optimisation."""
 
     epochs: PositiveInt = 3
+    """Passes over all rows [max_epochs]."""
     max_steps: PositiveInt | None = None
     """Stop after this many optimizer steps, whatever `epochs` says."""
     micro_batch_size: PositiveInt = 1
@@ -125,11 +130,15 @@ class TrainSection(Section):
     accumulation: PositiveInt = 16
     """Forward passes per optimizer step [accumulative_counts]."""
     lr: Annotated[float, Field(gt=0.0)] = 2e-4
+    """Highest learning rate."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """Decay per step of Adam's averages of gradients and of their squares."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    """Times lr, the share of a weight that each step takes off."""
     max_norm: Annotated[float, Field(gt=0.0)] = 1.0
     """Gradients are scaled down to this norm."""
     scheduler: Literal["cosine", "linear", "constant"] = "cosine"
+    """How lr falls from `lr` to `min_lr` after the warm-up, step by step."""
     warmup_ratio: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Share of all optimizer steps in which lr rises from 0."""
     warmup_steps: Annotated[int, Field(ge=0)] | None = None
@@ -137,7 +146,10 @@ class TrainSection(Section):
     min_lr: Annotated[float, Field(ge=0.0)] = 0.0
     """lr at the end [eta_min]."""
     optimizer: Literal["adamw", "paged_adamw_32bit", "paged_adamw_8bit", "adamw_8bit"] = "adamw"
+    """`paged` moves to the host when the GPU is full, `8bit` keeps 2 bytes per weight
+    [optim_type]."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+    """Of adapters, the order of rows and dropout."""
     log_every: PositiveInt = 10
     """Optimizer steps between two printed lines; metrics.jsonl has every step."""
     deepspeed: str = "zero2"
@@ -150,10 +162,11 @@ class ChatEvalSection(Section):
     every: PositiveInt | None = 500
     """Optimizer steps between samples [evaluation_freq]; null: only before and after."""
     prompts: list[str] = []
-    """[evaluation_inputs]"""
+    """Questions [evaluation_inputs]."""
     system: str | None = None
     """System text of the prompts; null takes `data.system`."""
     max_new_tokens: PositiveInt = 600
+    """Longest answer."""
     mmlu: list[str] = []
     """Files of MMLU questions {input, output, subject}, answered after every epoch."""
 
@@ -173,11 +186,13 @@ class RunSection(Section):
     name: str | None = None
     """Folder under `storage`; null: the recipe's name and the time."""
     storage: str = "runs"
+    """Folder of all runs [work_dir]."""
     workers: PositiveInt = 1
     """Training processes; one GPU each where there are GPUs."""
     max_failures: Annotated[int, Field(ge=0)] = 3
     """Restarts from the last checkpoint after a lost worker."""
     trackers: list[Literal["tensorboard"]] = ["tensorboard"]
+    """Where metrics go beside metrics.jsonl."""
 
     @field_validator("name")
     @classmethod
@@ -195,10 +210,13 @@ class TuneSection(Section):
     space: dict[str, list[Any] | dict[str, float]] = {}
     """Dotted field -> list of choices, or {low, high} (`log: 1` for a log scale)."""
     trials: PositiveInt = 4
+    """Runs of the sweep."""
     metric: str = "loss"
     """Column of metrics.jsonl: `loss`, or `val_loss` where there is validation data."""
     mode: Literal["min", "max"] = "min"
+    """Which end of the metric is good."""
     scheduler: Literal["none", "asha"] = "asha"
+    """`asha` stops trials that fall behind; `none` runs each to its end."""
     concurrent: PositiveInt | None = None
     """Trials at once; null: as many as fit."""
 

@@ -2,52 +2,100 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import yaml
-from pydantic import BaseModel
 
 from raytune_ft.config.document import EXPONENT
-from raytune_ft.config.schema import Recipe, Section
+from raytune_ft.config.schema import Recipe, Section, Source
 
 _LINE_ENDS = "\n\r\x85\u2028\u2029"
 WIDTH = 100
 """Columns; a comment that would pass them stands above its field."""
 
+_Choose = Callable[[Section], list[str]]
+"""Gives the fields of a section that are written."""
+
 
 def dump_yaml(recipe: Recipe, title: str | None = None) -> str:
     """Write a recipe that needs nothing else: reading it gives the same recipe again."""
-    parts = [f"# {title}\n"] if title else []
-    for name in Recipe.model_fields:
-        section: Section = getattr(recipe, name)
-        meaning = " ".join((type(section).__doc__ or "").split())
-        parts.append(f"{name}:{f'  # {meaning}' if meaning else ''}\n" + _fields(section))
-    return "\n".join(parts)
+    parts = [f"# {row}".rstrip() + "\n" for row in (title or "").splitlines()]
+    sections = [
+        _section(getattr(recipe, name), name, _sayable) for name in type(recipe).model_fields
+    ]
+    return "".join(parts) + ("\n" if parts else "") + "\n".join(sections)
 
 
-def _fields(section: BaseModel) -> str:
-    content = section.model_dump(mode="json")
-    return "".join(
-        _entry(name, content[name], info.description)
-        for name, info in type(section).model_fields.items()
+def dump_changes(recipe: Recipe) -> str:
+    """Write the fields that differ from their defaults, with their meaning."""
+    sections = {name: getattr(recipe, name) for name in type(recipe).model_fields}
+    return "\n".join(
+        _section(section, name, changed_fields)
+        for name, section in sections.items()
+        if changed_fields(section)
     )
 
 
-def _entry(name: str, value: Any, description: str | None) -> str:
-    text = _yaml(name, _plain(value))
+def changed_fields(section: Section) -> list[str]:
+    """Return the names of the fields that differ from their defaults."""
+    return [
+        name
+        for name, info in type(section).model_fields.items()
+        if info.is_required() or getattr(section, name) != info.get_default()
+    ]
+
+
+def _sayable(section: Section) -> list[str]:
+    """Return all fields; of a data source, which has many, those that say something."""
+    fields = type(section).model_fields
+    if isinstance(section, Source):
+        return [name for name in fields if getattr(section, name) is not None]
+    return list(fields)
+
+
+def _section(section: Section, name: str, choose: _Choose) -> str:
+    meaning = " ".join((type(section).__doc__ or "").split())
+    return f"{name}:{f'  # {meaning}' if meaning else ''}\n" + _fields(section, choose, True, WIDTH)
+
+
+def _fields(section: Section, choose: _Choose, explained: bool, width: int) -> str:
+    content = section.model_dump(mode="json")
+    texts = []
+    for name in choose(section):
+        description = type(section).model_fields[name].description if explained else None
+        value = getattr(section, name)
+        if isinstance(value, list) and value and isinstance(value[0], Section):
+            texts.append(_comment(description) + f"  {name}:\n" + _items(value, choose))
+        else:
+            texts.append(_entry(name, content[name], description, width))
+    return "".join(texts)
+
+
+def _items(sections: Sequence[Section], choose: _Choose) -> str:
+    """Write the sections of a list; what their fields mean stands at the first."""
+    texts = []
+    for place, section in enumerate(sections):
+        rows = _fields(section, choose, not place, WIDTH - 4).splitlines()
+        start = next(n for n, row in enumerate(rows) if not row.startswith("  # "))
+        texts += [f"  {row}\n" for row in rows[:start]]
+        texts.append(f"    - {rows[start].removeprefix('  ')}\n")
+        texts += [f"    {row}\n" for row in rows[start + 1 :]]
+    return "".join(texts)
+
+
+def _entry(name: str, value: Any, description: str | None, width: int) -> str:
+    text = _yaml(name, value)
     meaning = " ".join((description or "").split())
     if not meaning:
         return text
-    if text.count("\n") == 1 and len(text) + len(meaning) + 3 <= WIDTH:
+    if text.count("\n") == 1 and len(text) + len(meaning) + 3 <= width:
         return text.removesuffix("\n") + f"  # {meaning}\n"
-    return "".join([*(f"  # {row}\n" for row in _wrapped(meaning)), text])
+    return _comment(meaning) + text
 
 
-def _plain(value: Any) -> Any:
-    """Leave fields of data sources out where they say nothing."""
-    if isinstance(value, list) and value and all(isinstance(v, dict) for v in value):
-        return [{k: v for k, v in item.items() if v is not None} for item in value]
-    return value
+def _comment(meaning: str | None) -> str:
+    return "".join(f"  # {row}\n" for row in _wrapped(" ".join((meaning or "").split())) if row)
 
 
 def _yaml(name: str, value: Any) -> str:
