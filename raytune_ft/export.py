@@ -89,6 +89,7 @@ def marker(folder: RunFolder) -> dict[str, Any]:
         "base": info["model_folder"],
         "quantization": info["quantization"],
         "double_quant": info["double_quant"],
+        "eos_token": info.get("eos_token"),
         "run": info["name"],
         "version": info["version"],
     }

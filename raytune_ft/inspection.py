@@ -173,7 +173,7 @@ def inspect_recipe(recipe: Recipe, rows: int = 3) -> None:
     folder = survey.model_folder(recipe.model.path)
     if folder is None:
         folder = loading.prepare_folder(recipe.model.path, _say)
-    tokenizer = TextTokenizer.from_folder(folder)
+    tokenizer = TextTokenizer.from_folder(folder, recipe.model.eos_token)
     encoder = Encoder.of(recipe, tokenizer)
     opened = sources.open_sources(recipe.data, recipe.train.seed)
     console = Console(highlight=False, soft_wrap=True)

@@ -66,7 +66,7 @@ def prepare(recipe: Recipe, folder: RunFolder, source: str, screen: Screen) -> P
         mmlu.read_benchmark(path)  # a bad row ends the run here, not after the first epoch
     screen.stage("model folder")
     model_folder = loading.prepare_folder(recipe.model.path, log=screen.line)
-    tokenizer = TextTokenizer.from_folder(model_folder)
+    tokenizer = TextTokenizer.from_folder(model_folder, recipe.model.eos_token)
     encoder = Encoder(tokenizer, recipe.model.template, recipe.data)
     rows = sources.open_sources(recipe.data, recipe.train.seed)
     training, held_out = sources.split_validation(rows, recipe.data, recipe.train.seed)
@@ -90,6 +90,7 @@ def prepare(recipe: Recipe, folder: RunFolder, source: str, screen: Screen) -> P
         method=recipe.model.method,
         quantization=recipe.model.quantization,
         double_quant=recipe.model.double_quant,
+        eos_token=recipe.model.eos_token,
         total_steps=total_steps,
     )
     write_json(folder.path / "data.json", record_of(measured.report, train.plan, total_steps))

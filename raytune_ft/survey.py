@@ -74,7 +74,7 @@ def survey(recipe: Recipe) -> Survey:
         found.notes.append(f"model.path: {recipe.model.path} is not here; rows are not tokenised")
     else:
         found.config = read_config(folder)
-        found.tokenizer = TextTokenizer.from_folder(folder)
+        found.tokenizer = TextTokenizer.from_folder(folder, recipe.model.eos_token)
         templates.get_template(recipe.model.template, found.tokenizer)
     check_deepspeed(recipe)
     count_rows(found)

@@ -29,6 +29,7 @@ from raytune_ft.training.run_folder import Event, RunFolder, append_jsonl
 
 INHERITED = (
     "source", "model_folder", "template", "system", "method", "quantization", "double_quant",
+    "eos_token",
 )  # fmt: skip
 TUNABLE = ("lora.", "train.", "model.")
 

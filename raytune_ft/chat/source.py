@@ -128,7 +128,8 @@ def _adapter(folder: Path) -> ChatSource:
             f"{folder}: adapter_config.json names no base model; write it into "
             f'{RECORD} as {{"base": FOLDER}}'
         )
-    given = {key: record[key] for key in ("quantization", "double_quant") if key in record}
+    kept = ("quantization", "double_quant", "eos_token")
+    given = {key: record[key] for key in kept if key in record}
     return ChatSource(
         name=_folder_name(folder),
         base=str(base),
@@ -144,7 +145,9 @@ def _plain(folder: Path) -> ChatSource:
     return ChatSource(
         name=_folder_name(folder),
         base=str(folder),
-        section=ModelSection(path=str(folder), gradient_checkpointing=False),
+        section=_section(
+            folder / RECORD, {"path": str(folder), "eos_token": record.get("eos_token")}
+        ),
         template=str(record.get("template") or "tokenizer"),
         system=str(record.get("system", "")),
     )

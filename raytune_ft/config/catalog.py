@@ -60,6 +60,8 @@ class Card:
     size: str
     config: dict[str, Any]
     """Shape of the network, in the words of its config.json: memory is planned without weights."""
+    eos_token: str | None = None
+    """Ends an answer, where the model's files do not say so."""
     bot_name: str = "MOSS"
     """What the model is called in data that names it; MOSS is the name in the rows themselves."""
 
@@ -150,7 +152,10 @@ def body_for(model: str, recipe: str) -> dict[str, Any]:
     if isinstance(targets, list):
         fitting = fitting_targets(targets, own.config)
         body["lora"]["targets"] = fitting or "all-linear"
-    return {**body, "model": {"path": own.path, "template": own.template, **body.get("model", {})}}
+    model_section = {"path": own.path, "template": own.template}
+    if own.eos_token is not None:
+        model_section["eos_token"] = own.eos_token
+    return {**body, "model": {**model_section, **body.get("model", {})}}
 
 
 def split(name: str) -> tuple[str, str]:

@@ -38,6 +38,8 @@ class ModelSection(Section):
     """Quantise the NF4 scales too: 0.4 bits less per weight."""
     template: str = "tokenizer"
     """Prompt template [prompt_template]; `tokenizer` takes the model's own chat template."""
+    eos_token: str | None = None
+    """Token that ends an answer; null: the tokenizer's own. Qwen 1 has none of its own."""
     method: Literal["full", "lora"] = "lora"
     """`lora` on an `nf4` base is QLoRA."""
     gradient_checkpointing: bool | Literal["auto"] = "auto"

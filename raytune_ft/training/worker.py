@@ -63,7 +63,7 @@ def run(
 
     emit("stage", name="load model")
     engine, model = build_engine(recipe, Path(job.model_folder), device)
-    tokenizer = TextTokenizer.from_folder(job.model_folder)
+    tokenizer = TextTokenizer.from_folder(job.model_folder, recipe.model.eos_token)
     voice = Voice(model, tokenizer, get_template(recipe.model.template, tokenizer))
     state = _resume(engine, folder, recipe, emit)
 
