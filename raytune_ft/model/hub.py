@@ -13,6 +13,7 @@ FILES = [
     "config.json",
     "generation_config.json",
     "tokenizer*",
+    "*.tiktoken",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
