@@ -83,7 +83,9 @@ def print_recipes(recipes: Sequence[str]) -> None:
             f"{train['lr']:g}",
         )
     console.print(table)
-    console.print(Text("Put a model in front to make a name: raytune-ft list --models", style="dim"))
+    console.print(
+        Text("Put a model in front to make a name: raytune-ft list --models", style="dim")
+    )
 
 
 def print_recipe(recipe: Recipe, name: str) -> None:

@@ -16,7 +16,7 @@ import json
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from raytune_ft.config.document import nearest, read_file
 from raytune_ft.config.footprint import fitting_targets
@@ -30,6 +30,7 @@ PRESETS = (
     "deepspeed_zero3_offload",
 )
 
+ALL_LINEAR = "all-linear"
 REFERENCE = "xtuner"
 """Group of catalog.yaml with the names of XTuner v0.1.9."""
 
@@ -40,7 +41,7 @@ class Family:
 
     title: str
     network: str
-    """Class of transformers that computes it."""
+    """What of transformers computes it."""
     layout: str
     """Names and shapes of the original checkpoint's tensors."""
     tokenizer: str
@@ -64,6 +65,8 @@ class Card:
     """Ends an answer, where the model's files do not say so."""
     bot_name: str = "MOSS"
     """What the model is called in data that names it; MOSS is the name in the rows themselves."""
+    network: str | None = None
+    """Where it is not plainly the family's."""
 
 
 @functools.cache
@@ -148,14 +151,20 @@ def body_for(model: str, recipe: str) -> dict[str, Any]:
     """Lay a recipe over a card: the raw recipe mapping."""
     own = card(model)
     body = _filled(copy.deepcopy(recipe_body(recipe)), own)
-    targets = body.get("lora", {}).get("targets")
-    if isinstance(targets, list):
-        fitting = fitting_targets(targets, own.config)
-        body["lora"]["targets"] = fitting or "all-linear"
+    if "targets" in body.get("lora", {}):
+        body["lora"]["targets"] = lora_targets(model, recipe)
     model_section = {"path": own.path, "template": own.template}
     if own.eos_token is not None:
         model_section["eos_token"] = own.eos_token
     return {**body, "model": {**model_section, **body.get("model", {})}}
+
+
+def lora_targets(model: str, recipe: str) -> str | list[str]:
+    """Return a recipe's LoRA targets by a network's own names; `all-linear` if it has none."""
+    targets = recipe_body(recipe).get("lora", {}).get("targets", ALL_LINEAR)
+    if isinstance(targets, list):
+        targets = fitting_targets(targets, card(model).config) or ALL_LINEAR
+    return cast(str | list[str], targets)
 
 
 def split(name: str) -> tuple[str, str]:

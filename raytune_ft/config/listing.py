@@ -56,14 +56,10 @@ def entries(pattern: str | None = None, method: str | None = None) -> list[Entry
     """Return the names that contain `pattern`, in any case, by family, model and name."""
     wanted = (pattern or "").lower()
     found = [
-        entry
-        for entry in _all_entries()
-        if wanted in entry.name and method in (None, entry.method)
+        entry for entry in _all_entries() if wanted in entry.name and method in (None, entry.method)
     ]
-    order = {family: place for place, family in enumerate(catalog.families())}
-    return sorted(
-        found, key=lambda e: (order.get(e.family, len(order)), by_size(e.model or ""), e.name)
-    )
+    last = (len(catalog.families()), 0.0, "")
+    return sorted(found, key=lambda e: (_place(e.model) if e.model else last, e.name))
 
 
 def _all_entries() -> Iterator[Entry]:
@@ -75,21 +71,22 @@ def _all_entries() -> Iterator[Entry]:
         yield Entry(name, PRESET_FAMILY, None, None, True)
 
 
-def by_size(model: str) -> list[str | int]:
-    """Return a key that sorts names by the numbers in them: 7b before 14b."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", model)]
-
-
 def models() -> list[str]:
     """Return the model cards by family and size."""
-    order = list(catalog.families())
-    return sorted(catalog.models(), key=lambda m: (order.index(catalog.card(m).family), by_size(m)))
+    return sorted(catalog.models(), key=_place)
+
+
+def _place(model: str) -> tuple[int, float, str]:
+    """Return what sorts a card: its family's place, its size, its name."""
+    card = catalog.card(model)
+    number, unit = float(card.size[:-1]), {"M": 1e6, "B": 1e9}[card.size[-1]]
+    return list(catalog.families()).index(card.family), number * unit, model
 
 
 def memory(model: str, recipe: str) -> int:
     """Return the predicted peak memory of a card with a recipe on a GPU, in bytes."""
     shape = catalog.card(model).config
-    targets = catalog.body_for(model, recipe).get("lora", {}).get("targets", "all-linear")
+    targets = catalog.lora_targets(model, recipe)
     known = _checked(recipe, targets if isinstance(targets, str) else tuple(targets))
     return sum(memory_bytes(known, count(shape, known), on_gpu=True).values())
 

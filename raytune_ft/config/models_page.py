@@ -15,28 +15,22 @@ GIB = 2**30
 INTRO = """\
 # Models
 
-This page is made from the cards in `configs/models/` by `python -m raytune_ft.config.models_page >
-docs/models.md`; do not edit it. On a terminal: `raytune-ft list --models`.
+Every model goes with every recipe of `raytune-ft list --data`: `qwen3_8b` and `qlora_alpaca_e3`
+make `qwen3_8b_qlora_alpaca_e3`. Another model of a network below needs no card: set `model.path`.
 
-Every model goes with every recipe of `raytune-ft list --data`: `qwen3_8b` and `qlora_alpaca_e3` make
-`qwen3_8b_qlora_alpaca_e3`. Another model of a network in the list below needs no card: set `model.path`.
+* **template**: `tokenizer` is the model's own chat template. Base models of today get `default`,
+  XTuner's plain one: its words are ordinary text, and the tokenizer's end token closes every
+  answer. Where a base model ships a chat template, `model.template=tokenizer` takes it.
+* **original layout**: how the published checkpoint names its tensors. It is read as it is, with no
+  remote code, and written back so; `native` is transformers' own.
+* **tokenizer**: the file that is read, and what our reading of it was compared with;
+  `tokenizer.json` is read by the library that writes it, so there is nothing to compare.
+* **QLoRA**: memory predicted for one GPU, rank 64 on every linear layer, packs of 2,048 tokens, one
+  at a time, optimizer state paged to the host (recipe `qlora_oasst1_e3`). The formula is
+  `raytune_ft/config/footprint.py`; for other settings: `raytune-ft plan NAME data.max_length=512`.
 
-## Cards
-
-Memory is predicted for QLoRA on one GPU, rank 64 on every linear layer, packs of 2,048 tokens, one at a
-time, optimizer state paged to the host (the recipe `qlora_oasst1_e3`); the formula is
-`raytune_ft/config/footprint.py`. For other settings: `raytune-ft plan NAME data.max_length=512`.
-`tokenizer` is the model's own chat template. Base models of today get `default`, XTuner's plain
-template: its words are ordinary text, and the tokenizer's end token closes every answer. Some base
-models ship a chat template too, but their end-of-turn tokens were not trained; to use it all the same,
-set `model.template: tokenizer`.
-"""
-
-FAMILIES = """\
-## Families
-
-Weights are read from the original layout, with no remote code, and written back in it. `native` means
-that transformers' own layout is the original one.
+The table is made from the cards, `configs/models/` and `configs/families.yaml`; on a terminal it is
+`raytune-ft list --models`.
 """
 
 ADDING = """\
@@ -64,9 +58,9 @@ config:                    # shape of the network, as in the model's config.json
   tie_word_embeddings: false
 ```
 
-The name is in lower case, parts joined by `_`, and must not make an existing name ambiguous: the longest
-card that fits wins. `config` is read for the memory column and for `raytune-ft plan` without weights; the
-real config.json decides when the model is loaded. Then
+The name is in lower case, parts joined by `_`, and must not make an existing name ambiguous: the
+longest card that fits wins. `config` is read for the memory column and for `raytune-ft plan`
+without weights; the real config.json decides when the model is loaded. Then
 
 ```
 raytune-ft show qwen3_8b_qlora_alpaca_e3
@@ -74,56 +68,60 @@ python -m raytune_ft.config.models_page > docs/models.md
 pytest tests/config
 ```
 
-The tests count the card's parameters on transformers' own network and compare. A `model_type` that the
-memory formula does not know (`linear_layers` in `raytune_ft/config/footprint.py`) shows there.
+The tests count the card's parameters on transformers' own network and compare. A `model_type`
+that the memory formula does not know (`linear_layers` in `raytune_ft/config/footprint.py`) shows
+there.
 
-A card does not teach a new network. Model types are those of transformers' causal language models and
-the families above; for another original layout a family is added in `raytune_ft/model/families/`: how
-its config.json is recognised and translated, and how its tensors are named. Models that exist only as
-code beside their weights are refused: that code would run with your rights.
+A card does not teach a new network. Model types are those of transformers' causal language models
+and the families above; for another original layout a family is added in
+`raytune_ft/model/families/`: how its config.json is recognised and translated, and how its
+tensors are named. Models that exist only as code beside their weights are refused: that code
+would run with your rights.
 """
 
 
 def facts(model: str) -> dict[str, Any]:
     """Return what the page says about a card."""
     card = catalog.card(model)
+    family = catalog.families()[card.family]
     return {
         "model": model,
         "path": card.path,
         "family": card.family,
         "size": card.size,
         "template": card.template,
-        "network": catalog.families()[card.family].network,
+        "network": card.network or family.network,
+        "layout": family.layout,
+        "tokenizer": family.tokenizer,
+        "checked": family.checked,
         "qlora_memory_bytes": listing.memory(model, listing.SAMPLE_RECIPE),
     }
 
 
 def page() -> str:
     """Return the whole page in Markdown."""
-    return "\n".join([INTRO, *_cards(), "", FAMILIES, *_families(), "", ADDING.rstrip()])
+    rows = [_row(*cells) for cells in _cells()]
+    return "\n".join([INTRO, *rows, "", ADDING.rstrip()])
 
 
-def _cards() -> Iterator[str]:
-    yield from _head("model", "path", "family", "size", "template", "tokens", "QLoRA")
+def _cells() -> Iterator[tuple[str, ...]]:
+    yield (
+        "model", "path", "network", "template", "original layout", "tokenizer", "checked against",
+        "QLoRA",
+    )  # fmt: skip
+    yield ("---",) * 8
     for model in listing.models():
-        own, shown = catalog.card(model), facts(model)
-        tokens = f"{own.config['max_position_embeddings']:,}"
-        need = f"{shown['qlora_memory_bytes'] / GIB:.1f} GiB"
-        title = catalog.families()[own.family].title
-        yield _row(f"`{model}`", own.path, title, own.size, f"`{own.template}`", tokens, need)
-
-
-def _families() -> Iterator[str]:
-    yield from _head("family", "network", "original layout", "tokenizer file", "checked against")
-    for family in catalog.families().values():
-        yield _row(
-            family.title, family.network, family.layout, f"`{family.tokenizer}`", family.checked
+        shown = facts(model)
+        yield (
+            f"`{model}`",
+            shown["path"],
+            shown["network"],
+            f"`{shown['template']}`",
+            shown["layout"],
+            f"`{shown['tokenizer']}`",
+            shown["checked"],
+            f"{shown['qlora_memory_bytes'] / GIB:.1f} GiB",
         )
-
-
-def _head(*columns: str) -> Iterator[str]:
-    yield _row(*columns)
-    yield _row(*("---" for _ in columns))
 
 
 def _row(*cells: str) -> str:
