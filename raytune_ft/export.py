@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from raytune_ft.config.loader import load_recipe
 from raytune_ft.config.schema import Recipe
+from raytune_ft.data import hf_files
 from raytune_ft.data.formats import fill_text
+from raytune_ft.data.tokenizer import TextTokenizer
 from raytune_ft.errors import CheckpointError, RecipeError
 from raytune_ft.training.run_folder import RunFolder, write_json
 
@@ -35,7 +37,11 @@ def export(run: str, out: str | None = None) -> Path:
 
 
 def merge(
-    run: str, out: str | None = None, max_shard_size: str = "2GB", base: str | None = None
+    run: str,
+    out: str | None = None,
+    max_shard_size: str = "2GB",
+    base: str | None = None,
+    layout: Literal["original", "native"] = "original",
 ) -> Path:
     """Merge a run's adapter into its base model; return the folder of the merged model.
 
@@ -46,6 +52,12 @@ def merge(
         base: `original` weights, or `dequantized`: the NF4 weights that training saw. Default:
             `dequantized` where the run trained on NF4, so that the merged model answers as the
             trained one did.
+        layout: `original` keeps the base's tensor names, config.json, tokenizer and Python files,
+            for the tools that knew it; `native` is what transformers and vLLM read without the
+            model's own code: translated config.json, tokenizer.json and chat template.
+
+    Raises:
+        RecipeError: nothing to merge, `out` is not empty, or the model has no native form.
     """
     from raytune_ft.model import adapter
 
@@ -62,10 +74,19 @@ def merge(
         shutil.rmtree(target)
     adapter.merge_to(
         Path(folder.info()["model_folder"]), result, target, max_shard_size, base=chosen,
-        section=recipe.model,
+        section=recipe.model, layout=layout,
     )  # fmt: skip
+    if layout == "native" and not (target / "tokenizer.json").is_file():
+        write_tokenizer(folder, target)
     write_json(target / MARKER, {**marker(folder), "merged_into": chosen})
     return target
+
+
+def write_tokenizer(run: RunFolder, target: Path) -> None:
+    """Write a run's tokenizer and template as transformers reads them, without code."""
+    info = run.info()
+    tokenizer = TextTokenizer.from_folder(info["model_folder"])
+    hf_files.write(tokenizer, target, hf_files.chat_template(info["template"], tokenizer))
 
 
 def result_folder(folder: RunFolder) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -28,9 +28,26 @@ Base = Annotated[
 ]
 
 
+Layout = Annotated[
+    str,
+    typer.Option(
+        "--layout",
+        help="Tensor names and files: original, as the base's; or native, as transformers' own.",
+    ),
+]
+
+
 @verb("merge")
-def merge(run: Run, out: Out = None, max_shard_size: ShardSize = "2GB", base: Base = None) -> None:
+def merge(
+    run: Run,
+    out: Out = None,
+    max_shard_size: ShardSize = "2GB",
+    base: Base = None,
+    layout: Layout = "original",
+) -> None:
     """Merge a run's adapter into its base model."""
+    if layout not in ("original", "native"):
+        raise RecipeError(f"--layout: expected original or native, got '{layout}'")
     if base not in (None, "original", "dequantized"):
         raise RecipeError(f"--base: expected original or dequantized, got '{base}'")
     if not re.fullmatch(r"\d+(\.\d+)?\s*([KMGT]i?)?B", max_shard_size, re.IGNORECASE):
@@ -39,7 +56,8 @@ def merge(run: Run, out: Out = None, max_shard_size: ShardSize = "2GB", base: Ba
         )
     from raytune_ft import export as export_module
 
-    print(export_module.merge(run, out, max_shard_size, base))
+    form: Literal["original", "native"] = "native" if layout == "native" else "original"
+    print(export_module.merge(run, out, max_shard_size, base, form))
 
 
 Chattable = Annotated[
