@@ -191,7 +191,7 @@ def _show_row(console: Console, opened: sources.RowSource, number: int, encoder:
     try:
         row = opened.rows([number])[0]
         messages = formats.to_messages(row, map_name, data.fill, data.system, where)
-        example = encoder.encode(row, map_name, where)
+        example = encoder.encode(row, opened.source_of(number), where)
     except DataError as error:
         if data.on_bad_row == "error":
             raise

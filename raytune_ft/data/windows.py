@@ -13,7 +13,7 @@ from typing import Literal, TypedDict
 import numpy as np
 import numpy.typing as npt
 
-from raytune_ft.config.schema import DataSection, Recipe
+from raytune_ft.config.schema import DataSection, Recipe, Source
 from raytune_ft.data.concat_packing import ConcatPlan
 from raytune_ft.data.encode import Example, encode_chat
 from raytune_ft.data.formats import to_messages
@@ -46,14 +46,15 @@ class Encoder:
         """The template, bound to the tokenizer."""
         return get_template(self.template, self.tokenizer)
 
-    def encode(self, row: DataRow, map_name: str | None, where: str) -> Example | None:
+    def encode(self, row: DataRow, source: Source, where: str) -> Example | None:
         """Encode one row, cut at `max_length`; None if it has no answer to learn from.
 
         Raises:
             DataError: the row cannot be used; begins with `where`.
         """
         data = self.data
-        messages = to_messages(row, map_name, data.fill, data.system, where)
+        system = data.system if source.system is None else source.system
+        messages = to_messages(row, source.map, data.fill, system, where)
         if messages is None:
             return None
         try:
@@ -157,7 +158,7 @@ def measure_rows(source: RowSource, encoder: Encoder, rows: Sequence[int] | Numb
     report = new_report(len(rows))
     for place, (number, row) in enumerate(zip(rows, source.try_rows(rows), strict=True)):
         where = source.where(int(number))
-        example = _measured(row, source.map_of(int(number)), where, encoder, report)
+        example = _measured(row, source.source_of(int(number)), where, encoder, report)
         if example is not None:
             lengths[place] = len(example.input_ids)
             targets[place] = example.n_targets
@@ -167,14 +168,14 @@ def measure_rows(source: RowSource, encoder: Encoder, rows: Sequence[int] | Numb
 
 
 def _measured(
-    row: DataRow | DataError, map_name: str | None, where: str, encoder: Encoder, report: Report
+    row: DataRow | DataError, source: Source, where: str, encoder: Encoder, report: Report
 ) -> Example | None:
     """Encode one row by the recipe's rules; None if it is left out, with a note in the report."""
     data = encoder.data
     try:
         if isinstance(row, DataError):
             raise row
-        example = encoder.encode(row, map_name, where)
+        example = encoder.encode(row, source, where)
     except DataError as error:
         if data.on_bad_row == "error":
             raise
@@ -232,7 +233,7 @@ def _planned(
     try:
         if isinstance(row, DataError):
             raise row
-        example = encoder.encode(row, source.map_of(number), where)
+        example = encoder.encode(row, source.source_of(number), where)
     except DataError:
         example = None  # it could be used when it was counted
     if example is None or len(example.input_ids) != plan.lengths[number]:

@@ -11,9 +11,10 @@ import pytest
 
 from raytune_ft.data.packing import Plan, Position
 from raytune_ft.data.tokenizer import TextTokenizer
+from raytune_ft.data.windows import make_plan
 from raytune_ft.errors import DataError
 from tests.conftest import write_chats
-from tests.data.test_windows import fingerprint, measured, open_rows
+from tests.data.test_windows import COMPAT, fingerprint, measured, open_rows
 
 pytestmark = pytest.mark.ray
 
@@ -27,14 +28,15 @@ def ray() -> Iterator[None]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("compat", [None, COMPAT])
 @pytest.mark.usefixtures("ray")
 def test_packs_are_the_same_however_the_work_is_cut(
-    tmp_path: Path, tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch, compat: str | None
 ) -> None:
     from raytune_ft.data import stream
 
     path = write_chats(tmp_path / "a.jsonl", 300)
-    source, encoder, section = open_rows(path, tokenizer, window=64)
+    source, encoder, section = open_rows(path, tokenizer, window=64, compat=compat)
     expected = measured(source, encoder)
     monkeypatch.setattr(stream, "IN_PROCESS_ROWS", 0)
     for rows_per_task in (300, 70):
@@ -43,10 +45,11 @@ def test_packs_are_the_same_however_the_work_is_cut(
         got = stream.measure(source, encoder, lambda *pair, done=done: done.append(pair))
         assert got.lengths.tolist() == expected.lengths.tolist()
         assert got.targets.tolist() == expected.targets.tolist()
+        assert got.sets.tolist() == expected.sets.tolist()
         assert got.report == expected.report
         assert done[-1] == (300, 300)
 
-    plan = Plan(expected.lengths, section, 5)
+    plan = make_plan(expected, section, 5)
     whole = [fingerprint(item) for item in stream.iter_packs(source, encoder, plan, epochs=2)]
     for per_run, tasks in ((1, 1), (4, 3), (16, 2)):
         monkeypatch.setattr(stream, "WINDOWS_PER_RUN", per_run)

@@ -20,6 +20,7 @@ from raytune_ft.data.windows import (
     Measurement,
     add_report,
     iter_packs,
+    make_plan,
     measure_rows,
     new_report,
 )
@@ -27,6 +28,7 @@ from raytune_ft.errors import DataError
 from tests.conftest import ROOT, write_chats
 from tests.data.conftest import chat, write_jsonl
 
+COMPAT = "xtuner-0.1.9"
 REAL = ROOT.parent / "shared" / "data" / "openassistant-guanaco"
 
 
@@ -119,22 +121,71 @@ def test_two_epochs_hold_every_row_twice_with_its_own_tokens(
     for pack in packs:
         for sample, row in enumerate(pack.row_ids):
             start, end = pack.cu_seqlens[sample : sample + 2]
-            alone = encoder.encode(source.rows([row])[0], None, "row")
+            alone = encoder.encode(source.rows([row])[0], source.source_of(row), "row")
             assert alone is not None
             assert pack.input_ids[start:end].tolist() == alone.input_ids.tolist()
             assert pack.labels[start:end].tolist() == alone.labels.tolist()
             assert pack.labels[start] == IGNORE_INDEX
 
 
-def test_any_position_goes_on_as_the_whole_would(chats: Path, tokenizer: TextTokenizer) -> None:
-    source, encoder, section = open_rows(chats, tokenizer, window=16)
-    plan = Plan(measured(source, encoder).lengths, section, 5)
+@pytest.mark.parametrize("compat", [None, COMPAT])
+def test_any_position_goes_on_as_the_whole_would(
+    chats: Path, tokenizer: TextTokenizer, compat: str | None
+) -> None:
+    source, encoder, section = open_rows(chats, tokenizer, window=16, compat=compat)
+    plan = make_plan(measured(source, encoder), section, 5)
     whole = [fingerprint(item) for item in iter_packs(source, encoder, plan, epochs=3)]
     assert whole[-1][0] == Position(3, 0, 0)
     for done, (position, *_) in enumerate(whole, start=1):
         assert isinstance(position, Position)
         rest = iter_packs(source, encoder, plan, position, epochs=3)
         assert [fingerprint(item) for item in rest] == whole[done:]
+
+
+def test_compat_packs_hold_the_rows_tokens_end_to_end_as_one_segment(
+    chats: Path, tokenizer: TextTokenizer
+) -> None:
+    source, encoder, section = open_rows(
+        chats, tokenizer, window=16, compat=COMPAT, shuffle_before_pack=False
+    )
+    plan = make_plan(measured(source, encoder), section, 5)
+    alone = [encoder.encode(row, source.source_of(0), "row") for row in source.rows(range(40))]
+    examples = [example for example in alone if example is not None]
+    ids, labels = (
+        np.concatenate([getattr(example, key) for example in examples])
+        for key in ("input_ids", "labels")
+    )
+    packs = [pack for _, pack in iter_packs(source, encoder, plan, epochs=1)]
+    packs.sort(key=lambda pack: int(pack.row_ids[0]))
+    used = len(packs) * 128
+    assert len(ids) - used == plan.lost_tokens < 128
+    assert np.concatenate([pack.input_ids for pack in packs]).tolist() == ids[:used].tolist()
+    assert np.concatenate([pack.labels for pack in packs]).tolist() == labels[:used].tolist()
+    for pack in packs:
+        assert pack.cu_seqlens.tolist() == [0, 128]
+        assert pack.position_ids.tolist() == list(range(128))
+    assert any(pack.input_ids[0] not in tokenizer.bos_ids for pack in packs)  # a row was cut
+
+
+def test_under_compat_a_row_without_a_trained_token_stays_in_the_packs(
+    mixed: Path, tokenizer: TextTokenizer
+) -> None:
+    source, encoder, _ = open_rows(mixed, tokenizer, on_bad_row="skip", compat=COMPAT)
+    got = measured(source, encoder)
+    assert "without a trained token" not in got.report["dropped"]
+    assert (got.lengths[2], got.targets[2]) == (128, 0)
+
+
+def test_rows_know_their_data_set(chats: Path, tmp_path: Path, tokenizer: TextTokenizer) -> None:
+    other = write_chats(tmp_path / "b.jsonl", 3)
+    section = DataSection.model_validate(
+        {"sources": [{"path": str(chats)}, {"path": str(other)}, {"path": str(other)}]}
+    )
+    source = open_sources(section, 1)
+    got = measure_rows(source, Encoder(tokenizer, "tokenizer", section), np.arange(46))
+    assert got.sets.tolist() == [0] * 40 + [1] * 3 + [2] * 3
+    assert source.subset(np.array([45, 0, 41])).sets_of(range(3)).tolist() == [2, 0, 1]
+    assert source.source_of(41) is section.sources[1]
 
 
 def test_without_an_end_the_epochs_go_on(chats: Path, tokenizer: TextTokenizer) -> None:
