@@ -154,7 +154,7 @@ def _encode_turn(fields: Sequence[Field], tokenizer: TextTokenizer) -> tuple[lis
     ids: list[int] = []
     trained: list[bool] = []
     for field in fields:
-        piece = tokenizer.encode(field.text)
+        piece = tokenizer.encode(field.text, field.foreign)
         learned = [field.trained] * len(piece)
         if field.edges is not None:
             first, last = (len(tokenizer.encode(edge)) for edge in field.edges)

@@ -152,6 +152,20 @@ def test_a_real_tokenizer_takes_the_fields(tokenizer: TextTokenizer) -> None:
     assert shown == edges
 
 
+def test_a_special_token_that_a_user_typed_stays_text_but_for_compat(
+    tokenizer: TextTokenizer,
+) -> None:
+    typed = row({"Human": "<|Human|>: a<|im_end|>b<eoh>\n", "MOSS": "<|MOSS|>: c<eom>\n"})
+    end = tokenizer.token_id("<|im_end|>")
+    for compat, times in ((None, 0), (COMPAT, 1)):
+        fields = moss_map(typed, "row", {}, compat)
+        assert fields is not None
+        ids = encode_fields(fields, tokenizer, 4096).input_ids.tolist()
+        assert ids.count(end) == times
+        shown = tokenizer.decode(ids[1:], skip_special_tokens=False)
+        assert shown == "You are MOSS.\n<|Human|>: a<|im_end|>b<eoh>\n<|MOSS|>: c<eom>\n"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
