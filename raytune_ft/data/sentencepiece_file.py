@@ -18,9 +18,10 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from raytune_ft.errors import ModelError
 
 SPACE = "\u2581"
-UNIGRAM, BPE = 1, 2
+BPE = 2
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
 NUL = "\x00"
+MANY = 1000
 SPARED = r"\A(?!(?:"
 """How the pattern of a `prefix` step begins that spares some texts."""
 
@@ -43,8 +44,8 @@ def read_model(content: bytes, file: Path) -> Any:
         model.Clear()
     if not model.pieces:
         raise ModelError(f"{file}: not a sentencepiece model; copy the file again")
-    if model.trainer_spec.model_type not in (UNIGRAM, BPE):
-        raise ModelError(f"{file}: neither a BPE nor a unigram model; use another model")
+    if model.trainer_spec.model_type != BPE:
+        raise ModelError(f"{file}: no BPE model; put the model's tokenizer.json beside it")
     if (
         model.trainer_spec.treat_whitespace_as_suffix
         or not model.normalizer_spec.escape_whitespaces
@@ -80,7 +81,7 @@ def build(model: Any, appended: Sequence[str] = ()) -> Tokenizer:
     vocab = _vocab(model)
     for text in appended:
         vocab[text] = len(vocab)
-    tokenizer = Tokenizer(_bpe(model, vocab) if _is_bpe(model) else _unigram(model, vocab))
+    tokenizer = Tokenizer(_bpe(model, vocab))
     defined = [piece.piece for piece in model.pieces if piece.type == USER_DEFINED]
     tokenizer.normalizer = _normalizer(model.normalizer_spec, defined)
     tokenizer.decoder = _decoder(model.normalizer_spec)
@@ -91,10 +92,6 @@ def build(model: Any, appended: Sequence[str] = ()) -> Tokenizer:
     )
     tokenizer.add_tokens([AddedToken(text, normalized=True) for text in defined])
     return tokenizer
-
-
-def _is_bpe(model: Any) -> bool:
-    return bool(model.trainer_spec.model_type == BPE)
 
 
 def _vocab(model: Any) -> dict[str, int]:
@@ -129,22 +126,13 @@ def _bpe(model: Any, vocab: Mapping[str, int]) -> models.BPE:
     )
 
 
-def _unigram(model: Any, vocab: Mapping[str, int]) -> models.Unigram:
-    scores = [piece.score for piece in model.pieces]
-    scores += [min(scores)] * (len(vocab) - len(scores))
-    ordered = sorted(vocab, key=lambda text: vocab[text])
-    trainer = model.trainer_spec
-    return models.Unigram(
-        list(zip(ordered, scores, strict=True)), trainer.unk_id, trainer.byte_fallback
-    )
-
-
 def _normalizer(spec: Any, defined: Sequence[str]) -> normalizers.Normalizer:
     steps: list[normalizers.Normalizer] = []
     if spec.precompiled_charsmap:
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
     if spec.remove_extra_whitespaces:
-        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+        for pattern, text in ((rf"\A +|[ {SPACE}]+\z", ""), (" {2,}", " ")):
+            steps.append(normalizers.Replace(Regex(pattern), text))
     if spec.add_dummy_prefix:
         before = normalizers.Sequence(list(steps))
         steps.append(prefix(before.normalize_str(text) for text in defined))
@@ -177,6 +165,8 @@ def _decoder(spec: Any) -> decoders.Decoder:
     steps: list[decoders.Decoder] = [
         decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(),
     ]  # fmt: skip
-    if spec.add_dummy_prefix or spec.remove_extra_whitespaces:
+    if spec.remove_extra_whitespaces:
+        steps.append(decoders.Strip(" ", MANY, 0))
+    elif spec.add_dummy_prefix:
         steps.append(decoders.Strip(" ", 1, 0))
     return decoders.Sequence(steps)

@@ -39,7 +39,7 @@ class TextTokenizer:
         added: dict[int, AddedToken] = self._backend.get_added_tokens_decoder()
         self.special_tokens = {token.content: id_ for id_, token in added.items() if token.special}
         self._markers = {id_: token.content for id_, token in added.items() if is_marker(token)}
-        self._alone = {token.content for token in added.values() if self._needs_company(token)}
+        self._shy = {id_ for id_, token in added.items() if self._needs_company(token)}
 
     @classmethod
     def from_folder(cls, path: str | Path, eos_token: str | None = None) -> TextTokenizer:
@@ -61,15 +61,15 @@ class TextTokenizer:
         """
         if not text:
             return []
-        if not foreign and text in self._alone:
-            return list(self._backend.encode(text * 2, add_special_tokens=False).ids[:-1])
         encoding = self._backend.encode(text, add_special_tokens=False)
         ids: list[int] = encoding.ids
         if not foreign or self._markers.keys().isdisjoint(ids):
-            return ids
+            return self._in_company(text, ids)
         found = self._found(text, encoding)
         genuine = [marker for marker in found if not _touches(marker[0], foreign)]
-        return ids if len(genuine) == len(found) else self._guard.encode(text, genuine)
+        if len(genuine) < len(found):
+            return self._guard.encode(text, genuine)
+        return self._in_company(text, ids)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of `ids`; U+FFFD for bytes that are no UTF-8."""
@@ -100,12 +100,19 @@ class TextTokenizer:
     def _needs_company(self, token: AddedToken) -> bool:
         """Tell whether a text of this token alone lacks sentencepiece's leading space.
 
-        See `sentencepiece_file.prefix`: it spares such a text, but not the same token twice.
+        See `sentencepiece_file.prefix`: it spares such a text, but not the same text twice.
         """
         normalizer = self._backend.normalizer
         if normalizer is None or token.special or not token.normalized:
             return False
         return bool(normalizer.normalize_str(token.content) == token.content)
+
+    def _in_company(self, text: str, ids: list[int]) -> list[int]:
+        """Return the ids of `text` with the space that a token alone lacks."""
+        if len(ids) != 1 or ids[0] not in self._shy:
+            return ids
+        twice: list[int] = self._backend.encode(text * 2, add_special_tokens=False).ids
+        return twice[: twice.index(ids[0]) + 1]
 
     @cached_property
     def _guard(self) -> Guard:
@@ -123,19 +130,16 @@ class TextTokenizer:
         special = set(self.special_tokens.values()) if skip_special_tokens else set()
         tokens: list[str] = []
         run = bytearray()
-        for id_ in [*ids, None]:
-            token = None if id_ is None else self._backend.id_to_token(id_)
-            if id_ in special or (token is None and id_ is not None):
-                continue
+        for id_ in ids:
+            token = self._backend.id_to_token(id_)
             if token is not None and BYTE.fullmatch(token):
                 run.append(int(token[3:5], 16))
                 continue
-            if run:
-                tokens.append(LONE_BYTE.sub(REPLACEMENT, run.decode("utf-8", "surrogateescape")))
-                run.clear()
-            if token is not None:
+            tokens += _characters(run)
+            run.clear()
+            if token is not None and id_ not in special:
                 tokens.append(token)
-        text: str = self._backend.decoder.decode(tokens)
+        text: str = self._backend.decoder.decode([*tokens, *_characters(run)])
         return text
 
     def __reduce__(self) -> tuple[type[TextTokenizer], tuple[TokenizerSpec]]:
@@ -149,6 +153,12 @@ def _built(spec: TokenizerSpec) -> tuple[Tokenizer, str]:
     parts.append(sorted(spec.named_tokens))
     content_hash = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     return Tokenizer.from_str(spec.tokenizer_json), content_hash
+
+
+def _characters(run: bytes | bytearray) -> list[str]:
+    """Return the text of a run of bytes as one token, none if the run is empty."""
+    text = run.decode("utf-8", "surrogateescape")
+    return [LONE_BYTE.sub(REPLACEMENT, text)] if run else []
 
 
 def _touches(span: Span, foreign: Sequence[Span]) -> bool:
