@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from raytune_ft.config import catalog
+from raytune_ft.config.cache import cache_dir
 from raytune_ft.config.schema import Recipe, Source
 from raytune_ft.data import formats, locate, sources, templates, windows
 from raytune_ft.data.packing import count_steps
@@ -23,7 +24,6 @@ from raytune_ft.data.sources import RowSource
 from raytune_ft.data.tokenizer import TextTokenizer
 from raytune_ft.data.windows import Encoder, Measurement, Report
 from raytune_ft.errors import DataError, ModelError, RecipeError
-from raytune_ft.config.cache import cache_dir
 from raytune_ft.model.default_model import NAME as DEFAULT_MODEL
 
 if TYPE_CHECKING:
@@ -221,7 +221,7 @@ def remarks(found: Survey) -> list[str]:
         for path in recipe.chat_eval.mmlu
         if locate.local_path(path) is None
     ]
-    positions = (found.config or {}).get("max_position_embeddings")
+    positions = _context(found.config) if found.config else None
     if isinstance(positions, int) and recipe.data.max_length > positions:
         notes.append(
             f"data.max_length: {recipe.data.max_length} is beyond the model's {positions} positions"
@@ -230,6 +230,13 @@ def remarks(found: Survey) -> list[str]:
     if steps is not None and steps < _FEW_STEPS and recipe.train.max_steps is None:
         notes.append(f"train: only {steps} optimizer steps; lower train.accumulation")
     return notes
+
+
+def _context(config: dict[str, Any]) -> int | None:
+    """Return a model's context in tokens; families have other names for it."""
+    from raytune_ft.model.families import translate
+
+    return getattr(translate(config).get_text_config(), "max_position_embeddings", None)
 
 
 def memory_of(found: Survey, device_bytes: int | None) -> MemoryPlan | None:

@@ -1,4 +1,8 @@
-"""Models of the Hugging Face hub: a name in, a local folder out. Weights and texts, no code."""
+"""Models of the Hugging Face hub: a name in, a local folder out.
+
+Python files come along unread: a merged model in the original layout has to bring them for the
+tools that knew the model. Nothing here ever imports one.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,7 @@ from pathlib import Path
 
 from raytune_ft.errors import ModelError
 
-FILES = [
-    "*.safetensors",
-    "*.safetensors.index.json",
+TEXTS = [
     "config.json",
     "generation_config.json",
     "tokenizer*",
@@ -18,8 +20,13 @@ FILES = [
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
+    "*.tiktoken",
     "*.jinja",
+    "*.py",
 ]
+WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
+PICKLED = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
+"""Fetched only where a model has no safetensors: many of 2023 have not."""
 
 
 def snapshot(name: str, log: Callable[[str], None]) -> Path:
@@ -32,14 +39,28 @@ def snapshot(name: str, log: Callable[[str], None]) -> Path:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=FILES, local_files_only=True))
+        found = Path(
+            snapshot_download(
+                name, allow_patterns=[*TEXTS, *WEIGHTS, *PICKLED], local_files_only=True
+            )
+        )
+        if _has_weights(found):
+            return found
     except (LocalEntryNotFoundError, ValueError):
-        log(f"{name}: fetching from the hub")
+        pass
+    log(f"{name}: fetching from the hub")
     try:
-        return Path(snapshot_download(name, allow_patterns=FILES))
+        found = Path(snapshot_download(name, allow_patterns=[*TEXTS, *WEIGHTS]))
+        if _has_weights(found):
+            return found
+        return Path(snapshot_download(name, allow_patterns=[*TEXTS, *PICKLED]))
     except Exception as error:  # the client raises its own, httpx's and the system's errors
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ModelError(
             f"{name}: no such folder here, and the hub did not give it ({reason}); "
             "copy the model to this machine and set model.path to its folder"
         ) from None
+
+
+def _has_weights(folder: Path) -> bool:
+    return any(any(folder.glob(pattern)) for pattern in (WEIGHTS[0], PICKLED[0]))

@@ -84,7 +84,8 @@ class LoraNormHead(LoraLinear):  # type: ignore[misc]
         plain = nn.functional.linear(x, head.weight)
         update = b(a(self.lora_dropout[name](x.to(a.weight.dtype)))) * scale
         lengths = _lengths_with_update(head.weight, a.weight, b.weight, scale)
-        return ((plain + update) / lengths).to(plain.dtype)
+        logits = ((plain + update) / lengths).to(plain.dtype)
+        return logits
 
 
 def _lengths_with_update(
