@@ -34,7 +34,7 @@ QWEN = "QWenTokenizer"
 CHATGLM_MARKS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
 CHATGLM_ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
 CHATGLM_START = ("[gMASK]", "sop")
-BUILD = b"1"
+BUILD = b"2"
 """Part of the cache key: change it whenever a pipeline is built otherwise."""
 
 
