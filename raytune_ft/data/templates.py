@@ -12,11 +12,21 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from raytune_ft.data.chat_template import ChatTemplate
+from raytune_ft.data.prompts import PROMPTS, SYSTEMS, Prompt
 from raytune_ft.data.segments import Message, Segment, is_text, text_segments
 from raytune_ft.data.tokenizer import TextTokenizer
 from raytune_ft.errors import DataError, ModelError, RecipeError
 
-__all__ = ["PROMPTS", "Message", "Segment", "Template", "get_template", "template_names"]
+__all__ = [
+    "PROMPTS",
+    "SYSTEMS",
+    "Message",
+    "Prompt",
+    "Segment",
+    "Template",
+    "get_template",
+    "template_names",
+]
 
 TOKENIZER = "tokenizer"
 
@@ -34,57 +44,6 @@ class Template(Protocol):
     ) -> list[Segment]:
         """Cut a conversation into segments; the last is open for an answer if asked."""
         ...
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One row of the table below; `{system}`, `{input}` and `{round}` are filled in."""
-
-    system: str
-    instruction: str
-    stops: tuple[str, ...] = ()
-    """Tokens that end an answer of an untuned chat model, where its vocabulary has them."""
-
-
-# Texts: XTuner v0.1.9, xtuner/utils/templates.py (Apache-2.0).
-PROMPTS: Mapping[str, Prompt] = {
-    "default": Prompt("<|System|>:{system}\n", "<|User|>:{input}\n<|Bot|>:"),
-    "zephyr": Prompt("<|system|>\n{system}\n", "<|user|>\n{input}\n<|assistant|>\n"),
-    "internlm_chat": Prompt(
-        "<|System|>:{system}\n", "<|User|>:{input}<eoh>\n<|Bot|>:", stops=("<eoa>",)
-    ),
-    "moss_sft": Prompt("{system}\n", "<|Human|>: {input}<eoh>", stops=("<eoc>", "<eom>")),
-    "llama2_chat": Prompt(
-        "[INST] <<SYS>>\n You are a helpful, respectful and honest assistant. Always answer as "
-        "helpfully as possible, while being safe. Your answers should not include any harmful, "
-        "unethical, racist, sexist, toxic, dangerous, or illegal content. Please ensure that your "
-        "responses are socially unbiased and positive in nature.\n{system}\n<</SYS>>\n [/INST]",
-        "[INST] {input} [/INST]",
-    ),
-    "code_llama_chat": Prompt("{system}\n", "[INST] {input} [/INST]"),
-    "chatglm2": Prompt("{system}\n", "\n\n[Round {round}]\n\n问：{input}\n\n答："),
-    "chatglm3": Prompt(
-        "<|system|>\n{system}",
-        "<|user|>\n{input}<|assistant|>\n",
-        stops=("<|user|>", "<|observation|>"),
-    ),
-    "qwen_chat": Prompt(
-        "\n<|im_start|>system\n{system}<|im_end|>",
-        "\n<|im_start|>user\n{input}<|im_end|>\n<|im_start|>assistant\n",
-        stops=("<|im_end|>", "<|endoftext|>"),
-    ),
-    "baichuan_chat": Prompt(
-        "{system}\n", "<reserved_102>{input}<reserved_103>", stops=("<reserved_102>",)
-    ),
-    "baichuan2_chat": Prompt(
-        "{system}\n", "<reserved_106>{input}<reserved_107>", stops=("<reserved_106>",)
-    ),
-    "wizardlm": Prompt(
-        "A chat between a curious user and an artificial intelligence assistant. The assistant "
-        "gives helpful, detailed, and polite answers to the user's questions. {system}\n",
-        "USER: {input} ASSISTANT: ",
-    ),
-}
 
 
 def template_names() -> list[str]:

@@ -9,14 +9,19 @@ from typing import Any
 
 import pytest
 
-from raytune_ft.data.templates import PROMPTS, PromptTemplate, get_template, template_names
+from raytune_ft.data.templates import (
+    PROMPTS,
+    SYSTEMS,
+    PromptTemplate,
+    get_template,
+    template_names,
+)
 from raytune_ft.data.tokenizer import TextTokenizer
 from raytune_ft.errors import DataError, ModelError, RecipeError
 from tests.data.conftest import GOLDEN, chat
 
-REFERENCE: dict[str, Any] = json.loads((GOLDEN / "templates.json").read_text(encoding="utf-8"))[
-    "prompt_templates"
-]
+GOLD: dict[str, Any] = json.loads((GOLDEN / "templates.json").read_text(encoding="utf-8"))
+REFERENCE: dict[str, Any] = GOLD["prompt_templates"]
 SMOLLM2 = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
     "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face"
@@ -37,6 +42,10 @@ def inputs(template: PromptTemplate, messages: list[dict[str, str]]) -> list[str
 
 def test_names_are_those_of_the_reference() -> None:
     assert template_names() == ["tokenizer", *REFERENCE]
+
+
+def test_system_texts_equal_the_reference() -> None:
+    assert SYSTEMS == {name: facts["text"] for name, facts in GOLD["system_templates"].items()}
 
 
 @pytest.mark.parametrize("name", REFERENCE)
