@@ -34,6 +34,10 @@ QWEN = "QWenTokenizer"
 CHATGLM_MARKS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
 CHATGLM_ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
 CHATGLM_START = ("[gMASK]", "sop")
+LLAMA_DEFAULTS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+"""What the class takes where the configuration names nothing."""
+START_TOKENS = "start_tokens"
+"""Key by which our own exported tokenizer_config.json says what opens a turn."""
 BUILD = b"2"
 """Part of the cache key: change it whenever a pipeline is built otherwise."""
 
@@ -125,7 +129,10 @@ def _read_backend(folder: Path, config: Mapping[str, Any]) -> tuple[Tokenizer, d
     # Some files carry the settings of their author's last call; ids must not depend on them.
     backend.no_truncation()
     backend.no_padding()
-    return backend, {}
+    defaults = LLAMA_DEFAULTS if str(kind).startswith(("Llama", "CodeLlama")) else {}
+    return backend, {
+        k: text for k, text in defaults.items() if backend.token_to_id(text) is not None
+    }
 
 
 def _from_pieces(
@@ -260,7 +267,8 @@ def _bos_ids(
     kind = config.get("tokenizer_class")
     if kind == QWEN:
         return ()
-    texts: tuple[str, ...] = CHATGLM_START if kind == CHATGLM else (named.get("bos_token", ""),)
+    texts: Sequence[str] = CHATGLM_START if kind == CHATGLM else (named.get("bos_token", ""),)
+    texts = config.get(START_TOKENS, texts)
     ids = [backend.token_to_id(text) for text in texts]
     return tuple(id_ for id_ in ids if id_ is not None)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import itertools
 import json
 import os
 import subprocess
@@ -37,9 +38,9 @@ FRAGMENTS = [
 SPECIALS = ["<s>", "</s>", "<unk>", "<eoh>", "<eoa>", "<|im_start|>", "<|im_end|>", "<|user|>"]
 
 characters = st.characters(exclude_categories=["Cs", "Cn"])
-texts = st.lists(
-    st.sampled_from(FRAGMENTS) | st.text(characters, max_size=6), max_size=14
-).map("".join)
+texts = st.lists(st.sampled_from(FRAGMENTS) | st.text(characters, max_size=6), max_size=14).map(
+    "".join
+)
 texts_with_specials = st.lists(
     st.sampled_from(FRAGMENTS + SPECIALS * 3) | st.text(characters, max_size=4), max_size=14
 ).map("".join)
@@ -77,7 +78,7 @@ def tiny_ranks(extra: int = 120) -> bytes:
     for _ in range(extra):
         counts: dict[bytes, int] = {}
         for word in words:
-            for left, right in zip(word, word[1:], strict=False):
+            for left, right in itertools.pairwise(word):
                 counts[left + right] = counts.get(left + right, 0) + 1
         best = min(counts, key=lambda pair: (-counts[pair], pair))
         ranks.append(best)
