@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tokenizers import Tokenizer, processors
+from tokenizers import AddedToken, Tokenizer, processors
 
 from raytune_ft.data.templates import PROMPTS, TOKENIZER
 from raytune_ft.data.tokenizer import TextTokenizer
+from raytune_ft.data.tokenizer_spec import START_TOKENS
 
 CHAT_TEMPLATE = (
     "{%- set state = namespace(round=0, system='') -%}"
@@ -36,6 +37,9 @@ def write(tokenizer: TextTokenizer, folder: Path, chat_template: str | None) -> 
     """Write tokenizer.json and tokenizer_config.json into `folder`."""
     backend = Tokenizer.from_str(tokenizer.spec.tokenizer_json)
     texts = [backend.id_to_token(id_) for id_ in tokenizer.bos_ids]
+    # a chat template can only write them as text
+    silent = [backend.id_to_token(id_) for id_ in sorted(tokenizer.spec.silent_ids)]
+    backend.add_special_tokens([AddedToken(text, special=True) for text in silent])
     if texts and backend.post_processor is None:
         backend.post_processor = processors.TemplateProcessing(
             single=[*texts, "$A"],
@@ -46,6 +50,7 @@ def write(tokenizer: TextTokenizer, folder: Path, chat_template: str | None) -> 
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
+        START_TOKENS: texts,
         **tokenizer.named_tokens,
         "eos_token": backend.id_to_token(tokenizer.eos_id),
     }

@@ -25,6 +25,7 @@ ORIGINAL_ONLY_SUFFIXES = {".py", ".model", ".tiktoken"}
 ORIGINAL_ONLY_FILES = {
     "config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
 }  # fmt: skip
+NOTHING = object()
 MAX_SHARD_SIZE = "5GB"
 
 
@@ -55,11 +56,13 @@ def write_native_files(original: Original, folder: Path, *, untied: bool) -> Non
 
 def native_config(original: Original) -> dict[str, Any]:
     """Return the config.json of the native network."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 
-    content: dict[str, Any] = original.config.to_dict()
     network = MODEL_FOR_CAUSAL_LM_MAPPING[type(original.config)]
-    return content | {"architectures": [network.__name__]}
+    # what every configuration has says nothing about this network
+    common = PreTrainedConfig().to_dict()
+    content = original.config.to_dict() | {"architectures": [network.__name__]}
+    return {key: value for key, value in content.items() if common.get(key, NOTHING) != value}
 
 
 def save_full(model: Any, base_folder: Path, folder: Path) -> None:
@@ -76,6 +79,8 @@ def save_full(model: Any, base_folder: Path, folder: Path) -> None:
     original = Original.of(base_folder)
     with quiet():
         model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
+    for file in weight_files(folder):
+        file.chmod(0o644)  # safetensors makes them private
     _check_names(original, folder)
     copy_side_files(original, folder)
     _state_dtype(folder, model.dtype)
