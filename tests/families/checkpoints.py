@@ -297,7 +297,9 @@ BAICHUAN2_13B: Config = BAICHUAN_13B | {
     "z_loss_weight": 0, "vocab_size": BAICHUAN2_WORDS, "hidden_size": 40,
     "tokenizer_class": "BaichuanTokenizer",
 }  # fmt: skip
-CHATGLM: Config = code("chatglm", "ChatGLMForConditionalGeneration", "ChatGLMConfig", "ChatGLMModel") | {
+CHATGLM: Config = code(
+    "chatglm", "ChatGLMForConditionalGeneration", "ChatGLMConfig", "ChatGLMModel"
+) | {
     "model_type": "chatglm", "add_bias_linear": False, "add_qkv_bias": True,
     "apply_query_key_layer_scaling": True, "apply_residual_connection_post_layernorm": False,
     "attention_dropout": 0.0, "attention_softmax_in_fp32": True, "bias_dropout_fusion": True,

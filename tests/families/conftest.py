@@ -1,0 +1,27 @@
+"""One checkpoint per family and form for all tests of a session."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.families.checkpoints import make
+
+Checkpoint = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """Return a folder of `make(family, **options)`, written once; read it, never write to it."""
+    made: dict[Any, Path] = {}
+
+    def get(family: str, **options: Any) -> Path:
+        key = (family, *sorted((k, str(v)) for k, v in options.items()))
+        if key not in made:
+            made[key] = make(family, tmp_path_factory.mktemp(family) / family, **options)
+        return made[key]
+
+    return get
