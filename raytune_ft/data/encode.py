@@ -5,13 +5,14 @@ Training, chat and serving call this module. Labels are IGNORE_INDEX where the l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from raytune_ft.data.segments import Message, Segment
+from raytune_ft.data.segments import Conversation, Message, Segment
 from raytune_ft.data.templates import Template
 from raytune_ft.data.tokenizer import TextTokenizer
 
@@ -33,41 +34,82 @@ class Example:
         return int((self.labels != IGNORE_INDEX).sum())
 
 
-def encode_chat(
-    messages: Sequence[Message],
+def encode_conversation(
+    conversation: Conversation,
     template: Template,
     tokenizer: TextTokenizer,
     max_length: int | None = None,
+    compat: bool = False,
 ) -> Example:
     """Encode a conversation for training.
 
     The first label is always IGNORE_INDEX, since nothing before it could predict it.
 
     Args:
-        messages: a conversation that ends with an answer, or a lone assistant message (text).
-        template: how turns are written.
+        conversation: ends with an answer, or is a lone assistant message (text).
+        template: how turns are written; not asked where the row is written already.
         tokenizer: how text becomes ids.
         max_length: cut at the right after this many tokens; `uncut_length` tells what was lost.
+        compat: give the ids and labels of XTuner v0.1.9: special tokens in a row's text count as
+            such, and a first token may be a label.
     """
+    segments = conversation.written
+    if segments is None:
+        segments = tuple(
+            template.segments(
+                conversation.messages,
+                add_generation_prompt=False,
+                tools=conversation.tools,
+                loss=conversation.loss,
+            )
+        )
     ids: list[int] = []
     trained: list[bool] = []
-    for segment in template.segments(messages, add_generation_prompt=False):
-        piece = _ids(segment, tokenizer)
+    for segment in segments:
+        piece = _ids(segment, tokenizer, compat)
         ids.extend(piece)
         trained.extend([segment.trained] * len(piece))
     input_ids = np.asarray(ids[:max_length], dtype=np.int32)
     labels = np.where(np.asarray(trained[:max_length], dtype=bool), input_ids, IGNORE_INDEX)
-    labels[:1] = IGNORE_INDEX
+    if not compat:
+        labels[:1] = IGNORE_INDEX
     return Example(input_ids, labels.astype(np.int32), len(ids))
 
 
 def encode_prompt(
-    messages: Sequence[Message], template: Template, tokenizer: TextTokenizer
+    messages: Sequence[Message],
+    template: Template,
+    tokenizer: TextTokenizer,
+    tools: Sequence[Mapping[str, Any]] = (),
 ) -> list[int]:
-    """Encode a conversation that the model is to continue with an answer."""
-    segments = template.segments(messages, add_generation_prompt=True)
+    """Encode a conversation that the model is to continue with an answer.
+
+    Args:
+        messages: the conversation so far.
+        template: how turns are written.
+        tokenizer: how text becomes ids.
+        tools: what the assistant may call, JSON schemas in OpenAI's form.
+    """
+    segments = template.segments(
+        messages, add_generation_prompt=True, **({"tools": tools} if tools else {})
+    )
     return [id_ for segment in segments for id_ in _ids(segment, tokenizer)]
 
 
-def _ids(segment: Segment, tokenizer: TextTokenizer) -> Sequence[int]:
-    return tokenizer.encode(segment.text) if segment.ids is None else segment.ids
+def encode_chat(
+    messages: Sequence[Message],
+    template: Template,
+    tokenizer: TextTokenizer,
+    max_length: int | None = None,
+) -> Example:
+    """Encode messages for training; the last callers go with the new formats."""
+    written = tuple(template.segments(messages, add_generation_prompt=False))
+    return encode_conversation(
+        Conversation(messages, written=written), template, tokenizer, max_length
+    )
+
+
+def _ids(segment: Segment, tokenizer: TextTokenizer, compat: bool = False) -> Sequence[int]:
+    if segment.ids is not None:
+        return segment.ids
+    return tokenizer.encode(segment.text, () if compat else segment.foreign)

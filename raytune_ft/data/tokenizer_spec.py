@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -73,8 +72,8 @@ def read_spec(folder: Path, eos_token: str | None = None) -> TokenizerSpec:
     config = read_json(folder / "tokenizer_config.json")
     generation = read_json(folder / "generation_config.json")
     backend, defaults = _read_backend(folder, config)
-    _add_tokens(backend, folder, config)
     special_map = read_json(folder / "special_tokens_map.json")
+    _add_tokens(backend, folder, config, special_map)
     named = _named_tokens(defaults, special_map, config)
     if eos_token is not None:
         named["eos_token"] = eos_token
@@ -196,18 +195,25 @@ def _cached(content: bytes, kind: bytes, build: Callable[[], Tokenizer]) -> Toke
     backend = build()
     with suppress(OSError):
         kept.parent.mkdir(parents=True, exist_ok=True)
-        handle, scratch = tempfile.mkstemp(dir=kept.parent, suffix=".part")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(backend.to_str())
-        Path(scratch).replace(kept)  # at once: another process never sees half a file
+        with tempfile.TemporaryDirectory(dir=kept.parent) as scratch:
+            part = Path(scratch) / kept.name
+            part.write_text(backend.to_str(), encoding="utf-8")
+            part.replace(kept)  # at once: another process never sees half a file
     return backend
 
 
-def _add_tokens(backend: Tokenizer, folder: Path, config: Mapping[str, Any]) -> None:
+def _add_tokens(
+    backend: Tokenizer,
+    folder: Path,
+    config: Mapping[str, Any],
+    special_map: Mapping[str, Any],
+) -> None:
     """Add the tokens that stand in the configuration alone, at the ids given there."""
+    special = {*_named_tokens(special_map, config).values()}
+    special.update(map(str, special_map.get("additional_special_tokens", [])))
     listed: dict[int, AddedToken] = {}
     for text, id_ in read_json(folder / "added_tokens.json").items():
-        listed[int(id_)] = AddedToken(text, normalized=False)
+        listed[int(id_)] = AddedToken(text, normalized=False, special=text in special)
     for key, token in config.get("added_tokens_decoder", {}).items():
         keys = ("single_word", "lstrip", "rstrip", "normalized", "special")
         flags = {flag: bool(token[flag]) for flag in keys if flag in token}

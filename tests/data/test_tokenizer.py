@@ -68,13 +68,16 @@ def test_settings_of_the_last_call_in_the_file_are_ignored(
     assert TextTokenizer.from_folder(folder).encode(text) == tokenizer.encode(text)
 
 
-@pytest.mark.parametrize(
-    ("kind", "bos_ids"),
-    [("QWenTokenizer", ()), ("ChatGLMTokenizer", (64790, 64792))],
-)
-def test_start_ids_of_two_families(folder: Path, kind: str, bos_ids: tuple[int, ...]) -> None:
-    change_config(folder, tokenizer_class=kind)
-    assert TextTokenizer.from_folder(folder).bos_ids == bos_ids
+def test_qwen_starts_with_nothing(folder: Path) -> None:
+    change_config(folder, tokenizer_class="QWenTokenizer")
+    assert TextTokenizer.from_folder(folder).bos_ids == ()
+
+
+def test_chatglm_starts_with_its_two_marks(folder: Path, tokenizer: TextTokenizer) -> None:
+    size = tokenizer.vocab_size
+    added = {str(size): {"content": "sop"}, str(size + 1): {"content": "[gMASK]"}}
+    change_config(folder, tokenizer_class="ChatGLMTokenizer", added_tokens_decoder=added)
+    assert TextTokenizer.from_folder(folder).bos_ids == (size + 1, size)
 
 
 def test_no_bos_token_means_no_start_ids(folder: Path) -> None:
@@ -97,12 +100,25 @@ def test_template_file_wins_and_changes_the_hash(folder: Path, tokenizer: TextTo
     assert found.content_hash != tokenizer.content_hash
 
 
-def test_tokens_of_the_configuration_are_added(folder: Path) -> None:
-    added = {"500": {"content": "<eoa>", "special": True}}
+def test_tokens_of_the_configuration_are_added(folder: Path, tokenizer: TextTokenizer) -> None:
+    added = {str(tokenizer.vocab_size): {"content": "<eoa>", "special": True}}
     change_config(folder, added_tokens_decoder=added)
     found = TextTokenizer.from_folder(folder)
-    assert len(found.encode("<eoa>")) == 1
+    assert found.encode("<eoa>") == [tokenizer.vocab_size]
     assert "<eoa>" in found.special_tokens
+
+
+def test_a_token_without_a_row_at_its_id_is_refused(folder: Path) -> None:
+    change_config(folder, added_tokens_decoder={"9000": {"content": "<eoa>", "special": True}})
+    with pytest.raises(ModelError, match="'<eoa>' should have id 9000"):
+        TextTokenizer.from_folder(folder)
+
+
+def test_eos_of_the_recipe_goes_before_that_of_the_folder(folder: Path) -> None:
+    found = TextTokenizer.from_folder(folder, eos_token="<|im_start|>")
+    assert found.eos_id == found.token_id("<|im_start|>")
+    with pytest.raises(ModelError, match=r"no token '<end>'; set model\.eos_token"):
+        TextTokenizer.from_folder(folder, eos_token="<end>")
 
 
 def test_each_missing_or_damaged_file_is_named(folder: Path) -> None:
@@ -119,9 +135,6 @@ def test_each_missing_or_damaged_file_is_named(folder: Path) -> None:
         TextTokenizer.from_folder(folder)
     (folder / "tokenizer.json").unlink()
     with pytest.raises(ModelError, match=r"no tokenizer\.json"):
-        TextTokenizer.from_folder(folder)
-    (folder / "tokenizer.model").write_bytes(b"x")
-    with pytest.raises(ModelError, match="sentencepiece model only; not readable yet"):
         TextTokenizer.from_folder(folder)
 
 

