@@ -118,7 +118,7 @@ def _cells() -> Iterator[tuple[str, ...]]:
             shown["network"],
             f"`{shown['template']}`",
             shown["layout"],
-            f"`{shown['tokenizer']}`",
+            shown["tokenizer"],
             shown["checked"],
             f"{shown['qlora_memory_bytes'] / GIB:.1f} GiB",
         )
