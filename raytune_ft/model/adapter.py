@@ -18,8 +18,8 @@ from raytune_ft.config.schema import LoraSection
 from raytune_ft.errors import CheckpointError, ModelError, RecipeError
 from raytune_ft.model.families.fused_adapter import to_native
 from raytune_ft.model.families.layout import IDENTITY, Layout, Widths, widths_of
-from raytune_ft.model.loading import quiet
 from raytune_ft.model.merge import MergeReport, merge_to
+from raytune_ft.model.silence import quiet
 from raytune_ft.model.tensors import load_pickled, load_tensors, save_tensors
 
 if TYPE_CHECKING:

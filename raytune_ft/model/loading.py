@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import gc
 import json
-import logging
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
@@ -19,6 +17,7 @@ from raytune_ft.config.schema import ModelSection
 from raytune_ft.errors import MemoryPlanError, ModelError
 from raytune_ft.model import default_model, hub
 from raytune_ft.model.families import Family, detect, translate
+from raytune_ft.model.silence import quiet
 from raytune_ft.model.tensors import load_pickled
 
 if TYPE_CHECKING:
@@ -155,24 +154,6 @@ def load_model(
     _keep_nf4_layout(model)
     frozen: PreTrainedModel = model
     return frozen
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep progress bars and warnings of the model libraries off the screen."""
-    from transformers.utils import logging as transformers_logging
-
-    level = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()
 
 
 def _quantization(section: ModelSection, device: torch.device) -> Any:

@@ -17,7 +17,7 @@ from raytune_ft.config.footprint import Counts, memory_bytes
 from raytune_ft.config.schema import Recipe
 from raytune_ft.model.adapter import linear_names
 from raytune_ft.model.families import detect
-from raytune_ft.model.loading import quiet
+from raytune_ft.model.silence import quiet
 
 Change = tuple[str, dict[str, dict[str, Any]]]
 

@@ -18,7 +18,8 @@ from torch import nn
 from raytune_ft.errors import ModelError
 from raytune_ft.model.families import Family, detect, translate
 from raytune_ft.model.families.layout import Piece, Widths, stack, widths_of
-from raytune_ft.model.loading import quiet, read_config, weight_files
+from raytune_ft.model.loading import read_config, weight_files
+from raytune_ft.model.silence import quiet
 from raytune_ft.model.tensors import stream_tensors, tensor_names
 
 Form = Literal["original", "native"]

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from raytune_ft.errors import ModelError
-from raytune_ft.model.loading import quiet, read_config, weight_files
+from raytune_ft.model.loading import read_config, weight_files
 from raytune_ft.model.original import Original
+from raytune_ft.model.silence import quiet
 from raytune_ft.model.tensors import tensor_names
 
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from raytune_ft.config.schema import ModelSection
 from raytune_ft.errors import ModelError
-from raytune_ft.model import loading
 from raytune_ft.model.loading import compute_dtype, load_model, prepare_folder
+from raytune_ft.model.silence import quiet
 
 CPU = torch.device("cpu")
 IDS = torch.arange(3, 20).unsqueeze(0)
@@ -201,7 +201,7 @@ def test_verbosity_comes_back() -> None:
     from transformers.utils import logging as transformers_logging
 
     before = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    with pytest.raises(KeyError), loading.quiet():
+    with pytest.raises(KeyError), quiet():
         assert not transformers_logging.is_progress_bar_enabled()
         raise KeyError
     after = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()

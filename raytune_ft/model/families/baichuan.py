@@ -68,7 +68,7 @@ def has_norm_head(config: ConfigJson) -> bool:
                 "which is Baichuan-7B; restore the model's own file"
             )
         return True
-    if is_first or WORDS_1 <= words < WORDS_1 + ADDED_WORDS:
+    if is_first or words < WORDS_1 + ADDED_WORDS:
         return False
     raise ContradictionError(
         f"vocab_size: {words} is neither Baichuan's {WORDS_1} nor Baichuan2's {WORDS_2}, so it "

@@ -82,10 +82,9 @@ class LoraNormHead(LoraLinear):  # type: ignore[misc]
             return logits
         a, b, scale = self.lora_A[name], self.lora_B[name], self.scaling[name]
         plain = nn.functional.linear(x, head.weight)
-        update = b(a(self.lora_dropout[name](x.to(a.weight.dtype)))) * scale
+        update: torch.Tensor = b(a(self.lora_dropout[name](x.to(a.weight.dtype)))) * scale
         lengths = _lengths_with_update(head.weight, a.weight, b.weight, scale)
-        logits = ((plain + update) / lengths).to(plain.dtype)
-        return logits
+        return ((plain + update) / lengths).to(plain.dtype)
 
 
 def _lengths_with_update(

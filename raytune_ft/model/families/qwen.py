@@ -15,6 +15,9 @@ from raytune_ft.model.families.family import ConfigJson, Demand, Family, read, s
 _OTHER_BLOCK = "such a block is not computed; take Qwen-7B, -14B, -72B, -1.8B or their fine-tunes"
 _PICTURES = "the model sees pictures or hears; take the text model of the same size"
 
+END_OF_TEXT = 151643
+"""`<|endoftext|>`, which not every revision's config.json names."""
+
 DEMANDS = (
     Demand("visual", _PICTURES, allowed=(None,)),
     Demand("audio", _PICTURES, allowed=(None,)),
@@ -45,8 +48,10 @@ def translate(config: ConfigJson) -> Any:
         tie_word_embeddings=(False, "tie_word_embeddings"),
         pad_token_id=(None, "pad_token_id"),
         bos_token_id=(None, "bos_token_id"),
-        eos_token_id=(151643, "eos_token_id"),
+        eos_token_id=(None, "eos_token_id"),
     )
+    if values["eos_token_id"] is None and values["vocab_size"] > END_OF_TEXT:
+        values["eos_token_id"] = END_OF_TEXT
     doubled = read(config, width=(22016, "intermediate_size", "ffn_hidden_size"))["width"]
     theta = float(config.get("rotary_emb_base", 10000))
     heads = values["num_attention_heads"]

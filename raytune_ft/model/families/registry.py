@@ -8,6 +8,7 @@ from typing import Any
 from raytune_ft.errors import ModelError
 from raytune_ft.model.families import baichuan, chatglm, internlm, native, qwen, yi
 from raytune_ft.model.families.family import ConfigJson, ContradictionError, Family
+from raytune_ft.model.silence import quiet
 
 FAMILIES: tuple[Family, ...] = (
     internlm.FAMILY,
@@ -73,7 +74,8 @@ def translate(config: ConfigJson, where: str = "config.json") -> Any:
 
     family = detect(config, where)
     try:
-        return family.translate(config)
+        with quiet():
+            return family.translate(config)
     except (StrictDataclassError, TypeError, ValueError, ArithmeticError) as error:
         reason = " ".join(str(error).split())
         raise ModelError(f"{where}: cannot be understood ({reason}); copy the file again") from None
