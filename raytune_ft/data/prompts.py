@@ -1,4 +1,4 @@
-"""Texts of XTuner v0.1.9: 12 prompt templates and 8 system texts, by the names recipes use.
+"""Texts of XTuner v0.1.9: 12 prompt templates, none at all, and 8 system texts, by their names.
 
 Taken from its xtuner/utils/templates.py (Apache-2.0), spelling as there.
 """
@@ -56,6 +56,8 @@ PROMPTS: Mapping[str, Prompt] = {
         "gives helpful, detailed, and polite answers to the user's questions. {system}\n",
         "USER: {input} ASSISTANT: ",
     ),
+    # what that release does without a template: the words alone, for models of plain text
+    "none": Prompt("{system}\n", "{input}"),
 }
 
 SYSTEMS: Mapping[str, str] = {

@@ -94,6 +94,8 @@ def test_name_has_the_reference_model(name: str) -> None:
     if template is not None:
         assert model.template == (card["template"] if template == "@template" else template)
         assert facts.get("dataset_template", template) == template
+    else:
+        assert (card["template"], model.template) == ("None", "none")
     assert model.template in template_names()
     quantization = facts.get("quantization", {})
     assert model.quantization == QUANTIZATION[quantization.get("bits")]

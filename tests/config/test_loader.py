@@ -256,3 +256,69 @@ def test_infinity_in_a_nested_list_is_found(tmp_path: Path) -> None:
     config = write(tmp_path, SMALL + "tune: {space: {train.lr: [1.0, .nan]}}\n")
     (line,) = problems_of(config)
     assert line == f"{config}:4: tune.space.train.lr.1: expected a finite number, got nan"
+
+
+COMPAT = "xtuner-0.1.9"
+
+
+def test_compat_at_the_top_is_the_data_sections(tmp_path: Path) -> None:
+    plain = load_recipe(write(tmp_path, SMALL))
+    assert plain.data.compat is None
+    for text in (f"compat: {COMPAT}\n{SMALL}", SMALL + f"compat: {COMPAT}\n"):
+        assert load_recipe(write(tmp_path, text)).data.compat == COMPAT
+    assert load_recipe(write(tmp_path, SMALL), [f"compat={COMPAT}"]).data.compat == COMPAT
+    assert load_recipe(write(tmp_path, f"base: my.yaml\ncompat: {COMPAT}\n", "b.yaml")).data == (
+        plain.data.model_copy(update={"compat": COMPAT})
+    )
+
+
+def test_compat_in_a_base_can_be_taken_back(tmp_path: Path) -> None:
+    write(tmp_path, f"compat: {COMPAT}\n{SMALL}")
+    config = write(tmp_path, "base: my.yaml\ncompat: null\n", "above.yaml")
+    assert load_recipe(config).data.compat is None
+
+
+def test_compat_problems_name_their_line(tmp_path: Path) -> None:
+    config = write(tmp_path, SMALL + "compat: xtuner\n")
+    assert problems_of(config) == [
+        f"{config}:4: data.compat: expected '{COMPAT}', got 'xtuner'; did you mean '{COMPAT}'?"
+    ]
+    config = write(tmp_path, f"compat: {COMPAT}\n{SMALL}  compat: {COMPAT}\n")
+    assert problems_of(config) == [
+        f"{config}:1: 'compat' is 'data.compat', which stands in {config}:5 already; keep one"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("argument", "field", "value"),
+    [
+        ("data_dir=2024", "data_dir", "2024"),
+        ("system=no", "system", "no"),
+        ("system=", "system", ""),
+        ("system=null", "system", None),
+        ("loss=last", "loss", "last"),
+        ("columns.answer=007", "columns", {"answer": "007"}),
+        ("weight=0.5", "weight", 0.5),
+    ],
+)
+def test_fields_of_a_source_on_the_command_line(
+    tmp_path: Path, argument: str, field: str, value: object
+) -> None:
+    recipe = load_recipe(write(tmp_path, SMALL), [f"data.sources.0.{argument}"])
+    assert getattr(recipe.data.sources[0], field) == value
+
+
+@pytest.mark.parametrize(
+    ("argument", "problem"),
+    [
+        ("data.sources.1.loss=all", "data.sources has the places 0 to 0"),
+        ("data.sources.0.lose=all", "did you mean 'loss'?"),
+        ("data.sources.0.loss.x=all", "did you mean 'data.sources.0.loss'?"),
+        ("comat=xtuner-0.1.9", "did you mean 'data.compat'?"),
+        ("checkpoint.keep=0", "expected -1 or 1 or more, got 0"),
+    ],
+)
+def test_slips_on_the_command_line(tmp_path: Path, argument: str, problem: str) -> None:
+    (line,) = problems_of(write(tmp_path, SMALL), argument)
+    assert line.startswith("argument: ")
+    assert problem in line

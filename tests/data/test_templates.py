@@ -41,11 +41,16 @@ def inputs(template: PromptTemplate, messages: list[dict[str, str]]) -> list[str
 
 
 def test_names_are_those_of_the_reference() -> None:
-    assert template_names() == ["tokenizer", *REFERENCE]
+    assert template_names() == ["tokenizer", *REFERENCE, "none"]
 
 
 def test_system_texts_equal_the_reference() -> None:
     assert SYSTEMS == {name: facts["text"] for name, facts in GOLD["system_templates"].items()}
+
+
+def test_without_a_template_the_words_stand_alone() -> None:
+    template = PromptTemplate(PROMPTS["none"], (), 2, frozenset({2}))
+    assert inputs(template, chat("Q1", "A1", "Q2", "A2")) == ["Q1", "Q2"]
 
 
 @pytest.mark.parametrize("name", REFERENCE)
