@@ -19,7 +19,9 @@ from raytune_ft.config import catalog
 from raytune_ft.config.cache import cache_dir
 from raytune_ft.config.schema import Recipe, Source
 from raytune_ft.data import formats, locate, sources, templates, windows
+from raytune_ft.data.files import is_data_file
 from raytune_ft.data.packing import count_steps
+from raytune_ft.data.remote import is_url
 from raytune_ft.data.sources import RowSource
 from raytune_ft.data.tokenizer import TextTokenizer
 from raytune_ft.data.windows import Encoder, Measurement, Report
@@ -85,7 +87,8 @@ def survey(recipe: Recipe) -> Survey:
 def check_names(recipe: Recipe) -> None:
     """Check the names that need neither model nor rows; RecipeError with the nearest one."""
     for source in recipe.data.sources:
-        formats.map_function(source.map)
+        if source.map is not None:
+            formats.format_of(source.map)
     template = recipe.model.template
     if template not in templates.template_names():
         from raytune_ft.config.document import nearest
@@ -169,33 +172,34 @@ def is_elsewhere(source: Source) -> bool:
     """Tell whether a source is one of the hub, or a shipped recipe's that is not here yet."""
     if locate.local_path(source.path) is not None:
         return False
+    if is_url(source.path) or locate.is_pattern(source.path):
+        return False
     name = source.path.rpartition("/")[2]
     known = catalog.data_paths()
     if source.path in known or name in {path.rpartition("/")[2] for path in known}:
         return True
-    is_file = Path(source.path).suffix in (".jsonl", ".json", ".parquet", ".csv", ".txt")
-    return bool(_HUB_NAME.fullmatch(source.path)) and not is_file
+    return bool(_HUB_NAME.fullmatch(source.path)) and not is_data_file(source.path)
 
 
 def read_rows(rows: RowSource, recipe: Recipe) -> Report:
-    """Turn rows into messages alone, since there is no tokenizer; DataError for a bad one."""
+    """Turn rows into conversations alone, since there is no tokenizer; DataError for a bad one."""
     data, report = recipe.data, windows.new_report(len(rows))
     for number, row in enumerate(rows.try_rows(np.arange(len(rows)))):
         where = rows.where(number)
         try:
             if isinstance(row, DataError):
                 raise row
-            messages = formats.to_messages(row, rows.map_of(number), data.fill, data.system, where)
+            found = formats.to_conversation(row, rows.source_of(number), data, where)
         except DataError as error:
             if data.on_bad_row == "error":
                 raise
-            messages = None
+            found = None
             report["places"].setdefault(windows.UNUSABLE, []).append(str(error))
             report["dropped"][windows.UNUSABLE] = report["dropped"].get(windows.UNUSABLE, 0) + 1
         else:
-            if messages is None:
+            if found is None:
                 report["dropped"][windows.EMPTY] = report["dropped"].get(windows.EMPTY, 0) + 1
-        report["used"] += messages is not None
+        report["used"] += found is not None
     return report
 
 

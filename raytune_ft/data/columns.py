@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
 from raytune_ft.errors import DataError
 
 Row = Mapping[str, Any]
+
+OR_SKIP = "or leave the row out with data.on_bad_row: skip"
+
+
+def renamed(row: Row, columns: Mapping[str, str]) -> Row:
+    """Give a row's columns the names that its format expects.
+
+    Args:
+        row: columns by their own names.
+        columns: expected name -> own name, as `data.sources[].columns`.
+    """
+    if not columns:
+        return row
+    taken = set(columns.values())
+    kept = {name: value for name, value in row.items() if name not in taken}
+    return {**kept, **{name: row[own] for name, own in columns.items() if own in row}}
 
 
 def column_of(row: Row, column: str, where: str) -> Any:
@@ -16,7 +33,7 @@ def column_of(row: Row, column: str, where: str) -> Any:
         return row[column]
     raise DataError(
         f"{where}: no column '{column}'; columns: {', '.join(map(str, row)) or 'none'}; "
-        "choose another data.sources[].map, or leave the row out with data.on_bad_row: skip"
+        f"choose another data.sources[].map, name the column in data.sources[].columns, {OR_SKIP}"
     )
 
 
@@ -31,6 +48,11 @@ def optional_text(row: Row, column: str, where: str) -> str:
     return "" if value is None else text_in(value, f"{where}: column '{column}'")
 
 
+def text_if_any(row: Row, column: str, where: str) -> str:
+    """Return a column's text, the empty text for null or no such column; DataError for others."""
+    return "" if row.get(column) is None else text_of(row, column, where)
+
+
 def text_in(value: Any, where: str) -> str:
     """Return `value` if it is a text; DataError otherwise."""
     if isinstance(value, str):
@@ -42,7 +64,8 @@ def text_in(value: Any, where: str) -> str:
 
 
 def list_in(value: Any, where: str) -> list[Mapping[str, Any]]:
-    """Return `value` if it is a list of objects; DataError otherwise."""
+    """Return `value` if it is a list of objects, or the JSON text of one; DataError otherwise."""
+    value = from_json(value)
     if not isinstance(value, list):
         raise DataError(
             f"{where} is {describe(value)}, not a list of messages; "
@@ -55,6 +78,16 @@ def list_in(value: Any, where: str) -> list[Mapping[str, Any]]:
                 "correct the row, or leave it out with data.on_bad_row: skip"
             )
     return value
+
+
+def from_json(value: Any) -> Any:
+    """Parse the text of a JSON list or object, as CSV columns hold them; return others as given."""
+    if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value
 
 
 def check_text(text: str, where: str) -> None:

@@ -1,188 +1,249 @@
 """Formats: one row of a data set in, one conversation out.
 
-The map functions carry XTuner v0.1.9's names and give its conversations, but for `oasst1_map_fn`:
-a Markdown heading of three hashes inside an answer stays in the answer. Without a map function a
-row holds `messages`, `conversation` or `conversations` already.
+`data.sources[].map` names a format of today or a map function of XTuner v0.1.9; without it the
+data set's first rows decide (`data.recognition`).
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from raytune_ft.config.schema import DataSection, Source
 from raytune_ft.data.chat_rows import from_conversation, from_messages, from_senders
-from raytune_ft.data.columns import Row, check_text, optional_text, text_of
-from raytune_ft.data.msagent import msagent_react_map_fn
-from raytune_ft.data.multi_turn import oasst1_map_fn, openai_map_fn, wizardlm_map_fn
-from raytune_ft.data.segments import Message
+from raytune_ft.data.columns import (
+    OR_SKIP,
+    Row,
+    check_text,
+    column_of,
+    describe,
+    from_json,
+    renamed,
+    text_if_any,
+    text_in,
+    text_of,
+)
+from raytune_ft.data.map_functions import MAP_FUNCTIONS, REFERENCE, Format, pretrain_map_fn, turn
+from raytune_ft.data.moss import moss_map
+from raytune_ft.data.multi_turn import oasst1_map_fn
+from raytune_ft.data.recognition import Recognition, recognise
+from raytune_ft.data.segments import Conversation, Message
+from raytune_ft.data.tool_rows import tools_of
 from raytune_ft.errors import DataError, RecipeError
 
-MapFunction = Callable[[Row, str], list[Message]]
-"""(row, its place for error messages) -> conversation; an empty one drops the row."""
-
-# Texts: XTuner v0.1.9, xtuner/utils/templates.py (Apache-2.0), spelling as there.
-ALPACA = (
-    "Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request.\n"
-)
-ARXIV = (
-    "If you are an expert in writing papers, please generate a good paper title for this paper "
-    "based on other authors' descriptions of their abstracts.\n"
-)
-COLORIST = (
-    "You are a professional color designer. "
-    "Please provide the corresponding colors based on the description of Human.\n"
-)
-CODER = (
-    "You are a professional programer. "
-    "Please provide the corresponding code based on the description of Human.\n"
-)
-LAWYER = "你现在是一名专业的中国律师，请根据用户的问题给出准确、有理有据的回复。\n"
-MEDICAL = "如果你是一名医生，请根据患者的描述回答医学问题。\n"
-SQL = (
-    "If you are an expert in SQL, please generate a good SQL Query for Question "
-    "based on the CREATE TABLE statement.\n"
-)
+MOSS = "moss"
 
 
-def turn(user: str, assistant: str, system: str = "") -> list[Message]:
-    """Build a conversation of one turn."""
+def _alpaca(row: Row, where: str) -> list[Message]:
+    """Read instruction, input, output, and what LLaMA-Factory adds: history and system."""
+    question, answer = text_of(row, "instruction", where), text_of(row, "output", where)
+    if answer == "<nooutput>":
+        return []
+    extra = text_if_any(row, "input", where)
+    system = text_if_any(row, "system", where)
+    last = turn(f"{question}\n{extra}" if extra else question, answer)
     first = [{"role": "system", "content": system}] if system else []
-    return [
-        *first,
-        {"role": "user", "content": user},
-        {"role": "assistant", "content": assistant},
-    ]
+    return [*first, *_history(row, where), *last]
 
 
-def _pair(question: str, answer: str, system: str = "") -> MapFunction:
-    """Make a map function for two columns."""
+def _history(row: Row, where: str) -> list[Message]:
+    """Read earlier turns: a list of [question, answer]."""
+    pairs = from_json(row.get("history"))
+    if pairs is None or pairs == "":
+        return []
+    where = f"{where}: column 'history'"
+    if not isinstance(pairs, list):
+        raise DataError(f"{where} is {describe(pairs)}, not a list of pairs; {OR_SKIP}")
+    messages: list[Message] = []
+    for place, pair in enumerate(pairs, start=1):
+        at = f"{where}, turn {place}"
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise DataError(f"{at} is no pair [question, answer]; correct the row, {OR_SKIP}")
+        messages += turn(text_in(pair[0], at), text_in(pair[1], at))
+    return messages
 
-    def map_fn(row: Row, where: str) -> list[Message]:
+
+def _pair(question: str, answer: str) -> Format:
+    """Make the format of a question and an answer: texts, or lists of messages."""
+
+    def read(row: Row, where: str) -> list[Message]:
+        first, last = column_of(row, question, where), column_of(row, answer, where)
+        if isinstance(first, list) or isinstance(last, list):
+            sides = (("user", first), ("assistant", last))
+            joined: list[Any] = []
+            for role, side in sides:
+                joined += side if isinstance(side, list) else [{"role": role, "content": side}]
+            return from_messages(joined, f"{where}: columns '{question}', '{answer}'")
+        system = text_if_any(row, "system", where) or text_if_any(row, "system_prompt", where)
         return turn(text_of(row, question, where), text_of(row, answer, where), system)
 
-    return map_fn
+    return Format(read, (question, answer), ("system", "system_prompt", "tools"))
 
 
-def _joined(first: str, second: str, answer: str, system: str) -> MapFunction:
-    """Make a map function whose question is two columns joined by a line break."""
-
-    def map_fn(row: Row, where: str) -> list[Message]:
-        question = text_of(row, first, where) + "\n" + optional_text(row, second, where)
-        return turn(question, text_of(row, answer, where), system)
-
-    return map_fn
+def _openai(row: Row, where: str) -> list[Message]:
+    return from_messages(column_of(row, "messages", where), f"{where}: column 'messages'")
 
 
-def alpaca_map_fn(row: Row, where: str) -> list[Message]:
-    """Read instruction, input, output; `<nooutput>` drops the row."""
-    conversation = _joined("instruction", "input", "output", ALPACA)(row, where)
-    return [] if row["output"] == "<nooutput>" else conversation
+def _sharegpt(row: Row, where: str) -> list[Message]:
+    column = "conversations"
+    messages = from_senders(column_of(row, column, where), f"{where}: column '{column}'")
+    system = text_if_any(row, "system", where)
+    if system and messages and messages[0]["role"] != "system":
+        return [{"role": "system", "content": system}, *messages]
+    return messages
 
 
-def colors_map_fn(row: Row, where: str) -> list[Message]:
-    """Read color and what follows the first colon of description."""
-    _, _, description = text_of(row, "description", where).partition(":")
-    return turn(description.strip(), text_of(row, "color", where), COLORIST)
+def _conversation(row: Row, where: str) -> list[Message]:
+    column = "conversation"
+    return from_conversation(column_of(row, column, where), f"{where}: column '{column}'")
 
 
-def openorca_map_fn(row: Row, where: str) -> list[Message]:
-    """Read system_prompt, question, response."""
-    system = optional_text(row, "system_prompt", where)
-    return turn(text_of(row, "question", where), text_of(row, "response", where), system)
+def _moss(row: Row, where: str) -> list[Message]:
+    raise AssertionError(f"{where}: MOSS rows are written, not read")
 
 
-def pretrain_map_fn(row: Row, where: str) -> list[Message]:
-    """Read text, stripped, to be learned as it is."""
-    return [{"role": "assistant", "content": text_of(row, "text", where).strip()}]
+def _preference(row: Row, where: str) -> list[Message]:
+    found = recognise([row])
+    why = found.why if found.name == "preference" else "preferences need another method"
+    raise DataError(f"{where}: {why}")
 
 
-MAP_FUNCTIONS: Mapping[str, MapFunction] = {
-    "alpaca_map_fn": alpaca_map_fn,
-    "alpaca_zh_map_fn": _joined("instruction_zh", "input_zh", "output_zh", ALPACA),
-    "arxiv_map_fn": _pair("abstract", "title", ARXIV),
-    "code_alpaca_map_fn": _pair("prompt", "completion", CODER),
-    "colors_map_fn": colors_map_fn,
-    "crime_kg_assitant_map_fn": _pair("input", "output", LAWYER),
-    "default_map_fn": _pair("input", "output"),
-    "law_reference_map_fn": _pair("question", "answer", LAWYER),
-    "medical_map_fn": _joined("instruction", "input", "output", MEDICAL),
-    "msagent_react_map_fn": msagent_react_map_fn,
-    "oasst1_map_fn": oasst1_map_fn,
-    "openai_map_fn": openai_map_fn,
-    "openorca_map_fn": openorca_map_fn,
-    "pretrain_map_fn": pretrain_map_fn,
-    "sql_map_fn": _joined("context", "question", "answer", SQL),
-    "stack_exchange_map_fn": _pair("question", "response"),
-    "tiny_codes_map_fn": _pair("prompt", "response", CODER),
-    "wizardlm_map_fn": wizardlm_map_fn,
+TODAY: Mapping[str, Format] = {
+    "alpaca": Format(_alpaca, ("instruction", "output"), ("input", "history", "system", "tools")),
+    "sharegpt": Format(_sharegpt, ("conversations",), ("system", "tools")),
+    "openai": Format(_openai, ("messages",), ("tools",)),
+    "conversation": Format(_conversation, ("conversation",)),
+    "prompt_completion": _pair("prompt", "completion"),
+    "prompt_response": _pair("prompt", "response"),
+    "question_answer": _pair("question", "answer"),
+    "question_response": _pair("question", "response"),
+    "query_response": _pair("query", "response"),
+    "input_output": _pair("input", "output"),
+    "text": Format(pretrain_map_fn, ("text",)),
+    "oasst1": Format(oasst1_map_fn, ("text",)),
+    MOSS: Format(_moss, ("meta_instruction", "chat"), ("num_turns",)),
+    "preference": Format(_preference, (), ("prompt", "chosen", "rejected", "label")),
 }
-
-# For the hint about a row without a map function: columns that give a format away.
-_TELLING_COLUMNS: tuple[tuple[frozenset[str], str], ...] = (
-    (frozenset({"instruction", "input", "output"}), "alpaca_map_fn"),
-    (frozenset({"instruction_zh", "output_zh"}), "alpaca_zh_map_fn"),
-    (frozenset({"system_prompt", "question", "response"}), "openorca_map_fn"),
-    (frozenset({"context", "question", "answer"}), "sql_map_fn"),
-    (frozenset({"question", "answer"}), "law_reference_map_fn"),
-    (frozenset({"question", "response"}), "stack_exchange_map_fn"),
-    (frozenset({"prompt", "completion"}), "code_alpaca_map_fn"),
-    (frozenset({"prompt", "response"}), "tiny_codes_map_fn"),
-    (frozenset({"abstract", "title"}), "arxiv_map_fn"),
-    (frozenset({"description", "color"}), "colors_map_fn"),
-    (frozenset({"input", "output"}), "default_map_fn"),
-    (frozenset({"text"}), "oasst1_map_fn (dialogues) or pretrain_map_fn (plain text)"),
-)
+"""Formats that people have, recognised from the columns."""
+FORMATS: Mapping[str, Format] = {**TODAY, **MAP_FUNCTIONS}
+"""Every value that `data.sources[].map` may have."""
+_COMPAT = {**REFERENCE, "oasst1": REFERENCE["oasst1_map_fn"]}
 
 
-def to_messages(
-    row: Row,
-    map_name: str | None = None,
-    fill: Mapping[str, str] | None = None,
-    system: str = "",
-    where: str = "row",
-) -> list[Message] | None:
+def to_conversation(
+    row: Row, source: Source, data: DataSection, where: str = "row"
+) -> Conversation | None:
     """Turn a row into a conversation.
 
     Args:
         row: columns by name.
-        map_name: a key of MAP_FUNCTIONS, or None for rows that are conversations already.
-        fill: words put into `{key}` placeholders; other braces stay as they are.
-        system: system text for rows that bring none; text to pre-train on gets none.
+        source: the row's data set: `map`, `columns`, `system` and `loss` are read. Sources that
+            `open_sources` gives have a `map` wherever the rows could be recognised.
+        data: `fill`, `system` and `compat` are read.
         where: the row's place, `file.jsonl:12`, for error messages.
 
     Returns:
-        Messages, or None when there is no answer to learn from.
+        The conversation, or None when there is no answer to learn from.
 
     Raises:
-        DataError: the row has not the shape that the map function needs.
-        RecipeError: no map function has this name.
+        DataError: the row has not the shape that its format needs; begins with `where`.
+        RecipeError: no format or map function has this name.
     """
-    conversation = map_function(map_name)(row, where)
-    messages = [
-        {"role": message["role"], "content": fill_text(message["content"], fill or {})}
-        for message in conversation
-    ]
-    for message in messages:
-        check_text(message["content"], f"{where}: {message['role']} text")
-    if not any(m["role"] == "assistant" and m["content"].strip() for m in messages):
+    name, columns = source.map, source.columns
+    if name is None:
+        found = recognise([row], columns)
+        if found.name is None:
+            raise DataError(f"{where}: {found.why}")
+        name, columns = found.name, dict(found.columns)
+    format_, row = format_of(name), renamed(row, columns)
+    if name == MOSS:
+        written = moss_map(row, where, data.fill, data.compat)
+        return None if written is None else Conversation((), loss=source.loss, written=written)
+    read = _COMPAT.get(name, format_.read) if data.compat else format_.read
+    messages = _finished(read(row, where), data.fill, where)
+    if not messages or not (data.compat or any(map(_answers, messages))):
         return None
+    tools = tools_of(row, where) if "tools" in format_.optional else ()
+    system = data.system if source.system is None else source.system
     has_system = any(message["role"] == "system" for message in messages)
     if system and not has_system and len(messages) > 1:
-        return [{"role": "system", "content": fill_text(system, fill or {})}, *messages]
-    return messages
+        messages.insert(0, {"role": "system", "content": fill_text(system, data.fill)})
+    return Conversation(messages, tools, source.loss)
 
 
-def map_function(name: str | None) -> MapFunction:
-    """Look up a map function; RecipeError names the nearest one."""
-    if name is None:
-        return standard_map_fn
-    if name not in MAP_FUNCTIONS:
-        near = difflib.get_close_matches(name, MAP_FUNCTIONS, n=1, cutoff=0.6)
-        hint = f"did you mean '{near[0]}'?" if near else f"choose: {', '.join(MAP_FUNCTIONS)}"
-        raise RecipeError(f"data.sources[].map: no map function '{name}'; {hint}")
-    return MAP_FUNCTIONS[name]
+def _finished(messages: list[Message], fill: Mapping[str, str], where: str) -> list[Message]:
+    """Fill placeholders, and check that every text can be tokenised."""
+    done = []
+    for message in messages:
+        texts: dict[str, str] = {
+            key: fill_text(message[key], fill)
+            for key in ("content", "reasoning_content")
+            if key in message
+        }
+        for text in texts.values():
+            check_text(text, f"{where}: {message['role']} text")
+        done.append({**message, **texts})
+    return done
+
+
+def _answers(message: Message) -> bool:
+    """Tell whether a message has something to learn."""
+    if message["role"] != "assistant":
+        return False
+    reasoning = message.get("reasoning_content", "")
+    return bool(message["content"].strip() or reasoning.strip() or message.get("tool_calls"))
+
+
+def format_of(name: str, key: str = "data.sources[].map") -> Format:
+    """Look up a format or map function; RecipeError names the nearest one."""
+    if name not in FORMATS:
+        near = difflib.get_close_matches(name, FORMATS, n=1, cutoff=0.6)
+        hint = f"did you mean '{near[0]}'?" if near else f"choose: {', '.join(FORMATS)}"
+        raise RecipeError(f"{key}: no map function '{name}', nor a format; {hint}")
+    return FORMATS[name]
+
+
+def decide(source: Source, rows: Sequence[Row], key: str) -> tuple[Source, Recognition]:
+    """Fix the format of a data set, once, from its first rows or from what the recipe says.
+
+    Args:
+        source: as in the recipe.
+        rows: its first rows that can be read.
+        key: the recipe's field, `data.sources[0]`, for error messages.
+
+    Returns:
+        The source with `map` and `columns` set, and why. A source whose rows fit no format stays
+        as it is: reading its first row says what is wrong.
+
+    Raises:
+        RecipeError: `map` names no format, or `columns` names no column.
+    """
+    if source.map is None:
+        found = recognise(rows, source.columns)
+        if found.name is None:
+            return source, found
+        update: dict[str, Any] = {"map": found.name, "columns": dict(found.columns)}
+        source = source.model_copy(update=update)
+    else:
+        found = Recognition(source.map, f"as {key}.map says", source.columns)
+    _check_columns(source, rows, f"{key}.columns")
+    return source, found
+
+
+def _check_columns(source: Source, rows: Sequence[Row], key: str) -> None:
+    format_ = format_of(source.map or "", f"{key.rpartition('.')[0]}.map")
+    expected = (*format_.columns, *format_.optional)
+    for column, own in source.columns.items():
+        if column not in expected:
+            raise RecipeError(
+                f"{key}: '{column}' is no column of {source.map}; it reads {', '.join(expected)}"
+            )
+        if rows and not any(own in row for row in rows):
+            known = dict.fromkeys(str(name) for row in rows for name in row)
+            near = difflib.get_close_matches(own, known, n=1, cutoff=0.6)
+            hint = f"did you mean '{near[0]}'?" if near else f"columns: {', '.join(known)}"
+            raise RecipeError(f"{key}: no column '{own}' in {source.path}; {hint}")
 
 
 def fill_text(text: str, fill: Mapping[str, str]) -> str:
@@ -192,21 +253,15 @@ def fill_text(text: str, fill: Mapping[str, str]) -> str:
     return text
 
 
-def standard_map_fn(row: Row, where: str) -> list[Message]:
-    """Read a row that is a conversation already, in one of three shapes."""
-    readers: dict[str, Callable[[Any, str], list[Message]]] = {
-        "messages": from_messages,
-        "conversation": from_conversation,
-        "conversations": from_senders,
-    }
-    for column, reader in readers.items():
-        if row.get(column) is not None:
-            return reader(row[column], f"{where}: column '{column}'")
-    hint = next(
-        (f"they fit {name}" for columns, name in _TELLING_COLUMNS if columns <= row.keys()),
-        "choose a map function, or write rows as {'messages': [{'role': ..., 'content': ...}]}",
-    )
-    raise DataError(
-        f"{where}: no column 'messages', 'conversation' or 'conversations', and "
-        f"data.sources[].map is not set; columns: {', '.join(row) or 'none'}; {hint}"
-    )
+def to_messages(
+    row: Row,
+    map_name: str | None = None,
+    fill: Mapping[str, str] | None = None,
+    system: str = "",
+    where: str = "row",
+) -> list[Message] | None:
+    """Turn a row into messages alone; what `to_conversation` gives, for callers of old."""
+    source = Source(path="-", map=map_name, system=system)
+    data = DataSection(sources=[source], fill=dict(fill or {}))
+    found = to_conversation(row, source, data, where)
+    return None if found is None else list(found.messages)

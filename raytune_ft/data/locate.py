@@ -1,22 +1,26 @@
-"""Where data lies: a file, a folder of files or the hub, and what to say if it is none of these."""
+"""Where data lies: a file, a folder, a pattern, a URL or the hub, and what to say if nowhere."""
 
 from __future__ import annotations
 
 import difflib
-import functools
+import glob
+import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from raytune_ft.config.schema import Source
-from raytune_ft.data.readers import SUFFIXES, DataRow, Reader, open_reader
-from raytune_ft.errors import DataError, RecipeError
+from raytune_ft.data.files import is_data_file, kinds, open_reader
+from raytune_ft.data.hub_rows import open_hub
+from raytune_ft.data.readers import Reader
+from raytune_ft.data.remote import fetch, is_url, shown
+from raytune_ft.errors import RecipeError
 
 DEFAULT_SPLIT = "train"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_NO_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+_FILE_URL = "file://"
+_STATE = "state.json"
+_NO_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", _STATE}
 """Files that the `datasets` library writes beside the data."""
 
 
@@ -28,44 +32,83 @@ def open_all(source: Source, key: str) -> list[Reader]:
         key: the recipe's field, for error messages.
 
     Raises:
-        RecipeError: nothing of this name is here or on the hub.
+        RecipeError: nothing of this name is here, on the hub or at the URL.
         DataError: a file is empty or damaged.
     """
-    path = local_path(source.path)
-    if path is None:
-        return [_open_hub(source, source.split, key)]
-    return [
-        open_reader(file, _display(file, path, source.path))
-        for file in _files(path, source, source.split, key)
-    ]
+    return _open(source, source.split, key)
 
 
 def split_readers(source: Source, split: str) -> list[Reader]:
     """Open another split of a source; RecipeError if it has no such split."""
     key = "data.validation"
     path = local_path(source.path)
-    if path is None:
-        return [_open_hub(source, split, key)]
-    if path.is_file():
+    is_one = path.is_file() if path is not None else names_file(source.path)
+    if is_one or is_pattern(source.path):
         raise RecipeError(
-            f"{key}: no file '{split}', and {source.path} is one file without splits; "
+            f"{key}: no file '{split}', and {_name(source.path)} has no splits; "
             "give a file's path or a fraction such as 0.05"
         )
-    return [
-        open_reader(file, _display(file, path, source.path))
-        for file in _files(path, source, split, key)
-    ]
+    return _open(source, split, key)
 
 
 def local_path(path: str) -> Path | None:
     """Find a path from the current folder, else among the shipped configs; None if absent."""
-    given = Path(path).expanduser()
-    if given.exists():
-        return given
+    given = Path(path.removeprefix(_FILE_URL)).expanduser()
+    try:
+        if given.exists():
+            return given
+    except (OSError, ValueError):  # too long, or with a NUL
+        return None
     from raytune_ft.config.catalog import configs_dir
 
     shipped = configs_dir() / path
     return shipped if shipped.exists() else None
+
+
+def names_file(path: str) -> bool:
+    """Tell whether a name is meant as a file, a pattern or a URL, not as a split."""
+    return is_data_file(path.partition("?")[0]) or "/" in path or is_pattern(path)
+
+
+def is_pattern(path: str) -> bool:
+    """Tell whether a path is a pattern of several files."""
+    return any(mark in path for mark in "*?[") and not path.startswith(("http://", "https://"))
+
+
+def _name(path: str) -> str:
+    return shown(path) if is_url(path) else path
+
+
+def _open(source: Source, split: str, key: str) -> list[Reader]:
+    path = local_path(source.path)
+    if path is not None:
+        return [
+            open_reader(file, _display(file, path, source.path))
+            for file in _files(path, source, split, key)
+        ]
+    given = source.path.removeprefix(_FILE_URL)
+    if is_url(given):
+        return _open_url(source, split, key)
+    if is_pattern(given):
+        files = _matching(given, key)
+        return [open_reader(file, str(file)) for file in files]
+    if not _HUB_NAME.fullmatch(given) or is_data_file(given):
+        raise RecipeError(f"{key}: {given} does not exist; {_nearest(Path(given).expanduser())}")
+    return [open_hub(source, split, key)]
+
+
+def _open_url(source: Source, split: str, key: str) -> list[Reader]:
+    url = source.path
+    if url.startswith(("http://", "https://")) and not is_data_file(url.partition("?")[0]):
+        raise RecipeError(f"{key}: {shown(url)} is no {kinds()} file; give a file's own address")
+    if source.data_dir:
+        url = f"{url.rstrip('/')}/{source.data_dir.strip('/')}"
+
+    def choose(names: list[str]) -> list[str]:
+        known = [name for name in names if _counts(Path(name))]
+        return known if is_pattern(url) else of_split(known, split, f"{key}: {shown(url)}")
+
+    return [open_reader(path, name) for path, name in fetch(url, key, choose)]
 
 
 def _display(file: Path, root: Path, given: str) -> str:
@@ -73,76 +116,97 @@ def _display(file: Path, root: Path, given: str) -> str:
     return given if file == root else str(Path(given) / file.relative_to(root))
 
 
+def _matching(pattern: str, key: str) -> list[Path]:
+    """List the data files that a pattern matches, sorted; `**` goes through folders."""
+    found = (Path(name) for name in glob.iglob(str(Path(pattern).expanduser()), recursive=True))  # noqa: PTH207
+    files = sorted(file for file in found if file.is_file() and _counts(file))
+    if not files:
+        raise RecipeError(f"{key}: no {kinds()} file matches {pattern}; patterns start at "
+                          "the current folder, and ** goes through folders")  # fmt: skip
+    return files
+
+
+def _counts(relative: Path) -> bool:
+    """Tell whether a file of a folder is data."""
+    return (
+        is_data_file(relative.name)
+        and relative.name not in _NO_DATA
+        and not relative.name.startswith(".")
+    )
+
+
 def _files(path: Path, source: Source, split: str, key: str) -> list[Path]:
     if path.is_file():
-        if path.suffix not in SUFFIXES:
-            raise RecipeError(f"{key}: {source.path} is no {', '.join(SUFFIXES)} file; convert it")
+        if not is_data_file(path.name):
+            raise RecipeError(f"{key}: {source.path} is no {kinds()} file; convert it")
         return [path]
-    root = path / source.name if source.name and (path / source.name).is_dir() else path
-    files = sorted(
+    root = _root(path, source, key)
+    files = [root / name for name in folder_names(root)]
+    if not files:
+        raise RecipeError(f"{key}: no {kinds()} file in folder {source.path}")
+    names = of_split(
+        [str(file.relative_to(root)) for file in files], split, f"{key}: folder {source.path}"
+    )
+    return [root / name for name in names]
+
+
+def _root(path: Path, source: Source, key: str) -> Path:
+    """Return the folder that holds a source's rows."""
+    root = path
+    if source.data_dir:
+        root = path / source.data_dir
+        if not root.is_dir() or not root.resolve().is_relative_to(path.resolve()):
+            raise RecipeError(
+                f"{key.rpartition('.')[0]}.data_dir: no folder '{source.data_dir}' in {source.path}"
+            )
+    named = root / source.name if source.name else root
+    return named if named.is_dir() else root
+
+
+def folder_names(root: Path) -> list[str]:
+    """List a folder's data files, by relative name, in the order of their rows.
+
+    Where the `datasets` library saved a data set, its `state.json` says which Arrow files it is
+    made of; others there are leftovers of its cache. Text files count only if there is nothing
+    else, since they are mostly a licence or a description.
+    """
+    found = sorted(
         file
         for file in root.rglob("*")
-        if file.suffix in SUFFIXES
-        and file.name not in _NO_DATA
+        if _counts(file)
+        and file.is_file()
         and not any(part.startswith(".") for part in file.relative_to(root).parts)
     )
-    if not files:
-        raise RecipeError(f"{key}: no {', '.join(SUFFIXES)} file in folder {source.path}")
+    saved = {folder: _saved(folder) for folder in {file.parent for file in found}}
+    files = [file for file in found if saved[file.parent] is None]
+    for folder in sorted(folder for folder, names in saved.items() if names is not None):
+        files += [folder / name for name in saved[folder] or () if (folder / name) in found]
+    richer = [file for file in files if ".txt" not in file.suffixes]
+    return [str(file.relative_to(root)) for file in richer or files]
+
+
+def _saved(folder: Path) -> list[str] | None:
+    """Return the files of a data set that `save_to_disk` wrote; None for other folders."""
+    try:
+        state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+        return [str(file["filename"]) for file in state["_data_files"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def of_split(names: Sequence[str], split: str, what: str) -> list[str]:
+    """Pick the files of a split: those with its name in theirs, else all for `train`.
+
+    Raises:
+        RecipeError: begins with `what`; no file is of this split.
+    """
     # A whole word of the name: 'train' must not find 'constraints.jsonl'.
     word = re.compile(rf"(?<![A-Za-z]){re.escape(split)}(?![A-Za-z])", re.IGNORECASE)
-    named = [file for file in files if word.search(str(file.relative_to(root)))]
+    named = [name for name in names if word.search(name)]
     if not named and split != DEFAULT_SPLIT:
-        raise RecipeError(
-            f"{key}: no file with split '{split}' in its name in folder {source.path}; "
-            f"there are: {', '.join(file.name for file in files[:5])}"
-        )
-    return named or files
-
-
-@dataclass(frozen=True)
-class HubReader:
-    """Rows of a hub data set, from the `datasets` library's memory-mapped cache."""
-
-    path: str
-    name: str | None
-    split: str
-    n_rows: int
-
-    def __len__(self) -> int:
-        """Return the number of rows."""
-        return self.n_rows
-
-    def where(self, row: int) -> str:
-        """Return the data set's name and the row's number, from 1."""
-        return f"{self.path}/{self.split}:{row + 1}"
-
-    def read(self, rows: Sequence[int]) -> list[DataRow | DataError]:
-        """Take rows from the cache."""
-        table = _load_hub(self.path, self.name, self.split).with_format(None)
-        return [table[int(row)] for row in rows]
-
-
-@functools.lru_cache(maxsize=8)
-def _load_hub(path: str, name: str | None, split: str) -> Any:
-    import datasets
-
-    return datasets.load_dataset(path, name, split=split)
-
-
-def _open_hub(source: Source, split: str, key: str) -> HubReader:
-    path = source.path
-    if not _HUB_NAME.fullmatch(path) or Path(path).suffix in SUFFIXES:
-        raise RecipeError(f"{key}: {path} does not exist; {_nearest(Path(path).expanduser())}")
-    try:
-        n_rows = len(_load_hub(path, source.name, split))
-    except Exception as error:  # the hub's client raises errors of several libraries
-        reason = (str(error).splitlines() or [""])[0][:120]
-        raise RecipeError(
-            f"{key}: '{path}' does not exist here, and the hub cannot be read "
-            f"({type(error).__name__}: {reason}); copy the data set's files into a folder "
-            "and give its path"
-        ) from None
-    return HubReader(path, source.name, split, n_rows)
+        some = ", ".join(Path(name).name for name in names[:5]) or "no data file"
+        raise RecipeError(f"{what} has no file with split '{split}' in its name; there is: {some}")
+    return named or list(names)
 
 
 def _nearest(path: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from itertools import dropwhile
 
 from raytune_ft.data.chat_rows import field
 from raytune_ft.data.columns import Row, column_of, list_in, text_of
@@ -28,6 +29,23 @@ def oasst1_map_fn(row: Row, where: str) -> list[Message]:
         ],
         joint="\n",
     )
+
+
+def oasst1_cut_map_fn(row: Row, where: str) -> list[Message]:
+    """Read the same text as XTuner v0.1.9 does: cut at every `###`, paired by position.
+
+    Parts that open with neither marker are lost, headings in answers among them.
+    """
+    sentences = []
+    for part in text_of(row, "text", where).strip().split("###"):
+        for marker in ("Human:", "Assistant:"):
+            if part.strip().startswith(marker):
+                sentences.append(part.strip().removeprefix(marker).strip())
+    roles = ("user", "assistant")
+    return [
+        {"role": roles[place % 2], "content": sentence}
+        for place, sentence in enumerate(sentences[: len(sentences) // 2 * 2])
+    ]
 
 
 def wizardlm_map_fn(row: Row, where: str) -> list[Message]:
@@ -64,18 +82,18 @@ def _read(
 def _turns(messages: list[Message], joint: str = "") -> list[Message]:
     """Put loose messages in order, by XTuner's rule.
 
-    Leading answers are skipped, questions in a row are joined, a system text opens the next turn
-    that is answered, and what is not answered at the end is left out.
+    Answers before anything else are skipped, questions in a row are joined, a system text opens
+    the next turn that is answered, and what is not answered at the end is left out.
     """
     done: list[Message] = []
     system, questions = "", list[str]()
-    for message in messages:
+    for message in dropwhile(lambda message: message["role"] == "assistant", messages):
         role, content = message["role"], message["content"]
         if role == "system":
             system = content
         elif role == "user":
             questions.append(content)
-        elif done or questions:
+        else:
             if system:
                 done.append({"role": "system", "content": system})
             done.append({"role": "user", "content": joint.join(questions)})

@@ -9,15 +9,25 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from raytune_ft.config.schema import DataSection, Source
-from raytune_ft.data.locate import open_all, split_readers
-from raytune_ft.data.readers import SUFFIXES, DataRow, Reader
+from raytune_ft.data.files import is_data_file
+from raytune_ft.data.formats import decide
+from raytune_ft.data.locate import (
+    folder_names,
+    is_pattern,
+    local_path,
+    names_file,
+    open_all,
+    split_readers,
+)
+from raytune_ft.data.readers import DataRow, Reader
+from raytune_ft.data.recognition import SAMPLE_ROWS, Recognition
+from raytune_ft.data.remote import is_url
 from raytune_ft.errors import DataError, RecipeError
 
 Numbers = npt.NDArray[np.int64]
@@ -31,7 +41,8 @@ _HASH_ROWS = 4096
 class RowSource:
     """Rows by number; picklable, a few bytes per row.
 
-    `sources` has one entry per reader: the same object for all files of one data set.
+    `sources` has one entry per reader: the same object for all files of one data set, with its
+    `map` set where the rows were recognised. `recognised` has one entry per data set.
     `selection` int64 (n,): for each row, its number in all readers laid end to end. A row that a
     weight repeats stands there several times.
     """
@@ -39,6 +50,7 @@ class RowSource:
     readers: tuple[Reader, ...]
     sources: tuple[Source, ...]
     selection: Numbers
+    recognised: tuple[Recognition, ...] = ()
     _ends: Numbers = field(init=False, repr=False)
     _sets: npt.NDArray[np.int32] = field(init=False, repr=False)
 
@@ -66,10 +78,6 @@ class RowSource:
         numbers = self.selection[np.asarray(indices, dtype=np.int64)]
         return self._sets[np.searchsorted(self._ends, numbers, side="right")]
 
-    def map_of(self, row: int) -> str | None:
-        """Return the map function of a row's source."""
-        return self.source_of(row).map
-
     def rows(self, indices: Sequence[int] | Numbers) -> list[DataRow]:
         """Read rows, in the order asked for; DataError for the first that cannot be read."""
         rows: list[DataRow] = []
@@ -94,7 +102,7 @@ class RowSource:
 
     def subset(self, rows: Numbers) -> RowSource:
         """Return a source of some of the rows."""
-        return RowSource(self.readers, self.sources, self.selection[rows])
+        return replace(self, selection=self.selection[rows])
 
     def _find(self, row: int) -> tuple[int, int]:
         number = int(self.selection[row])
@@ -116,15 +124,38 @@ def open_sources(data: DataSection, seed: int) -> RowSource:
     readers: list[Reader] = []
     sources: list[Source] = []
     parts: list[Numbers] = []
+    recognised: list[Recognition] = []
     rows_before = 0
     for index, source in enumerate(data.sources):
         opened = open_all(source, f"data.sources[{index}].path")
+        decided, found = decide(source, _first_rows(opened), f"data.sources[{index}]")
         n_rows = sum(len(reader) for reader in opened)
         parts.append(rows_before + _sampled(n_rows, source, (seed, index)))
         rows_before += n_rows
         readers += opened
-        sources += [source] * len(opened)
-    return RowSource(tuple(readers), tuple(sources), np.concatenate(parts))
+        sources += [decided] * len(opened)
+        recognised.append(found)
+    numbers = np.concatenate(parts)
+    return RowSource(tuple(readers), tuple(sources), numbers, tuple(recognised))
+
+
+def _first_rows(readers: Sequence[Reader]) -> list[DataRow]:
+    """Read the first rows of a data set, without those that cannot be read."""
+    rows: list[DataRow] = []
+    for reader in readers:
+        n_rows = min(len(reader), SAMPLE_ROWS - len(rows))
+        rows += [row for row in reader.read(range(n_rows)) if not isinstance(row, DataError)]
+        if len(rows) == SAMPLE_ROWS:
+            break
+    return rows
+
+
+def is_data(path: str) -> bool:
+    """Tell whether a path is one of data: a file, a pattern, a URL or a folder with data files."""
+    if is_data_file(path) or is_url(path) or is_pattern(path):
+        return True
+    folder = local_path(path)
+    return folder is not None and folder.is_dir() and bool(folder_names(folder))
 
 
 def split_validation(
@@ -190,15 +221,20 @@ def _canonical(row: DataRow) -> str:
 
 
 def _named_validation(data: DataSection, name: str) -> RowSource:
-    if Path(name).suffix in SUFFIXES or "/" in name:
+    """Open held-out rows by name; each data set's format is told from its own first rows."""
+    if names_file(name):
         only = data.sources[0].model_copy(update={"path": name, "limit": None, "weight": 1.0})
-        readers = open_all(only, "data.validation")
-        sources = [only] * len(readers)
+        opened = [(only, open_all(only, "data.validation"))]
     else:
-        readers, sources = [], []
-        for source in data.sources:
-            found = split_readers(source, name)
-            readers += found
-            sources += [source] * len(found)
+        opened = [(source, split_readers(source, name)) for source in data.sources]
+    readers: list[Reader] = []
+    sources: list[Source] = []
+    recognised: list[Recognition] = []
+    for index, (source, found) in enumerate(opened):
+        decided, why = decide(source, _first_rows(found), f"data.sources[{index}]")
+        readers += found
+        sources += [decided] * len(found)
+        recognised.append(why)
     n_rows = sum(len(reader) for reader in readers)
-    return RowSource(tuple(readers), tuple(sources), np.arange(n_rows, dtype=np.int64))
+    numbers = np.arange(n_rows, dtype=np.int64)
+    return RowSource(tuple(readers), tuple(sources), numbers, tuple(recognised))
