@@ -197,8 +197,10 @@ def _targets(model: nn.Module, lora: LoraSection) -> list[str]:
     modules = [name for name, _ in model.named_modules()]
     for target in lora.targets:
         if not any(_ends_with(name, target) for name in modules):
+            here = getattr(type(model), "layout", IDENTITY).leaves_of(target)
+            hint = f"'{target}' of its files is {', '.join(here)} here; " if here else ""
             raise RecipeError(
-                f"lora.targets: the model has no layer '{target}'; its linear layers are "
+                f"lora.targets: the model has no layer '{target}'; {hint}its linear layers are "
                 f"{', '.join(leaves)}"
             )
     return list(lora.targets)

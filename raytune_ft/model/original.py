@@ -106,7 +106,10 @@ class Original:
                 continue
             pieces = self._pieces(name, tensor.shape)
             native = pieces[0].name
-            if self.tied and native == self.head:  # perhaps a stale copy of the embedding
+            if self.tied and native == self.head:
+                # a copy of the embedding, which may be stale and would be read by nobody
+                if form == "original" and not untie:
+                    yield name, change(self.embedding, tensor)
                 continue
             parts = {piece.name: change(piece.name, tensor[piece.rows]) for piece in pieces}
             yield from self._written(name, parts, form)

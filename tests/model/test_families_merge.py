@@ -200,3 +200,36 @@ def test_a_rank_per_layer_under_original_names_is_refused(tmp_path: Path) -> Non
 def test_converted_families_are_those_with_a_layout() -> None:
     assert [n for n in CONFIGS if detect(CONFIGS[n]).layout.rules] == CONVERTED
     assert [n for n in CONFIGS if detect(CONFIGS[n]).normalised_head] == list(NORMED)
+
+
+def test_whole_modules_under_original_names_are_found(tmp_path: Path) -> None:
+    """An embedding trained beside the adapter: `word_embeddings` is `embed_tokens` here."""
+    base = make("chatglm", tmp_path / "base")
+    original_adapter("chatglm", tmp_path / "adapter")
+    file, config = tmp_path / "adapter/adapter_model.safetensors", tmp_path / "adapter"
+    words = torch.randn(96, HIDDEN, generator=torch.Generator().manual_seed(8))
+    name = "transformer.embedding.word_embeddings.weight"
+    save_file(load_file(file) | {f"base_model.model.{name}": words}, file)
+    content = json.loads((config / "adapter_config.json").read_text())
+    (config / "adapter_config.json").write_text(
+        json.dumps(content | {"modules_to_save": ["word_embeddings"]})
+    )
+    adapted = load_adapter(load(base), config)
+    assert torch.equal(adapted.get_base_model().get_input_embeddings()(torch.arange(96)), words)
+    merge_to(base, config, tmp_path / "out")
+    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")[name], words)
+
+
+def test_a_target_of_the_files_is_explained(tmp_path: Path) -> None:
+    base = make("baichuan-7b", tmp_path)
+    with pytest.raises(RecipeError, match=r"'W_pack' of its files is q_proj, k_proj, v_proj here"):
+        attach(load(base), LoraSection(targets=["W_pack"]), seed=0)
+
+
+def test_a_stored_copy_of_a_tied_head_stays(tmp_path: Path) -> None:
+    base = make("starcoder", tmp_path / "base")
+    weights = load_file(base / "model.safetensors")
+    copy = {"lm_head.weight": weights["transformer.wte.weight"].clone()}
+    save_file(weights | copy, base / "model.safetensors", metadata={"format": "pt"})
+    out = merged(tmp_path, trained(base, LoraSection(r=2, dropout=0.0)))
+    assert set(load_file(out / "model.safetensors")) == set(weights | copy)

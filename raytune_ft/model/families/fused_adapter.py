@@ -7,7 +7,6 @@ as the layer's rows are. So adapters that XTuner v0.1.9 trained on `W_pack`, `qu
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -55,8 +54,12 @@ def to_native(
             native |= _divided(*source, tensor, layout, widths, where)
     targets = {n.partition(f".{SHARED}")[0] for n in native if f".{SHARED}" in n}
     names = sorted(target.removeprefix(PEFT_PREFIX) for target in targets)
-    saved = _native_leaves(config.modules_to_save, layout)
-    return replace(config, target_modules=names, modules_to_save=saved), native
+    saved = [
+        native
+        for name in config.modules_to_save or ()
+        for native in layout.leaves_of(name) or [name]
+    ]
+    return replace(config, target_modules=names, modules_to_save=saved or None), native
 
 
 def _divided(
@@ -73,13 +76,3 @@ def _divided(
         f"{PEFT_PREFIX}{native}.{rest}": tensor if rest.startswith(SHARED) else tensor[rows].clone()
         for native, rows in parts
     }
-
-
-def _native_leaves(modules: Iterable[str] | None, layout: Layout) -> list[str] | None:
-    """Return the leaf names of modules that are trained whole, such as embedding and head."""
-    leaves: Mapping[str, str] = {
-        rule.source.rpartition(".")[2]: rule.parts[0][0].rpartition(".")[2]
-        for rule in layout.rules
-        if len(rule.parts) == 1
-    }
-    return [leaves.get(name, name) for name in modules] if modules else None

@@ -100,6 +100,16 @@ class Layout:
         rule = self.by_native.get(pattern)
         return name if rule is None else f"{rule.source.replace(LAYER, number)}.{kind}"
 
+    def leaves_of(self, leaf: str) -> list[str]:
+        """Return the native leaf names of an original one, such as `W_pack`; none: unknown."""
+        parts = (
+            name.rpartition(".")[2]
+            for rule in self.rules
+            if rule.source.rpartition(".")[2] == leaf
+            for name, _ in rule.parts
+        )
+        return list(dict.fromkeys(parts))
+
     def source_of(self, name: str) -> tuple[str, str] | None:
         """Return (original module, rest) of a name that begins with one; None if none does.
 
