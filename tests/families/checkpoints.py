@@ -254,7 +254,7 @@ def code(module: str, model: str, *classes: str) -> Config:
 
 
 COMMON: Config = {
-    "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 2, "hidden_act": "silu",
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "hidden_act": "silu",
     "num_attention_heads": 4, "rms_norm_eps": 1e-6, "initializer_range": 0.02, "use_cache": True,
     "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False, "vocab_size": 512,
     "transformers_version": "4.33.1",
@@ -283,7 +283,7 @@ BAICHUAN_7B: Config = COMMON | code(
 BAICHUAN2_7B: Config = COMMON | code("baichuan", "BaichuanForCausalLM", "BaichuanConfig") | {
     "model_type": "baichuan", "pad_token_id": 0, "max_position_embeddings": 4096,
     "model_max_length": 4096, "z_loss_weight": 0, "vocab_size": BAICHUAN2_WORDS,
-    "hidden_size": 32, "intermediate_size": 80, "tokenizer_class": "BaichuanTokenizer",
+    "hidden_size": 32, "intermediate_size": 64, "tokenizer_class": "BaichuanTokenizer",
 }  # fmt: skip
 # ALiBi is told from the missing max_position_embeddings, so any number of heads can be small;
 # 5 is no power of two, as the original's 40 is not.
@@ -303,7 +303,7 @@ CHATGLM: Config = code(
     "model_type": "chatglm", "add_bias_linear": False, "add_qkv_bias": True,
     "apply_query_key_layer_scaling": True, "apply_residual_connection_post_layernorm": False,
     "attention_dropout": 0.0, "attention_softmax_in_fp32": True, "bias_dropout_fusion": True,
-    "ffn_hidden_size": 112, "fp32_residual_connection": False, "hidden_dropout": 0.0,
+    "ffn_hidden_size": 128, "fp32_residual_connection": False, "hidden_dropout": 0.0,
     "hidden_size": 64, "kv_channels": 16, "layernorm_epsilon": 1e-05, "multi_query_attention": True,
     "multi_query_group_num": 2, "num_attention_heads": 4, "num_layers": 2, "original_rope": True,
     "padded_vocab_size": 512, "post_layer_norm": True, "rmsnorm": True, "seq_length": 8192,
@@ -312,7 +312,7 @@ CHATGLM: Config = code(
 }  # fmt: skip
 QWEN: Config = code("qwen", "QWenLMHeadModel", "QWenConfig") | {
     "model_type": "qwen", "attn_dropout_prob": 0.0, "bf16": False, "emb_dropout_prob": 0.0,
-    "fp16": False, "fp32": False, "hidden_size": 64, "intermediate_size": 224,
+    "fp16": False, "fp32": False, "hidden_size": 64, "intermediate_size": 256,
     "initializer_range": 0.02, "kv_channels": 16, "layer_norm_epsilon": 1e-06,
     "max_position_embeddings": 32768, "no_bias": True, "num_attention_heads": 4,
     "num_hidden_layers": 2, "onnx_safe": None, "rotary_emb_base": 10000, "rotary_pct": 1.0,
@@ -323,7 +323,7 @@ QWEN: Config = code("qwen", "QWenLMHeadModel", "QWenConfig") | {
 QWEN_AUG: Config = code("qwen", "QWenLMHeadModel", "QWenConfig") | {
     "model_type": "qwen", "activation": "swiglu", "apply_residual_connection_post_layernorm": False,
     "attn_pdrop": 0.0, "bf16": False, "bias_dropout_fusion": True, "embd_pdrop": 0.0,
-    "ffn_hidden_size": 224, "fp16": False, "fp32": False, "initializer_range": 0.02,
+    "ffn_hidden_size": 256, "fp16": False, "fp32": False, "initializer_range": 0.02,
     "kv_channels": 16, "layer_norm_epsilon": 1e-06, "n_embd": 64, "n_head": 4, "n_inner": None,
     "n_layer": 2, "n_positions": 6144, "no_bias": True, "onnx_safe": None,
     "padded_vocab_size": 640, "params_dtype": "torch.bfloat16", "pos_emb": "rotary",

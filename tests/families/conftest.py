@@ -1,4 +1,4 @@
-"""One checkpoint per family and form for all tests of a session."""
+"""One checkpoint per family and form, and one loaded model, for all tests of a session."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 from tests.families.checkpoints import make
+from tests.families.loaded import load
 
 Checkpoint = Callable[..., Path]
+Loaded = Callable[[str], Any]
 
 
 @pytest.fixture(scope="session")
@@ -23,5 +25,18 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
         if key not in made:
             made[key] = make(family, tmp_path_factory.mktemp(family) / family, **options)
         return made[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def loaded(checkpoint: Checkpoint) -> Loaded:
+    """Return a family's float32 model, loaded once; look at it, never change it."""
+    models: dict[str, Any] = {}
+
+    def get(family: str) -> Any:
+        if family not in models:
+            models[family] = load(checkpoint(family))
+        return models[family]
 
     return get

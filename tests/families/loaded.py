@@ -13,7 +13,7 @@ from raytune_ft.model.loading import load_model
 
 CPU = torch.device("cpu")
 TOLERANCE = 1e-5
-"""Of the largest logit, at least of 1. float32 rounds at 6e-8; a dozen sums of 64 to 112 terms
+"""Of the largest logit, at least of 1. float32 rounds at 6e-8; a dozen sums of 64 to 128 terms
 per layer leave about 1e-6 of the largest logit, and a wrong tensor leaves a tenth or more."""
 
 

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from raytune_ft.model.generate import stream_ids
 from raytune_ft.model.loss import Attention, TokenLoss
 from tests.families.checkpoints import SPECS, WINDOW, Weights, weights_of
-from tests.families.conftest import Checkpoint
+from tests.families.conftest import Checkpoint, Loaded
 from tests.families.loaded import TOLERANCE, difference, load, logits, random_ids
 from tests.families.oracles import greedy, logits_of
 
@@ -30,8 +30,8 @@ def expected(family: str, ids: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_equal_the_independent_network(family: str, checkpoint: Checkpoint) -> None:
-    model = load(checkpoint(family))
+def test_logits_equal_the_independent_network(family: str, loaded: Loaded) -> None:
+    model = loaded(family)
     ids = random_ids(WORDS, 2, 17)
     ours = logits(model, ids)
     wanted = torch.stack([expected(family, row) for row in ids])
@@ -42,10 +42,10 @@ def test_logits_equal_the_independent_network(family: str, checkpoint: Checkpoin
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_padding_changes_nothing(
-    family: str, side: Literal["left", "right"], checkpoint: Checkpoint
+    family: str, side: Literal["left", "right"], loaded: Loaded
 ) -> None:
     """Two samples of 17 and 11 tokens in one batch; padded places are not compared."""
-    model = load(checkpoint(family))
+    model = loaded(family)
     ids, mask = torch.zeros(2, 17, dtype=torch.long), torch.zeros(2, 17, dtype=torch.long)
     places = [slice(17 - n, 17) if side == "left" else slice(0, n) for n in LENGTHS]
     for row, (n, place) in enumerate(zip(LENGTHS, places, strict=True)):
@@ -58,9 +58,9 @@ def test_padding_changes_nothing(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_packed_samples_do_not_see_each_other(family: str, checkpoint: Checkpoint) -> None:
+def test_packed_samples_do_not_see_each_other(family: str, loaded: Loaded) -> None:
     """Logits and loss of packs equal those of each sample alone, through the loss's own mask."""
-    model = load(checkpoint(family))
+    model = loaded(family)
     packs = ((9, 12, 5), (10, 3))
     ids = torch.zeros(2, 26, dtype=torch.long)
     segments, positions = torch.full_like(ids, -1), torch.zeros_like(ids)
@@ -88,12 +88,10 @@ def test_packed_samples_do_not_see_each_other(family: str, checkpoint: Checkpoin
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_generation_with_a_cache_equals_generation_without(
-    family: str, checkpoint: Checkpoint
-) -> None:
+def test_generation_with_a_cache_equals_generation_without(family: str, loaded: Loaded) -> None:
     """14 greedy tokens, over the sliding window's length, against whole forward passes."""
     prompt = random_ids(WORDS, 5).tolist()
-    model = load(checkpoint(family))
+    model = loaded(family)
     ours = list(stream_ids(model, prompt, stop_ids=(), max_new_tokens=14))
     wanted = greedy(family, SPECS[family].config, weights_of(family), prompt, 14)
     assert ours == wanted
@@ -146,7 +144,7 @@ CONTROLS: dict[str, tuple[str, Callable[[Weights], Weights]]] = {
     "mistral k, v": ("mistral", swapped("k_proj", "v_proj")),
     "zephyr gate, up": ("zephyr", swapped("gate_proj", "up_proj")),
     "chatglm2 k, v": ("chatglm2", exchanged("query_key", slice(64, 96), slice(96, 128))),
-    "chatglm3 gate, up": ("chatglm3", exchanged("h_to_4h", slice(0, 112), slice(112, 224))),
+    "chatglm3 gate, up": ("chatglm3", exchanged("h_to_4h", slice(0, 128), slice(128, 256))),
     "qwen w1, w2": ("qwen", swapped("w1", "w2")),
     "qwen q, k": ("qwen_aug", exchanged("c_attn", slice(0, 64), slice(64, 128))),
     "baichuan q, k": ("baichuan_7b", exchanged("W_pack", slice(0, 64), slice(64, 128))),
