@@ -72,6 +72,10 @@ def build(model: Any, appended: Sequence[str] = ()) -> Tokenizer:
     sentencepiece itself never reads them. Pieces that the model's makers defined (`<eoh>`) are
     cut out of the normalised text, as sentencepiece does.
 
+    A file may bring a map of characters (none of the families' files does). The library applies
+    it to a letter and its combining marks together, sentencepiece to each alone; ids may differ
+    there.
+
     Args:
         model: what `read_model` returned.
         appended: tokens behind the file's pieces that text never becomes, by their ids' order.
