@@ -251,7 +251,7 @@ def test_a_run_answers_after_every_epoch_and_at_its_end(
     per_epoch = count_steps(plan, recipe) // 3
     total = 2 * per_epoch + 1
     events: list[dict[str, Any]] = []
-    job = Job(recipe.model_dump(mode="json"), str(tmp_path), str(tiny_model), total)
+    job = Job(recipe.model_dump(mode="json"), str(tmp_path), str(tiny_model), total, sharing=64)
 
     def packs(start: Position) -> Any:
         return iter_packs(source, encoder, plan, start)
