@@ -34,7 +34,8 @@ MACHINERY = (
     "logging_first_step", "shuffle_merged_datasets", "remove_unused_columns", "debug",
     "lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "low_cpu_mem_usage", "device_map",
     "liger_rope", "liger_rms_norm", "liger_glu_activation", "liger_fused_linear_cross_entropy",
-    "plugins", "save_safetensors", "hf_use_auth_token", "ddp_find_unused_parameters", "use_tensorboard",
+    "plugins", "save_safetensors", "hf_use_auth_token", "ddp_find_unused_parameters",
+    "use_tensorboard", "attn_implementation", "skip_prepare_dataset", "liger_layer_norm",
 )  # fmt: skip
 ELSEWHERE = {
     "lora_model_dir": "merge that adapter first (raytune-ft merge)",
@@ -189,17 +190,13 @@ def _train(keys: Keys) -> None:
 
 
 def _warmup(keys: Keys) -> None:
-    if "warmup_steps" in keys:
-        keys.carry("warmup_steps", "train.warmup_steps")
-        keys.read.add("warmup_ratio")
-    elif "warmup_ratio" in keys:
-        keys.carry("warmup_ratio", "train.warmup_ratio")
-    else:
-        keys.draft.set("train.warmup_ratio", DEFAULT_WARMUP, keys.line)
-        keys.draft.note(
-            keys.line, "no warm-up is named: Axolotl takes 3 % of the steps, at most 100",
-            f"train.warmup_ratio is {DEFAULT_WARMUP}",
-        )  # fmt: skip
+    if hf_arguments.set_warmup(keys):
+        return
+    keys.draft.set("train.warmup_ratio", DEFAULT_WARMUP, keys.line)
+    keys.draft.note(
+        keys.line, "no warm-up is named: Axolotl takes 3 % of the steps, at most 100",
+        f"train.warmup_ratio is {DEFAULT_WARMUP}",
+    )  # fmt: skip
 
 
 def _checkpoint(keys: Keys) -> None:

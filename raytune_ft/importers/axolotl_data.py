@@ -17,7 +17,7 @@ COLUMNS: dict[str, dict[str, str]] = {
     "summarizetldr": {"instruction": "article", "output": "summary"},
     "sharegpt": {},
 }
-"""Row types -> our column of the alpaca or ShareGPT format: theirs, where it is called otherwise."""
+"""Row types -> our column: theirs, where it is called otherwise."""
 FILES = ("json", "csv", "parquet", "arrow", "text")
 MACHINERY = (
     "ds_type", "shards_idx", "preprocess_shards", "trust_remote_code", "chat_template", "roles",
@@ -90,7 +90,7 @@ def _by_type(keys: Keys, kind: str) -> dict[str, Any]:
         return {"skip": True}
     if base.startswith("alpaca"):
         keys.note(
-            "type", f"row type {kind}: rows are asked in model.template, without Axolotl's preamble",
+            "type", f"row type {kind}: rows are asked in model.template, without a preamble",
             "give it as data.system if you want it",
         )  # fmt: skip
     return {"columns": known or None}

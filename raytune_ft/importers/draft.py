@@ -87,11 +87,7 @@ class Draft:
         """Note every key that nobody asked for."""
         for keys in self.sections:
             for key, value in keys.unread():
-                self.note(
-                    value.line,
-                    f"{keys.shown(key, value)} is not known here and left out",
-                    "see docs/recipe.md for what there is",
-                )
+                self.note(value.line, f"{keys.shown(key, value)} is left out", keys.unread_means)
         self.sections.clear()
 
     def report(self) -> list[str]:
@@ -125,6 +121,7 @@ class Keys:
         self.kind = value.kind
         self.values = value.data if isinstance(value.data, dict) else {}
         self.read: set[str] = {"type"}
+        self.unread_means = "it has no counterpart that is known; see docs/recipe.md"
 
     def __contains__(self, key: str) -> bool:
         """Tell whether the key is there with a value."""
@@ -140,7 +137,7 @@ class Keys:
         return name if _SECRET.search(key) else f"{name} = {value.short()}"
 
     def get(self, key: str) -> Value | None:
-        """Return a value; None if it is absent, null, or could only be known by running the file."""
+        """Return a value; None if it is absent, null, or not known without running the file."""
         self.read.add(key)
         value = self.values.get(key)
         if value is None or value.data is None:

@@ -35,6 +35,7 @@ OPTIMIZERS = {
     "adamw_hf": "adamw",
     "adamw_bnb_8bit": "adamw_8bit",
     "adamw_8bit": "adamw_8bit",
+    "adamw_torch_8bit": "adamw_8bit",
     "paged_adamw_32bit": "paged_adamw_32bit",
     "paged_adamw": "paged_adamw_32bit",
     "paged_adamw_8bit": "paged_adamw_8bit",
@@ -121,6 +122,11 @@ def set_epochs(keys: Keys, key: str, default: float) -> None:
 
 def _schedule(keys: Keys, default: str) -> None:
     set_scheduler(keys, "lr_scheduler_type", default)
+    set_warmup(keys)
+
+
+def set_warmup(keys: Keys) -> bool:
+    """Set train.warmup_steps or train.warmup_ratio; tell whether one was named."""
     steps, ratio = keys.plain("warmup_steps", 0), keys.plain("warmup_ratio", 0.0)
     if isinstance(steps, float) and 0 < steps < 1:  # transformers 5 reads a fraction as a share
         steps, ratio = 0, steps
@@ -128,6 +134,7 @@ def _schedule(keys: Keys, default: str) -> None:
         keys.draft.set("train.warmup_steps", int(steps), _line(keys, "warmup_steps"))
     elif ratio:
         keys.draft.set("train.warmup_ratio", ratio, _line(keys, "warmup_ratio"))
+    return "warmup_steps" in keys or "warmup_ratio" in keys
 
 
 def set_scheduler(keys: Keys, key: str, default: str) -> None:

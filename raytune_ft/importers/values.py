@@ -46,7 +46,7 @@ class Unknown:
     reason: str
 
 
-Plain: TypeAlias = None | bool | int | float | str
+Plain: TypeAlias = bool | int | float | str | None
 
 
 @dataclass(frozen=True)

@@ -71,10 +71,10 @@ def _dataset(draft: Draft, value: Value, path: str) -> None:
     keys = draft.open(value, path)
     if keys.kind == "ConcatDataset":
         inner = keys.get("datasets_cfg") or keys.get("datasets")
-        parts = inner.data if inner is not None else []
-        named = parts.items() if isinstance(parts, dict) else enumerate(parts or [])  # type: ignore[arg-type]
-        for name, part in named:
-            _dataset(draft, part, f"{path}.{name}")
+        parts = inner.data if inner is not None else None
+        listed = list(parts.values()) if isinstance(parts, dict) else parts
+        for place, part in enumerate(listed if isinstance(listed, list) else []):
+            _dataset(draft, part, f"{path}[{place}]")
     elif keys.kind == "MOSSSFTDataset":
         _moss(keys)
     elif keys.kind in READERS:
