@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -73,6 +73,11 @@ def moss_map(
     if len(fields) == 1:
         return None
     return tuple(_finished(field, where, fill.get("bot_name"), compat) for field in fields)
+
+
+def are_fields(written: Sequence[Segment]) -> TypeGuard[Sequence[Field]]:
+    """Tell whether a conversation's segments are MOSS fields."""
+    return all(isinstance(segment, Field) for segment in written)
 
 
 def encode_fields(

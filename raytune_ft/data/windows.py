@@ -15,10 +15,12 @@ import numpy.typing as npt
 
 from raytune_ft.config.schema import DataSection, Recipe, Source
 from raytune_ft.data.concat_packing import ConcatPlan
-from raytune_ft.data.encode import Example, encode_chat
-from raytune_ft.data.formats import to_messages
+from raytune_ft.data.encode import Example, encode_conversation
+from raytune_ft.data.formats import to_conversation
+from raytune_ft.data.moss import are_fields, encode_fields
 from raytune_ft.data.packing import Pack, Plan, Position, cut_example, join_examples
 from raytune_ft.data.readers import DataRow
+from raytune_ft.data.segments import Conversation
 from raytune_ft.data.sources import Numbers, RowSource
 from raytune_ft.data.templates import Template, get_template
 from raytune_ft.data.tokenizer import TextTokenizer
@@ -52,17 +54,27 @@ class Encoder:
         Raises:
             DataError: the row cannot be used; begins with `where`.
         """
-        data = self.data
-        system = data.system if source.system is None else source.system
-        messages = to_messages(row, source.map, data.fill, system, where)
-        if messages is None:
+        conversation = to_conversation(row, source, self.data, where)
+        if conversation is None:
             return None
         try:
-            return encode_chat(messages, self.bound_template, self.tokenizer, data.max_length)
+            return self._encoded(conversation)
         except DataError as error:
             raise DataError(
                 f"{where}: {error}; correct the row, or leave it out with data.on_bad_row: skip"
             ) from None
+
+    def _encoded(self, conversation: Conversation) -> Example:
+        data, written = self.data, conversation.written
+        if written is not None and are_fields(written):
+            return encode_fields(written, self.tokenizer, data.max_length, conversation.loss)
+        return encode_conversation(
+            conversation,
+            self.bound_template,
+            self.tokenizer,
+            data.max_length,
+            compat=data.compat is not None,
+        )
 
     def __getstate__(self) -> dict[str, object]:
         """Leave out the template, which is quickly bound again."""
