@@ -44,7 +44,6 @@ path: Qwen/Qwen3-8B        # hub name; people with a local copy set model.path
 template: tokenizer        # the model's own chat template, or one of raytune_ft/data/templates.py
 family: qwen3              # a key of configs/families.yaml, where the list groups it
 size: 8B                   # as its makers say it
-bot_name: Qwen             # optional: what it is called in data that names it (MOSS rows)
 config:                    # shape of the network, as in the model's config.json
   model_type: qwen3
   hidden_size: 4096
@@ -57,6 +56,10 @@ config:                    # shape of the network, as in the model's config.json
   max_position_embeddings: 40960
   tie_word_embeddings: false
 ```
+
+Three fields are optional: `eos_token`, the token that ends an answer, where the model's files do
+not say so (Qwen 1); `bot_name`, what the model is called in data that names it (MOSS rows);
+`network`, for the table above, where it is not plainly the family's.
 
 The name is in lower case, parts joined by `_`, and must not make an existing name ambiguous: the
 longest card that fits wins. `config` is read for the memory column and for `raytune-ft plan`

@@ -11,6 +11,7 @@ import pytest
 
 from raytune_ft.config.loader import load_recipe
 from raytune_ft.config.schema import Recipe, Section, Source
+from raytune_ft.data.formats import FORMATS
 from tests.conftest import ROOT
 
 PAGE = (ROOT / "docs/recipe.md").read_text(encoding="utf-8")
@@ -46,6 +47,11 @@ def test_field_is_there_with_its_default(section: str, field: str) -> None:
 @pytest.mark.parametrize("section", SECTIONS)
 def test_no_field_is_made_up(section: str) -> None:
     assert list(rows_of(section)) == list(SECTIONS[section].model_fields)
+
+
+def test_every_format_is_there() -> None:
+    named = set(re.findall(r"`(\w+)`", PAGE.partition("### What a row may be")[2]))
+    assert {name for name in FORMATS if not name.endswith("_map_fn")} <= named
 
 
 def test_examples_are_recipes(tmp_path: Path) -> None:
