@@ -205,7 +205,8 @@ def _measured(
         if data.over_length == "drop":
             _drop(report, TOO_LONG, where)
             return None
-    if not example.n_targets and data.compat is None:
+    # the reference keeps rows of which only the question is left, and learns nothing from them
+    if not example.n_targets and (data.compat is None or not len(example.input_ids)):
         _drop(report, UNTRAINED, where)
         return None
     if example.uncut_length > data.max_length:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from raytune_ft.config.loader import load_recipe
+from raytune_ft.config.schema import DataSection
 from raytune_ft.data.encode import IGNORE_INDEX, Example
 from raytune_ft.data.moss import Field, encode_fields, moss_map
 from raytune_ft.data.segments import Loss
+from raytune_ft.data.sources import open_sources
 from raytune_ft.data.tokenizer import TextTokenizer
+from raytune_ft.data.windows import Encoder, iter_packs, make_plan, measure_rows
 from raytune_ft.errors import DataError
-from tests.data.conftest import GOLDEN
+from tests.data.conftest import GOLDEN, write_jsonl
 
 COMPAT = "xtuner-0.1.9"
 EXAMPLES: list[dict[str, Any]] = json.loads((GOLDEN / "encode_pack.json").read_text())["moss_sft"][
@@ -164,6 +169,56 @@ def test_a_special_token_that_a_user_typed_stays_text_but_for_compat(
         assert ids.count(end) == times
         shown = tokenizer.decode(ids[1:], skip_special_tokens=False)
         assert shown == "You are MOSS.\n<|Human|>: a<|im_end|>b<eoh>\n<|MOSS|>: c<eom>\n"
+
+
+@pytest.mark.parametrize("compat", [None, COMPAT])
+def test_a_file_of_rows_is_recognised_counted_and_packed(
+    tmp_path: Path, tokenizer: TextTokenizer, compat: str | None
+) -> None:
+    """Two turns fit; of four one is cut off; one that never fits leaves nothing."""
+    long = {**TURN, "MOSS": f"<|MOSS|>: {'word ' * 400}<eom>\n"}
+    lines = [row(TURN, TURN), row(*[TURN] * 4), row(long), row(), {**row(TURN), "chat": 3}]
+    path = write_jsonl(tmp_path / "moss.jsonl", lines)
+    fill = {"bot_name": "Qwen"}
+    sizes = [len(encode(tokenizer, turns, fill, compat).input_ids) for turns in (2, 3)]
+    data = DataSection.model_validate(
+        {
+            "sources": [{"path": str(path)}], "fill": fill, "pack": False, "compat": compat,
+            "max_length": sizes[1], "on_bad_row": "skip",
+        }
+    )  # fmt: skip
+    source, encoder = open_sources(data, 1), Encoder(tokenizer, "tokenizer", data)
+    got = measure_rows(source, encoder, range(5))
+    assert got.lengths.tolist() == [*sizes, 0, 0, 0]
+    assert got.report["dropped"] == {"without a trained token": 1, "empty": 1, "unusable": 1}
+    assert (got.report["used"], got.report["cut"]) == (2, 1)
+    packs = [pack for _, pack in iter_packs(source, encoder, make_plan(got, data, 1), epochs=1)]
+    for pack in packs:
+        turns = {0: 2, 1: 3}[int(pack.row_ids[0])]
+        expected = encode(tokenizer, turns, fill, compat)
+        assert pack.input_ids.tolist() == expected.input_ids.tolist()
+        assert pack.labels.tolist() == expected.labels.tolist()
+    assert len(packs) == 2
+
+
+def encode(
+    tokenizer: TextTokenizer, turns: int, fill: dict[str, str], compat: str | None
+) -> Example:
+    fields = moss_map(row(*[TURN] * turns), "row", fill, compat)
+    assert fields is not None
+    return encode_fields(fields, tokenizer, 10_000)
+
+
+@pytest.mark.parametrize(
+    "name", ["qwen_7b_qlora_moss_sft_all_e1", "internlm_7b_qlora_moss_sft_plugins_e1"]
+)
+def test_the_shipped_recipes_name_the_assistant_and_do_not_pack(name: str) -> None:
+    recipe = load_recipe(name)
+    assert set(recipe.data.fill) == {"bot_name"} and "MOSS" not in recipe.data.fill["bot_name"]
+    assert recipe.data.pack is False
+    assert all(
+        "moss" in source.path and source.map in (None, "moss") for source in recipe.data.sources
+    )
 
 
 @pytest.mark.parametrize(
