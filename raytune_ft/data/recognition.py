@@ -129,7 +129,7 @@ def recognise(rows: Sequence[Row], columns: Mapping[str, str] | None = None) -> 
 def _fit(row: Row) -> Recognition:
     """Tell the format of one row."""
     present = {name for name, value in row.items() if value is not None}
-    for rule in (_preference, _moss, _messages, _pair, _text):
+    for rule in (_preference, _moss, _messages, _pair, _others, _text):
         found = rule(row, present)
         if found is not None:
             return found
@@ -182,9 +182,16 @@ _KEYS = (("role", "openai"), ("from", "sharegpt"))
 
 
 def _messages(row: Row, present: set[str]) -> Recognition | None:
-    """Find the column that is a list of messages, by name or else by what it holds."""
-    named = [column for column in _LISTS if column in present]
-    lists = named or [column for column in sorted(present) if _kind(row[column])]
+    """Find the column that is a list of messages by its name."""
+    return _list_of(row, [column for column in _LISTS if column in present])
+
+
+def _others(row: Row, present: set[str]) -> Recognition | None:
+    """Find the column that is a list of messages by what it holds."""
+    return _list_of(row, [column for column in sorted(present) if _kind(row[column])])
+
+
+def _list_of(row: Row, lists: Sequence[str]) -> Recognition | None:
     if len(lists) != 1:
         return _either(row, lists) if lists else None
     column = lists[0]

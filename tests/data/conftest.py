@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+from raytune_ft.config.schema import DataSection, Source
+from raytune_ft.data.formats import to_conversation
+from raytune_ft.data.segments import Conversation
 from raytune_ft.data.tokenizer import TextTokenizer
 from tests.conftest import make_tokenizer
 
@@ -35,6 +38,30 @@ def tokenizer(tokenizer_folder: Path) -> TextTokenizer:
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def read_row(
+    row: Mapping[str, Any],
+    name: str | None = None,
+    *,
+    where: str = "row",
+    own_system: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    loss: str = "assistant",
+    **data: Any,
+) -> Conversation | None:
+    """Read one row as a recipe with these settings would; `own_system` is its source's."""
+    source = Source.model_validate(
+        {
+            "path": "rows.jsonl",
+            "map": name,
+            "system": own_system,
+            "columns": dict(columns or {}),
+            "loss": loss,
+        }
+    )
+    section = DataSection.model_validate({"sources": [source], **data})
+    return to_conversation(row, source, section, where)
 
 
 def chat(*texts: str, system: str = "") -> list[dict[str, str]]:

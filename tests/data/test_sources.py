@@ -168,9 +168,9 @@ def test_a_missing_path_names_its_key_and_the_nearest(
         opened({"path": str(near)}, {"path": str(tmp_path / "trian.jsonl")})
     assert str(caught.value).startswith("data.sources[1].path: ")
     assert str(caught.value).endswith(f"nearest there: {near}")
-    (tmp_path / "a.csv").write_text("a")
-    with pytest.raises(RecipeError, match=r"is no \.jsonl, \.json, \.parquet file"):
-        opened({"path": str(tmp_path / "a.csv")})
+    (tmp_path / "a.docx").write_text("a")
+    with pytest.raises(RecipeError, match=r"is no \.jsonl, .*\.parquet.* file"):
+        opened({"path": str(tmp_path / "a.docx")})
     monkeypatch.chdir(tmp_path)
     assert len(opened({"path": "train.jsonl"})) == 23
 
@@ -186,7 +186,11 @@ def test_sources_stand_one_after_the_other_with_their_maps(tmp_path: Path) -> No
     second = write_jsonl(tmp_path / "b.jsonl", ROWS[4:])
     source = opened({"path": str(first), "map": "oasst1_map_fn"}, {"path": str(second)})
     assert source.rows(range(23)) == ROWS
-    assert [source.map_of(3), source.map_of(4)] == ["oasst1_map_fn", None]
+    assert [source.source_of(row).map for row in (3, 4)] == ["oasst1_map_fn", "text"]
+    assert [str(found) for found in source.recognised] == [
+        "oasst1_map_fn (as data.sources[0].map says)",
+        "text (by column text; not read: id)",
+    ]
     assert source.where(4) == f"{second}:1"
 
 
@@ -246,7 +250,7 @@ def test_validation_may_be_a_file_or_a_split(tmp_path: Path) -> None:
         train, held_out = split_validation(open_sources(data, 1), data, 1)
         assert held_out is not None
         assert (train.rows(range(20)), held_out.rows(range(3))) == (ROWS[:20], ROWS[20:])
-        assert held_out.map_of(0) == "pretrain_map_fn"
+        assert held_out.source_of(0).map == "pretrain_map_fn"
 
 
 @pytest.mark.parametrize("name", ["eval", "absent.jsonl", 1.0])
