@@ -81,14 +81,21 @@ def are_fields(written: Sequence[Segment]) -> TypeGuard[Sequence[Field]]:
 
 
 def encode_fields(
-    fields: Sequence[Field], tokenizer: TextTokenizer, max_length: int, loss: Loss = "assistant"
+    fields: Sequence[Field],
+    tokenizer: TextTokenizer,
+    max_length: int,
+    loss: Loss = "assistant",
+    *,
+    compat: bool = False,
 ) -> Example:
     """Encode the turns that fit whole, each field on its own, behind the start ids.
+
+    The reference leaves the start to the model's tokenizer, and Baichuan's puts none (`compat`).
 
     The turn that would pass `max_length` and all after it are left out. Without any turn the
     example is empty; `uncut_length` counts all turns.
     """
-    ids = list(tokenizer.bos_ids)
+    ids = list(tokenizer.text_start_ids if compat else tokenizer.bos_ids)
     trained = [False] * len(ids)
     uncut, n_turns, last_turn = len(ids), 0, 0
     for number, group in groupby(fields, key=lambda field: field.turn):

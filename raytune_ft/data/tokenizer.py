@@ -31,6 +31,7 @@ class TextTokenizer:
         self.spec = spec
         self._backend, self.content_hash = _built(spec)
         self.bos_ids = spec.bos_ids
+        self.text_start_ids = spec.bos_ids if spec.adds_bos else ()
         self.eos_id = spec.eos_id
         self.extra_stop_ids = spec.extra_stop_ids
         self.chat_template = spec.chat_template

@@ -55,6 +55,8 @@ class TokenizerSpec:
     chat_template: str | None
     silent_ids: frozenset[int] = frozenset()
     """Ids that text never becomes and that stand for no text, beside the special tokens."""
+    adds_bos: bool = True
+    """Whether the model's own tokenizer puts `bos_ids` before a text; Baichuan's does not."""
 
 
 def read_spec(folder: Path, eos_token: str | None = None) -> TokenizerSpec:
@@ -91,6 +93,7 @@ def read_spec(folder: Path, eos_token: str | None = None) -> TokenizerSpec:
         named_tokens=tuple(sorted(named.items())),
         chat_template=_chat_template(folder, config),
         silent_ids=_silent_ids(backend, config),
+        adds_bos=config.get("add_bos_token") is not False,
     )
 
 

@@ -66,14 +66,13 @@ class Encoder:
 
     def _encoded(self, conversation: Conversation) -> Example:
         data, written = self.data, conversation.written
+        compat = data.compat is not None
         if written is not None and are_fields(written):
-            return encode_fields(written, self.tokenizer, data.max_length, conversation.loss)
+            return encode_fields(
+                written, self.tokenizer, data.max_length, conversation.loss, compat=compat
+            )
         return encode_conversation(
-            conversation,
-            self.bound_template,
-            self.tokenizer,
-            data.max_length,
-            compat=data.compat is not None,
+            conversation, self.bound_template, self.tokenizer, data.max_length, compat=compat
         )
 
     def __getstate__(self) -> dict[str, object]:

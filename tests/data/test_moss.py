@@ -19,6 +19,7 @@ from raytune_ft.data.sources import open_sources
 from raytune_ft.data.tokenizer import TextTokenizer
 from raytune_ft.data.windows import Encoder, iter_packs, make_plan, measure_rows
 from raytune_ft.errors import DataError
+from tests.conftest import make_tokenizer
 from tests.data.conftest import GOLDEN, write_jsonl
 
 COMPAT = "xtuner-0.1.9"
@@ -38,7 +39,7 @@ ASSISTANT = ("Inner Thoughts", "Commands", "MOSS")
 class CodePoints:
     """One id per character, its Unicode code point; 1 at the start."""
 
-    bos_ids = (1,)
+    bos_ids = text_start_ids = (1,)
 
     def encode(self, text: str, foreign: object = ()) -> list[int]:
         return [ord(character) for character in text]
@@ -59,7 +60,8 @@ def encoded(
 ) -> Example:
     fields = moss_map(row, "row", fill, compat)
     assert fields is not None
-    return encode_fields(fields, CodePoints(), max_length, loss)  # type: ignore[arg-type]
+    tokenizer: Any = CodePoints()
+    return encode_fields(fields, tokenizer, max_length, loss, compat=compat is not None)
 
 
 def trained_text(example: Example) -> str:
@@ -240,6 +242,21 @@ def test_rows_of_another_shape_are_refused_with_their_place(
         moss_map({**row(TURN), **changes}, "a.jsonl:3", {})
     assert str(caught.value).startswith("a.jsonl:3: ")
     assert message in str(caught.value)
+
+
+def test_compat_leaves_the_start_to_a_tokenizer_that_puts_none(tmp_path: Path) -> None:
+    """As Baichuan's tokenizer_config.json says; ours opens the row as it opens any other."""
+    make_tokenizer(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "add_bos_token": False}))
+    tokenizer = TextTokenizer.from_folder(tmp_path)
+    fields = moss_map(row(TURN), "row", {})
+    assert fields is not None
+    ours, theirs = (
+        encode_fields(fields, tokenizer, 4096, compat=compat).input_ids.tolist()
+        for compat in (False, True)
+    )
+    assert ours == [*tokenizer.bos_ids, *theirs] and len(tokenizer.bos_ids) == 1
 
 
 def test_turns_are_counted_where_the_row_does_not_say_and_none_means_no_row() -> None:
