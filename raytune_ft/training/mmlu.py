@@ -201,10 +201,11 @@ def prompt_ids(
     the first examples. XTuner v0.1.9 cuts the question off, at `max_length`; so does
     `data.compat`.
     """
-    start, ids = list(tokenizer.bos_ids), tokenizer.encode(prompt)
+    start = list(tokenizer.bos_ids)
     if data.compat is not None:
-        whole = [*start, *ids]
+        whole = [*start, *tokenizer.encode(prompt)]
         return whole[: data.max_length], len(whole) > data.max_length
+    ids = tokenizer.encode(prompt, [(0, len(prompt))])
     room = len(ids) if context is None else context - len(start)
     return [*start, *ids[-room:]], len(ids) > room
 

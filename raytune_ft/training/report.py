@@ -114,6 +114,7 @@ def _page(folder: RunFolder, summary: Summary, plot: bytes) -> str:
         f'<img alt="loss over steps" src="data:image/png;base64,{image}">',
         "<h2>Answers before, during and after</h2>",
         _samples(summary),
+        mmlu_table(list(read_jsonl(folder.mmlu))),
         "<h2>Data</h2>",
         _rows(summary.rows),
         "<h2>Recipe</h2>",
@@ -153,6 +154,22 @@ def _samples(summary: Summary) -> str:
         for prompt, answers in summary.samples.items()
     )
     return f"<table><tr>{head}</tr>{body}</table>"
+
+
+def mmlu_table(lines: list[Event]) -> str:
+    """Lay the accuracies of a run's MMLU questions under each other; nothing without any."""
+    if not lines:
+        return ""
+    categories = list(dict.fromkeys(name for line in lines for name in line["categories"]))
+    names = ["file", "step", "questions", "average", *categories]
+    head = "".join(f"<th>{_text(name)}</th>" for name in names)
+    body = ""
+    for line in lines:
+        shares = [line["average"], *(line["categories"].get(name) for name in categories)]
+        cells = [line["name"], line["step"], f"{line['questions']:,}"]
+        cells += ["" if share is None else f"{share:.2f}" for share in shares]
+        body += "<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in cells) + "</tr>"
+    return f"<h2>MMLU, percent right</h2><table><tr>{head}</tr>{body}</table>"
 
 
 def _rows(rows: Event) -> str:

@@ -19,6 +19,7 @@ from raytune_ft.errors import DataError, RecipeError
 from raytune_ft.model import loading
 from raytune_ft.screen import Screen
 from raytune_ft.training import mmlu
+from raytune_ft.training.report import mmlu_table
 from raytune_ft.training.run_folder import RunFolder, RunWriter, read_jsonl
 from tests.conftest import WORDS
 from tests.data.conftest import write_jsonl
@@ -133,6 +134,13 @@ def test_a_long_prompt_loses_its_beginning_and_under_compat_its_end(tiny_model: 
     assert mmlu.prompt_ids(text, tokenizer, compat, 20) == ([*start, *ids[:23]], True)
 
 
+def test_a_special_token_in_a_question_stays_text(tiny_model: Path) -> None:
+    _, tokenizer = load(tiny_model)
+    ids, _ = mmlu.prompt_ids("a<|im_end|>b", tokenizer, DATA, None)
+    assert tokenizer.token_id("<|im_end|>") not in ids
+    assert tokenizer.decode(ids[1:], skip_special_tokens=False) == "a<|im_end|>b"
+
+
 def test_cut_prompts_are_counted(tiny_model: Path, questions: Path) -> None:
     compat = DATA.model_copy(update={"compat": "xtuner-0.1.9"})
     assert answered(tiny_model, questions, compat)["cut"] == 41
@@ -224,6 +232,9 @@ def test_figures_are_written_and_printed_once_and_cut_off_at_a_resume(tmp_path: 
     assert lines[0] == {"step": 5, "name": "mmlu_fs_val", **found}
     printed = "mmlu_fs_val, step 5: average 29.17 % (STEM 25.00, other 33.33) of 40 questions"
     assert printed in console.export_text()
+    table = mmlu_table(lines)
+    assert "<tr><td>mmlu_fs_val</td><td>5</td><td>40</td><td>29.17</td><td>25.00</td>" in table
+    assert table.count("<tr>") == 3 and mmlu_table([]) == ""
     folder.cut_after(5)
     assert [line["step"] for line in read_jsonl(folder.mmlu)] == [5]
 
