@@ -42,11 +42,22 @@ class Conversation:
 
 
 def is_text(messages: Sequence[Message]) -> bool:
-    """Tell whether this is pre-training text: a lone assistant message."""
-    return len(messages) == 1 and messages[0]["role"] == "assistant"
+    """Tell whether this is pre-training text: a lone assistant message, and nothing but text."""
+    if len(messages) != 1 or messages[0]["role"] != "assistant":
+        return False
+    return not messages[0].get("tool_calls") and not messages[0].get("reasoning_content")
+
+
+def whole(text: str) -> tuple[tuple[int, int], ...]:
+    """Return the spans of a text that is foreign from end to end."""
+    return ((0, len(text)),) if text else ()
 
 
 def text_segments(text: str, bos_ids: tuple[int, ...], eos_id: int) -> list[Segment]:
     """Write pre-training text: bos, text, eos; all trained but bos."""
     start = [Segment("", bos_ids, trained=False)] if bos_ids else []
-    return [*start, Segment(text, None, trained=True), Segment("", (eos_id,), trained=True)]
+    return [
+        *start,
+        Segment(text, None, trained=True, foreign=whole(text)),
+        Segment("", (eos_id,), trained=True),
+    ]

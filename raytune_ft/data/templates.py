@@ -9,11 +9,18 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from raytune_ft.data.chat_template import ChatTemplate
 from raytune_ft.data.prompts import PROMPTS, SYSTEMS, Prompt
-from raytune_ft.data.segments import Message, Segment, is_text, text_segments
+from raytune_ft.data.segments import (
+    Loss,
+    Message,
+    Segment,
+    is_text,
+    text_segments,
+    whole,
+)
 from raytune_ft.data.tokenizer import TextTokenizer
 from raytune_ft.errors import DataError, ModelError, RecipeError
 
@@ -40,9 +47,22 @@ class Template(Protocol):
         ...
 
     def segments(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool,
+        tools: Sequence[Mapping[str, Any]] = (),
+        loss: Loss = "assistant",
     ) -> list[Segment]:
-        """Cut a conversation into segments; the last is open for an answer if asked."""
+        """Cut a conversation into segments.
+
+        Args:
+            messages: the conversation.
+            add_generation_prompt: leave it open for an answer.
+            tools: what the assistant may call, JSON schemas in OpenAI's form.
+            loss: which segments are trained: every answer with its end, the last one, or all the
+                text but what opens a turn (bos).
+        """
         ...
 
 
@@ -89,30 +109,72 @@ class PromptTemplate:
     stop_ids: frozenset[int]
 
     def segments(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool,
+        tools: Sequence[Mapping[str, Any]] = (),
+        loss: Loss = "assistant",
     ) -> list[Segment]:
-        """Write each turn by the template; DataError if the roles make no turns."""
+        """Write each turn by the template.
+
+        Raises:
+            DataError: the roles make no turns, or there is something that XTuner v0.1.9's templates
+                have no words for: tools, their calls and results, and reasoning.
+        """
+        check_plain(messages, tools)
         if is_text(messages) and not add_generation_prompt:
             return text_segments(messages[0]["content"], self.bos_ids, self.eos_id)
         segments: list[Segment] = []
-        for number, turn in enumerate(split_turns(messages), start=1):
+        turns = split_turns(messages)
+        for number, turn in enumerate(turns, start=1):
             if self.bos_ids:
                 segments.append(Segment("", self.bos_ids, trained=False))
-            segments.append(Segment(self._input(turn, number), None, trained=False))
+            segments.append(self._input(turn, number, trained=loss == "all"))
             if "assistant" in turn:
-                segments.append(Segment(turn["assistant"], None, trained=True))
-                segments.append(Segment("", (self.eos_id,), trained=True))
+                trained = loss != "last" or not any("assistant" in t for t in turns[number:])
+                answer = turn["assistant"]
+                segments.append(Segment(answer, None, trained, whole(answer)))
+                segments.append(Segment("", (self.eos_id,), trained))
         return segments
 
-    def _input(self, turn: Mapping[str, str], number: int) -> str:
-        instruction = self.prompt.instruction
-        if turn.get("user"):
-            instruction = instruction.replace("{round}", str(number), 1)
-            text = instruction.replace("{input}", turn["user"], 1)
-        else:
-            text = instruction.rpartition("{input}")[2]
-        system = turn.get("system")
-        return self.prompt.system.replace("{system}", system, 1) + text if system else text
+    def _input(self, turn: Mapping[str, str], number: int, *, trained: bool) -> Segment:
+        """Write system text and question; braces in them stay as they are."""
+        system, user = turn.get("system"), turn.get("user")
+        before, _, after = self.prompt.instruction.partition("{input}")
+        parts: list[tuple[str, bool]] = []
+        if system:
+            head, _, tail = self.prompt.system.partition("{system}")
+            parts += [(head, False), (system, True), (tail, False)]
+        if user:
+            before = before.replace("{round}", str(number), 1)
+            parts += [(before, False), (user, True)]
+        parts.append((after, False))
+        text, foreign = "", []
+        for part, is_foreign in parts:
+            if is_foreign:
+                foreign.append((len(text), len(text) + len(part)))
+            text += part
+        return Segment(text, None, trained, tuple(foreign))
+
+
+def check_plain(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse what only a model's own chat template has words for; DataError, one line."""
+    advice = "set model.template: tokenizer"
+    if tools:
+        raise DataError(f"a prompt template has no words for tools; {advice}, or leave them out")
+    for place, message in enumerate(messages, start=1):
+        for key in ("tool_calls", "reasoning_content"):
+            if message.get(key):
+                raise DataError(
+                    f"message {place} has {key}, which a prompt template has no words for; "
+                    f"{advice}, or leave it out"
+                )
+        if message["role"] == "tool":
+            raise DataError(
+                f"message {place} has role 'tool', which a prompt template has no words for; "
+                f"{advice}"
+            )
 
 
 def split_turns(messages: Sequence[Message]) -> list[dict[str, str]]:

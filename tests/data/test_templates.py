@@ -140,10 +140,10 @@ def test_a_template_that_never_ends_a_turn_gets_the_eos(tokenizer: TextTokenizer
     ]
 
 
-def test_a_template_that_rewrites_history_is_refused(tokenizer: TextTokenizer) -> None:
+def test_a_template_that_prompts_otherwise_than_it_writes_is_refused(tokenizer: TextTokenizer) -> None:
     source = "{{ messages|length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
     template = get_template("tokenizer", with_template(tokenizer, source))
-    with pytest.raises(ModelError, match="rewrites earlier text"):
+    with pytest.raises(ModelError, match="another way than it prompts"):
         template.segments(chat("Q", "A"), add_generation_prompt=False)
 
 
