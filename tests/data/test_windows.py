@@ -185,7 +185,20 @@ def test_rows_know_their_data_set(chats: Path, tmp_path: Path, tokenizer: TextTo
     got = measure_rows(source, Encoder(tokenizer, "tokenizer", section), np.arange(46))
     assert got.sets.tolist() == [0] * 40 + [1] * 3 + [2] * 3
     assert source.subset(np.array([45, 0, 41])).sets_of(range(3)).tolist() == [2, 0, 1]
-    assert source.source_of(41) is section.sources[1]
+    assert [source.source_of(row).path for row in (0, 41, 45)] == [str(chats), *[str(other)] * 2]
+
+
+def test_a_source_s_own_system_text_goes_before_the_recipe_s(
+    chats: Path, tokenizer: TextTokenizer
+) -> None:
+    systems = [{"path": str(chats), "system": text} for text in ("Be Ada.", None, "")]
+    section = DataSection.model_validate({"sources": systems, "system": "Be Bob."})
+    source, encoder = open_sources(section, 1), Encoder(tokenizer, "tokenizer", section)
+    for row, said in ((0, "Be Ada."), (40, "Be Bob."), (80, None)):
+        example = encoder.encode(source.rows([row])[0], source.source_of(row), "row")
+        assert example is not None
+        text = tokenizer.decode(example.input_ids.tolist(), skip_special_tokens=False)
+        assert text.startswith("<|im_start|>system\n" + said if said else "<|im_start|>user")
 
 
 def test_without_an_end_the_epochs_go_on(chats: Path, tokenizer: TextTokenizer) -> None:
