@@ -53,7 +53,9 @@ def list_recipes(
 
     wanted = pattern_option or pattern
     if method == ALONE and not data:
-        return _print_words([m for m in listing.METHODS if (wanted or "") in m], wanted, "list")
+        return _print_words(
+            [m for m in listing.METHODS if (wanted or "").lower() in m], wanted, "list"
+        )
     if method not in (None, *listing.METHODS):
         raise RecipeError(f"--method: expected {', '.join(listing.METHODS)}, got '{method}'")
     if models and data:
