@@ -90,23 +90,8 @@ def encode_prompt(
         tokenizer: how text becomes ids.
         tools: what the assistant may call, JSON schemas in OpenAI's form.
     """
-    segments = template.segments(
-        messages, add_generation_prompt=True, **({"tools": tools} if tools else {})
-    )
+    segments = template.segments(messages, add_generation_prompt=True, tools=tools)
     return [id_ for segment in segments for id_ in _ids(segment, tokenizer)]
-
-
-def encode_chat(
-    messages: Sequence[Message],
-    template: Template,
-    tokenizer: TextTokenizer,
-    max_length: int | None = None,
-) -> Example:
-    """Encode messages for training; the last callers go with the new formats."""
-    written = tuple(template.segments(messages, add_generation_prompt=False))
-    return encode_conversation(
-        Conversation(messages, written=written), template, tokenizer, max_length
-    )
 
 
 def _ids(segment: Segment, tokenizer: TextTokenizer, compat: bool = False) -> Sequence[int]:

@@ -14,7 +14,8 @@ import yaml
 import raytune_ft.chat.model as chat_model
 from raytune_ft.chat import ChatModel, Sampling, open_chat
 from raytune_ft.config.schema import LoraSection, ModelSection
-from raytune_ft.data.encode import IGNORE_INDEX, encode_chat
+from raytune_ft.data.encode import IGNORE_INDEX, encode_conversation
+from raytune_ft.data.segments import Conversation
 from raytune_ft.data.templates import get_template
 from raytune_ft.data.tokenizer import TextTokenizer
 from raytune_ft.model.adapter import attach, load_adapter, save_adapter
@@ -52,7 +53,9 @@ def test_prompt_ids_are_those_of_training(
     list(chat.reply(CHAT, max_new_tokens=2))
     tokenizer = TextTokenizer.from_folder(tiny_model)
     row = [*CHAT, {"role": "assistant", "content": "x"}]
-    example = encode_chat(row, get_template("tokenizer", tokenizer), tokenizer)
+    example = encode_conversation(
+        Conversation(row), get_template("tokenizer", tokenizer), tokenizer
+    )
     targets = (example.labels != IGNORE_INDEX).nonzero()[0]
     last_answer = targets[targets >= len(seen[0])]
     assert last_answer[0] == len(seen[0])

@@ -12,7 +12,8 @@ import pytest
 
 import raytune_ft.chat.model as chat_model
 from raytune_ft.chat import Sampling
-from raytune_ft.data.encode import encode_chat
+from raytune_ft.data.encode import encode_conversation
+from raytune_ft.data.segments import Conversation
 from raytune_ft.serving.api import MAX_BODY_BYTES, build_api
 from raytune_ft.serving.engine import EmbeddedEngine
 from raytune_ft.serving.guard import GuardRules
@@ -148,7 +149,9 @@ def test_served_prompt_ids_are_training_ids(
     ask(messages=chat)
     ask(messages=parts)
     row = [*chat, {"role": "assistant", "content": "x"}]
-    trained = encode_chat(row, endless.template, endless.tokenizer).input_ids.tolist()
+    trained = encode_conversation(
+        Conversation(row), endless.template, endless.tokenizer
+    ).input_ids.tolist()
     assert seen[0] == seen[1] == trained[: len(seen[0])]
     assert len(trained) - len(seen[0]) == len(endless.tokenizer.encode("x")) + 1
 
