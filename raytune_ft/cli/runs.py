@@ -15,6 +15,21 @@ Resume = Annotated[
 ]
 
 
+DeepSpeed = Annotated[
+    str | None, typer.Option("--deepspeed", help="Short for train.deepspeed=: a preset or a file.")
+]
+WorkDir = Annotated[
+    str | None, typer.Option("--work-dir", help="Short for run.storage=, run.name=: the folder.")
+]
+ConfigOptions = Annotated[
+    list[str] | None,
+    typer.Option("--cfg-options", metavar="KEY=VALUE", help="Fields by XTuner's names."),
+]
+Seed = Annotated[int | None, typer.Option("--seed", help="Short for train.seed=.")]
+Launcher = Annotated[str, typer.Option("--launcher", hidden=True)]
+LocalRank = Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)]
+
+
 @verb("train")
 def train(
     words: Words = None,
@@ -22,30 +37,53 @@ def train(
     dry_run: DryRun = False,
     resume: Resume = None,
     as_json: Json = False,
+    deepspeed: DeepSpeed = None,
+    work_dir: WorkDir = None,
+    cfg_options: ConfigOptions = None,
+    seed: Seed = None,
+    launcher: Launcher = "none",
+    local_rank: LocalRank = 0,
 ) -> int:
     """Train a recipe."""
+    from raytune_ft.cli import spelling
     from raytune_ft.config import loader
 
     name, overrides = split_words(words or [], config)
+    if cfg_options:
+        overrides = spelling.config_words([*cfg_options, *overrides])
+    overrides += spelling.train_words(
+        deepspeed=deepspeed, work_dir=work_dir, seed=seed, launcher=launcher, local_rank=local_rank
+    )
     if resume is not None:
-        if name is not None or overrides:
-            raise RecipeError(
-                "--resume: goes on with the run's own recipe; leave NAME and key=value out"
-            )
-        from raytune_ft.training.run_folder import RunFolder
-
-        name = str(RunFolder.existing(resume).recipe)
+        resume, name = spelling.run_of(resume), _resumed(resume, name, overrides)
+        overrides = []
     name = _named(name)
     if as_json and not dry_run:
         raise RecipeError("--json: prints the plan; add --dry-run")
     recipe = loader.load_recipe(name, overrides)
     if dry_run:
-        from raytune_ft.inspection import print_plan
+        from raytune_ft.planning import print_plan
 
         return print_plan(recipe, as_json=as_json)
     from raytune_ft.train import train as run
 
     return run(recipe, source=name, resume=resume)
+
+
+def _resumed(resume: str, name: str | None, overrides: list[str]) -> str:
+    """Return the recipe of the run to go on with; one that is named must be the same."""
+    from raytune_ft.cli import spelling
+    from raytune_ft.config import loader
+    from raytune_ft.training.run_folder import RunFolder
+
+    run = spelling.run_of(resume)
+    recipe = str(RunFolder.existing(run).recipe)
+    if name is None and overrides:
+        raise RecipeError("--resume: goes on with the run's own recipe; leave key=value out")
+    if name is not None:
+        asked = loader.load_recipe(name, overrides)
+        spelling.check_same(name, asked, loader.load_recipe(recipe), run)
+    return recipe
 
 
 @verb("tune")
@@ -83,17 +121,20 @@ def _named(name: str | None) -> str:
 
 @verb("inspect")
 def inspect(
-    config: Recipe,
+    config: Annotated[
+        str,
+        typer.Argument(metavar="CONFIG", help="A recipe, or a data file, folder, glob or address."),
+    ],
     overrides: Overrides = None,
-    rows: Annotated[int, typer.Option("--rows", "-n", min=1, help="Rows to show.")] = 3,
+    rows: Annotated[int, typer.Option("--rows", "-n", min=1, help="Rows of each source.")] = 3,
+    html: Annotated[
+        str | None, typer.Option("--html", metavar="FILE", help="Write a page instead.")
+    ] = None,
 ) -> None:
-    """Show rows as the model will see them, and what is dropped."""
-    from raytune_ft.config import loader
+    """Show rows as the model will see them, packs, lengths, and what is dropped."""
+    from raytune_ft import inspection
 
-    recipe = loader.load_recipe(config, overrides or [])
-    from raytune_ft.inspection import inspect_recipe
-
-    inspect_recipe(recipe, rows)
+    inspection.inspect(config, overrides or [], rows, html)
 
 
 @verb("plan")
@@ -109,6 +150,6 @@ def plan(
     from raytune_ft.config import loader
 
     recipe = loader.load_recipe(config, overrides or [])
-    from raytune_ft.inspection import print_plan
+    from raytune_ft.planning import print_plan
 
     return print_plan(recipe, gpu_memory, as_json=as_json)

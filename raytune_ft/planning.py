@@ -1,34 +1,23 @@
-"""`inspect` and `plan`: what a recipe would do, shown before it is done. No Ray, no weights."""
+"""`plan`: what a recipe needs and does, predicted before it starts. No Ray, no weights."""
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
 from rich.console import Console
 from rich.text import Text
 
 from raytune_ft import survey
-from raytune_ft.chat.text import printable
 from raytune_ft.config.schema import Recipe
-from raytune_ft.data import formats, sources
-from raytune_ft.data.encode import IGNORE_INDEX, Example
-from raytune_ft.data.tokenizer import TextTokenizer
-from raytune_ft.data.windows import Encoder, Report
-from raytune_ft.errors import DataError, MemoryPlanError
-from raytune_ft.model import loading
+from raytune_ft.data.windows import Report
+from raytune_ft.errors import MemoryPlanError
 
 if TYPE_CHECKING:
     from raytune_ft.model.memory import MemoryPlan
 
-OPEN, CLOSE = "⟦", "⟧"
-"""Stand around trained tokens, so that they show without colours too."""
 GIB = 2**30
 
 
@@ -102,7 +91,7 @@ def _plan_rows(recipe: Recipe, report: PlanReport) -> Iterator[tuple[str, str]]:
     yield "model", f"{model.path}, {model.method}{weights}, template {model.template}"
     yield "data", ", ".join(source.path for source in recipe.data.sources)
     if report.rows is not None:
-        yield from _count_rows(report.rows, recipe.data.max_length, report.packs, report.density)
+        yield from count_rows(report.rows, recipe.data.max_length, report.packs, report.density)
     yield (
         "batch",
         (
@@ -141,9 +130,10 @@ def shortage(memory: MemoryPlan) -> str:
     return f"needs about {memory.total / GIB:.1f} GiB, more than there is: {advice}"
 
 
-def _count_rows(
+def count_rows(
     report: Report, max_length: int, packs: int | None, density: float | None
 ) -> Iterator[tuple[str, str]]:
+    """Yield a line per figure: rows used and dropped with places, tokens, packs."""
     dropped = sum(report["dropped"].values())
     yield "rows", f"{report['used']:,} used of {report['rows']:,}, {dropped:,} dropped"
     for reason, count in report["dropped"].items():
@@ -160,91 +150,3 @@ def _count_rows(
 def _places(report: Report, reason: str, count: int) -> str:
     places = report["places"].get(reason, [])[:3]
     return ", ".join(places) + (" ..." if count > len(places) else "")
-
-
-def inspect_recipe(recipe: Recipe, rows: int = 3) -> None:
-    """Print the first rows as the model will see them, then what becomes of all rows.
-
-    Raises:
-        RecipeError, ModelError: something that the recipe names cannot be used.
-        DataError: a row cannot be used and `data.on_bad_row` is `error`.
-    """
-    survey.check_names(recipe)
-    folder = survey.model_folder(recipe.model.path)
-    if folder is None:
-        folder = loading.prepare_folder(recipe.model.path, _say)
-    tokenizer = TextTokenizer.from_folder(folder, recipe.model.eos_token)
-    encoder = Encoder.of(recipe, tokenizer)
-    opened = sources.open_sources(recipe.data, recipe.train.seed)
-    console = Console(highlight=False, soft_wrap=True)
-    shown = 0
-    for number in range(len(opened)):
-        if shown == rows:
-            break
-        shown += _show_row(console, opened, number, encoder)
-    _show_counts(recipe, folder, tokenizer)
-
-
-def _show_row(console: Console, opened: sources.RowSource, number: int, encoder: Encoder) -> bool:
-    """Print one row; False if it has nothing to show."""
-    where, map_name, data = opened.where(number), opened.map_of(number), encoder.data
-    try:
-        row = opened.rows([number])[0]
-        messages = formats.to_messages(row, map_name, data.fill, data.system, where)
-        example = encoder.encode(row, opened.source_of(number), where)
-    except DataError as error:
-        if data.on_bad_row == "error":
-            raise
-        console.print(Text(f"dropped: {error}\n", style="yellow"))
-        return False
-    if messages is None or example is None:
-        console.print(Text(f"{where}: dropped, it has no answer\n", style="yellow"))
-        return False
-    console.print(Text(where, style="bold"))
-    for message in messages:
-        console.print(Text(f"  {message['role']}: {printable(message['content'])}"))
-    console.print(Text(f"  {_length(example)}; trained in {OPEN}{CLOSE}:", style="dim"))
-    console.print(trained_text(example, encoder.tokenizer))
-    console.print()
-    return True
-
-
-def _length(example: Example) -> str:
-    n = len(example.input_ids)
-    cut = f", cut from {example.uncut_length}" if example.uncut_length > n else ""
-    return f"{n} tokens{cut}, {example.n_targets} trained"
-
-
-def trained_text(example: Example, tokenizer: TextTokenizer) -> Text:
-    """Decode an example, special tokens and all, with the trained stretches marked."""
-    text = Text()
-    for ids, trained in stretches(example.input_ids, example.labels):
-        piece = printable(tokenizer.decode(ids, skip_special_tokens=False))
-        text.append(f"{OPEN}{piece}{CLOSE}" if trained else piece, "green" if trained else "dim")
-    return text
-
-
-def stretches(
-    input_ids: npt.NDArray[np.int32], labels: npt.NDArray[np.int32]
-) -> Iterator[tuple[list[int], bool]]:
-    """Cut token ids, shape (n,), where trained and untrained ones meet."""
-    trained = labels != IGNORE_INDEX
-    ends = [*(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(input_ids)]
-    start = 0
-    for end in ends:
-        if end > start:
-            yield input_ids[start:end].tolist(), bool(trained[start])
-        start = end
-
-
-def _show_counts(recipe: Recipe, folder: Path, tokenizer: TextTokenizer) -> None:
-    found = survey.Survey(recipe, folder, tokenizer, None)
-    survey.count_rows(found)
-    rows, pairs = found.counted, list[tuple[str, str]]()
-    if rows is not None:
-        pairs += _count_rows(rows.report, recipe.data.max_length, rows.packs, rows.density)
-    print_pairs([*pairs, *(("note", note) for note in found.notes)])
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
