@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from raytune_ft.data.readers import DataRow, Offsets
+from raytune_ft.data.readers import ADVICE, DataRow, Offsets
 from raytune_ft.errors import DataError
 
 GROUPS_KEPT = 32
@@ -57,8 +57,16 @@ class GroupReader:
         for group in np.unique(groups):
             places = np.flatnonzero(groups == group)
             first = int(self.group_ends[group - 1]) if group else 0
-            table = _group(str(self.path), changed, int(group))
-            taken = table.take(wanted[places] - first).to_pylist()
+            try:
+                table = _group(str(self.path), changed, int(group))
+                taken = table.take(wanted[places] - first).to_pylist()
+            except _unreadable() as error:
+                for place in places:
+                    where = self.where(int(wanted[place]))
+                    found[place] = DataError(
+                        f"{where}: cannot be read ({_reason(error)}); {ADVICE}"
+                    )
+                continue
             for place, row in zip(places, taken, strict=True):
                 found[place] = {name: without_nulls(value) for name, value in row.items()}
         return found
@@ -77,8 +85,6 @@ def open_arrow(path: Path, display: str) -> GroupReader:
     Raises:
         DataError: damaged, without rows, or with extension types of unknown libraries.
     """
-    import pyarrow as pa
-
     try:
         with path.open("rb") as file:
             start = file.read(len(_MAGIC))
@@ -88,10 +94,11 @@ def open_arrow(path: Path, display: str) -> GroupReader:
             sizes = _file_sizes(path, display)
         else:
             sizes = _stream_sizes(path, display)
-    except (pa.ArrowException, OSError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        if any(size < 0 for size in sizes):
+            raise ValueError("a group of less than no rows")
+    except _unreadable() as error:
         kind = "a Parquet" if path.suffix == ".parquet" else "an Arrow"
-        raise DataError(f"{display}: not {kind} file ({reason}); copy it again") from None
+        raise DataError(f"{display}: not {kind} file ({_reason(error)}); copy it again") from None
     if not sum(sizes):
         raise DataError(f"{display}: no rows; write rows into it")
     return GroupReader(path, display, np.cumsum(sizes, dtype=np.int64))
@@ -102,14 +109,25 @@ def _group(path: str, changed_ns: int, group: int) -> Any:
     import pyarrow as pa
     from pyarrow import parquet
 
-    try:
-        if _kind(path) == _PARQUET:
-            with parquet.ParquetFile(path) as file:
-                return file.read_row_group(group)
-        batch = _opened(path, changed_ns)[group]
-        return pa.Table.from_batches([batch])
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: group {group} of rows cannot be read ({error})") from None
+    if _kind(path) == _PARQUET:
+        with parquet.ParquetFile(path) as file:
+            table = file.read_row_group(group)
+    else:
+        table = pa.Table.from_batches([_opened(path, changed_ns)[group]])
+    # an Arrow file is mapped as it is: wrong offsets would be followed out of memory
+    table.validate(full=True)
+    return table
+
+
+def _unreadable() -> tuple[type[Exception], ...]:
+    """Return what Arrow raises for damaged files."""
+    import pyarrow as pa
+
+    return (pa.ArrowException, OSError, EOFError, ValueError, OverflowError, IndexError)
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:120]
 
 
 def _kind(path: str) -> bytes:
