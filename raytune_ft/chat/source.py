@@ -66,6 +66,25 @@ def find_source(path: str, bits: int | None = None) -> ChatSource:
     return replace(source, section=_with(source.section, quantization=QUANTIZATION_OF_BITS[bits]))
 
 
+def with_adapter(model: str, adapter: str, bits: int | None = None) -> ChatSource:
+    """Return the source of an adapter folder, or of a run's adapter, on a base of the user's own.
+
+    Args:
+        model: folder or hub name of the base.
+        adapter: PEFT folder, or a run that holds one; its template and system text are used.
+        bits: as for `find_source`.
+
+    Raises:
+        CheckpointError, ModelError, RecipeError: one line that names the folder.
+    """
+    source = find_source(adapter, bits)
+    if source.adapter is None:
+        raise ModelError(f"{adapter}: no adapter; give a folder with adapter_config.json")
+    folder = Path(model).expanduser()
+    base = str(folder.resolve()) if folder.is_dir() else model
+    return replace(source, base=base, section=_with(source.section, path=base))
+
+
 def _source_at(path: str) -> ChatSource:
     folder = Path(path).expanduser().resolve()
     if not folder.is_dir():

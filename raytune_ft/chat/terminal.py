@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TextIO
 
-from raytune_ft.chat.source import find_source
+from raytune_ft.chat.source import find_source, with_adapter
 from raytune_ft.chat.text import printable
 
 if TYPE_CHECKING:
@@ -36,6 +36,8 @@ def run_chat(
     top_k: int = 40,
     max_new_tokens: int = 512,
     seed: int = 0,
+    adapter: str | None = None,
+    template: str | None = None,
 ) -> int:
     """Chat with the model at `path` until the user leaves; return the exit code.
 
@@ -49,14 +51,18 @@ def run_chat(
         top_k: candidates per token.
         max_new_tokens: longest answer.
         seed: of the first answer; each later one takes the next number.
+        adapter: an adapter folder, put onto the model at `path`.
+        template: prompt template; none: that of the training rows.
 
     Raises:
         RaytuneError: the path or an option cannot be used; one line, before torch is loaded.
     """
-    find_source(path, bits)
-    from raytune_ft.chat.model import Sampling, open_chat
+    source = with_adapter(path, adapter, bits) if adapter else find_source(path, bits)
+    if template is not None:
+        source = replace(source, template=template)
+    from raytune_ft.chat.model import Sampling, load_source
 
-    chat = open_chat(path, bits, log=_say)
+    chat = load_source(source, log=_say)
     if system is not None:
         chat = replace(chat, system=system)
     sampling = Sampling(temperature, top_p, top_k, max_new_tokens, seed)

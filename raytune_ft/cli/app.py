@@ -9,6 +9,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from raytune_ft.cli.spelling import instead_of
 from raytune_ft.entry import exit_code, run_main, tell
 
 PROGRAM = "raytune-ft"
@@ -48,7 +49,7 @@ def dispatch(arguments: list[str]) -> int:
         message = " ".join(problem.format_message().split())
         context = getattr(problem, "ctx", None)
         path = context.command_path if context is not None else PROGRAM
-        tell(f"{message.rstrip('.')}; see: {path} --help")
+        tell(instead_of(arguments, message) or f"{message.rstrip('.')}; see: {path} --help")
         return WRONG_USAGE
     return result if isinstance(result, int) else 0
 
@@ -63,15 +64,17 @@ def _with_value(arguments: list[str]) -> list[str]:
     return words
 
 
-def verb(name: str) -> Callable[[Callable[..., int | None]], Callable[..., int]]:
-    """Register a verb, whose errors become its exit code."""
+def verb(
+    name: str, group: typer.Typer = app
+) -> Callable[[Callable[..., int | None]], Callable[..., int]]:
+    """Register a verb, of the program or of a group of verbs; its errors become its exit code."""
 
     def register(work: Callable[..., int | None]) -> Callable[..., int]:
         @functools.wraps(work)
         def guarded(**options: Any) -> int:
             return exit_code(lambda: work(**options))
 
-        app.command(name)(guarded)
+        group.command(name)(guarded)
         return guarded
 
     return register

@@ -79,9 +79,28 @@ def chat(
     top_k: Annotated[int, typer.Option(min=0, help="Candidates per token.")] = 40,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
     seed: Annotated[int, typer.Option(min=0, help="Same seed, same answers.")] = 0,
+    adapter: Annotated[
+        str | None, typer.Option("--adapter", help="Adapter folder to put onto PATH.")
+    ] = None,
+    template: Annotated[
+        str | None, typer.Option("--prompt-template", help="Default: as in training.")
+    ] = None,
+    system_template: Annotated[
+        str | None, typer.Option("--system-template", help="System text by XTuner's name.")
+    ] = None,
+    bot_name: Annotated[
+        str, typer.Option("--bot-name", help="Stands for {bot_name} in the system text.")
+    ] = "BOT",
 ) -> int:
     """Talk to a trained model."""
     from raytune_ft.chat import run_chat
+
+    if system_template is not None:
+        if system is not None:
+            raise RecipeError("--system-template: give it or --system, not both")
+        system = _system_text(system_template, bot_name)
+    if template is not None:
+        _check_template(template)
 
     return run_chat(
         path,
@@ -93,7 +112,28 @@ def chat(
         top_k=top_k,
         max_new_tokens=max_new_tokens,
         seed=seed,
+        adapter=adapter,
+        template=template,
     )
+
+
+def _check_template(name: str) -> None:
+    from raytune_ft.config.document import nearest
+    from raytune_ft.data.prompts import PROMPTS
+
+    known = ["tokenizer", *PROMPTS]
+    if name not in known:
+        near = nearest(name, known)
+        hint = f"did you mean '{near}'?" if near else f"choose: {', '.join(known)}"
+        raise RecipeError(f"--prompt-template: no template '{name}'; {hint}")
+
+
+def _system_text(name: str, bot_name: str) -> str:
+    from raytune_ft.data.prompts import SYSTEMS
+
+    if name not in SYSTEMS:
+        raise RecipeError(f"--system-template: no '{name}'; choose: {', '.join(SYSTEMS)}")
+    return SYSTEMS[name].replace("{bot_name}", bot_name)
 
 
 @verb("serve")

@@ -1,0 +1,101 @@
+"""XTuner's `convert` verbs: a run or checkpoint to an adapter, an adapter to a merged model.
+
+`raytune-ft export` and `merge` are ours; these take XTuner's positional words and plain folders.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from raytune_ft import export
+from raytune_ft.config.loader import load_recipe
+from raytune_ft.config.schema import ModelSection
+from raytune_ft.errors import CheckpointError, RecipeError
+from raytune_ft.model import adapter, loading, merge
+from raytune_ft.model.tensors import load_tensors, save_tensors
+from raytune_ft.training import checkpoint
+from raytune_ft.training.run_folder import RunFolder, write_json
+
+
+def to_adapter(config: str, trained: str, out: str) -> Path:
+    """Write the adapter of a run, or of one of its checkpoints, as plain peft loads it.
+
+    Args:
+        config: the recipe that was trained; another one's is a mistake that is told.
+        trained: a run folder, or `checkpoints/step_NNNNNN` inside one.
+        out: target, missing or empty.
+
+    Raises:
+        RecipeError: `config` trains another model or adapter, or `out` is not empty.
+        CheckpointError: there is no run, or no such checkpoint, or it is damaged.
+    """
+    path = Path(trained).expanduser().resolve()
+    is_step = path.name.startswith(checkpoint.STEP_PREFIX) and path.parent.name == "checkpoints"
+    run = RunFolder.existing(path.parent.parent if is_step else trained)
+    _check_same(config, run)
+    if not is_step:
+        return export.export(str(run.path), out)
+    tensors = _tensors_of(path, run)
+    target = export.export(str(run.path), out)
+    save_tensors(tensors, target / adapter.WEIGHTS_FILE)
+    return target
+
+
+def _check_same(config: str, run: RunFolder) -> None:
+    """Compare what the recipe would train with what the run has trained."""
+    asked, trained = load_recipe(config), load_recipe(str(run.recipe))
+    for name in ("path", "method", "quantization"):
+        ours, theirs = getattr(asked.model, name), getattr(trained.model, name)
+        if ours != theirs:
+            raise RecipeError(
+                f"{config}: model.{name} is {ours}, the run was trained with {theirs}; "
+                f"name {run.recipe}"
+            )
+    if asked.lora != trained.lora:
+        raise RecipeError(f"{config}: another lora section than the run's; name {run.recipe}")
+
+
+def _tensors_of(step: Path, run: RunFolder) -> dict[str, Any]:
+    """Return a checkpoint's tensors under the names of the run's adapter."""
+    final = export.result_folder(run) / adapter.WEIGHTS_FILE
+    if not final.is_file():
+        raise RecipeError(f"{step}: of a full-parameter run; its model is {run.model}")
+    names = load_tensors(final)
+    loaded = checkpoint.load(step).weights
+    renamed = {
+        key.removeprefix("model.").replace(".default.", "."): value for key, value in loaded.items()
+    }
+    if renamed.keys() != names.keys():
+        raise CheckpointError(
+            f"{step}: its tensors have the network's own names; name the run {run.path}, whose "
+            "adapter is written"
+        )
+    return {key: value.to(names[key].dtype) for key, value in renamed.items()}
+
+
+def to_model(model: str, adapter_folder: str, out: str, size: str, base: str | None) -> Path:
+    """Merge an adapter folder into the model that it was trained on.
+
+    Args:
+        model: folder or hub name of the base model.
+        adapter_folder: PEFT folder, or a run that holds one.
+        out: target, missing or empty.
+        size: of the largest weight file, such as 2GB.
+        base: `original` or `dequantized` weights; default: as the adapter saw them, where a
+            `raytune_ft.json` beside it says so, else original.
+    """
+    folder = Path(adapter_folder).expanduser()
+    folder = folder / "adapter" if (folder / "run.json").is_file() else folder
+    if not (folder / adapter.CONFIG_FILE).is_file():
+        raise CheckpointError(f"{adapter_folder}: no {adapter.CONFIG_FILE}; name an adapter folder")
+    marker = export.read_marker(folder) or {}
+    chosen = base or ("dequantized" if marker.get("quantization") == "nf4" else "original")
+    section = ModelSection(path=model, double_quant=bool(marker.get("double_quant", True)))
+    target = Path(out).expanduser()
+    merge.merge_to(
+        loading.prepare_folder(model), folder, target, size, base=chosen, section=section
+    )
+    if marker:
+        write_json(target / export.MARKER, {**marker, "merged_into": chosen})
+    return target
