@@ -42,7 +42,7 @@ def split_readers(source: Source, split: str) -> list[Reader]:
     """Open another split of a source; RecipeError if it has no such split."""
     key = "data.validation"
     path = local_path(source.path)
-    is_one = path.is_file() if path is not None else names_file(source.path)
+    is_one = path.is_file() if path is not None else is_data_file(source.path.partition("?")[0])
     if is_one or is_pattern(source.path):
         raise RecipeError(
             f"{key}: no file '{split}', and {_name(source.path)} has no splits; "
