@@ -35,10 +35,8 @@ class Spec:
     config: Config
     shapes: Callable[[Config], Shapes]
     vocabulary: Callable[[Path], int]
-    template: str
-    """Prompt template of the family's card."""
-    eos_token: str | None = None
-    """Token that ends an answer, where the files name none."""
+    card: str
+    """Model card whose template and end of answer the family is trained with."""
 
 
 def make(
@@ -352,41 +350,43 @@ STARCODER: Config = {
 
 SPECS: dict[str, Spec] = {
     "internlm_7b": Spec(
-        INTERNLM, with_inv_freq(llama_shapes), vocabularies.internlm, "internlm_chat"
+        INTERNLM, with_inv_freq(llama_shapes), vocabularies.internlm, "internlm_7b"
     ),
     "internlm_20b": Spec(
-        INTERNLM | {"bias": False}, llama_shapes, vocabularies.internlm, "internlm_chat"
+        INTERNLM | {"bias": False}, llama_shapes, vocabularies.internlm, "internlm_20b"
     ),
-    "llama": Spec(LLAMA, with_inv_freq(llama_shapes), vocabularies.llama, "default"),
-    "llama2": Spec(LLAMA2, with_inv_freq(llama_shapes), vocabularies.llama, "llama2_chat"),
+    "llama": Spec(LLAMA, with_inv_freq(llama_shapes), vocabularies.llama, "llama_7b"),
+    "llama2": Spec(LLAMA2, with_inv_freq(llama_shapes), vocabularies.llama, "llama2_7b_chat"),
     "llama2_gqa": Spec(
-        LLAMA2 | {"num_key_value_heads": 2}, llama_shapes, vocabularies.llama, "llama2_chat"
+        LLAMA2 | {"num_key_value_heads": 2}, llama_shapes, vocabularies.llama, "llama2_70b"
     ),
-    "mistral": Spec(MISTRAL, llama_shapes, vocabularies.llama, "default"),
-    "zephyr": Spec(MISTRAL | {"pad_token_id": 2}, llama_shapes, vocabularies.zephyr, "zephyr"),
+    "mistral": Spec(MISTRAL, llama_shapes, vocabularies.llama, "mistral_7b"),
+    "zephyr": Spec(
+        MISTRAL | {"pad_token_id": 2}, llama_shapes, vocabularies.zephyr, "zephyr_7b_beta"
+    ),
     "chatglm2": Spec(
-        CHATGLM | {"seq_length": 32768}, chatglm_shapes, vocabularies.chatglm2, "chatglm2"
+        CHATGLM | {"seq_length": 32768}, chatglm_shapes, vocabularies.chatglm2, "chatglm2_6b"
     ),
-    "chatglm3": Spec(CHATGLM, chatglm_shapes, vocabularies.chatglm3, "chatglm3"),
-    "qwen": Spec(QWEN, qwen_shapes, vocabularies.qwen, "qwen_chat", "<|im_end|>"),
-    "qwen_aug": Spec(QWEN_AUG, qwen_shapes, vocabularies.qwen, "qwen_chat", "<|endoftext|>"),
+    "chatglm3": Spec(CHATGLM, chatglm_shapes, vocabularies.chatglm3, "chatglm3_6b"),
+    "qwen": Spec(QWEN, qwen_shapes, vocabularies.qwen, "qwen_7b_chat"),
+    "qwen_aug": Spec(QWEN_AUG, qwen_shapes, vocabularies.qwen, "qwen_7b"),
     "baichuan_7b": Spec(
-        BAICHUAN_7B, with_inv_freq(baichuan_shapes), vocabularies.baichuan, "baichuan_chat"
+        BAICHUAN_7B, with_inv_freq(baichuan_shapes), vocabularies.baichuan, "baichuan_7b"
     ),
     "baichuan2_7b": Spec(
-        BAICHUAN2_7B, baichuan_shapes, vocabularies.baichuan2, "baichuan2_chat"
+        BAICHUAN2_7B, baichuan_shapes, vocabularies.baichuan2, "baichuan2_7b_chat"
     ),
-    "baichuan_13b": Spec(BAICHUAN_13B, baichuan_shapes, vocabularies.baichuan, "baichuan_chat"),
+    "baichuan_13b": Spec(BAICHUAN_13B, baichuan_shapes, vocabularies.baichuan, "baichuan_13b_chat"),
     "baichuan2_13b": Spec(
-        BAICHUAN2_13B, baichuan_shapes, vocabularies.baichuan2, "baichuan2_chat"
+        BAICHUAN2_13B, baichuan_shapes, vocabularies.baichuan2, "baichuan2_13b_chat"
     ),
     "yi_first": Spec(
         YI | code("yi", "YiForCausalLM", "YiConfig") | {"model_type": "Yi"},
-        yi_first_shapes, vocabularies.yi_first, "default",
+        yi_first_shapes, vocabularies.yi_first, "yi_6b",
     ),
     "yi_later": Spec(
         YI | {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},
-        llama_shapes, vocabularies.yi_later, "default",
+        llama_shapes, vocabularies.yi_later, "yi_34b",
     ),
-    "starcoder": Spec(STARCODER, starcoder_shapes, vocabularies.starcoder, "default"),
+    "starcoder": Spec(STARCODER, starcoder_shapes, vocabularies.starcoder, "starcoder"),
 }  # fmt: skip

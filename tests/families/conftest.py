@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,18 @@ from tests.families.loaded import load
 
 Checkpoint = Callable[..., Path]
 Loaded = Callable[[str], Any]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def libraries_out_of_the_way() -> Iterator[None]:
+    """Loading collects garbage; without this it looks through half a million library objects."""
+    import bitsandbytes  # noqa: F401
+    import peft  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")
