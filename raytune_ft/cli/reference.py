@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 from pathlib import Path
 from typing import Annotated
 
@@ -46,11 +47,11 @@ def import_config(
     for line in lines:
         tell_note(line)
     recipe = draft.recipe()
-    title = "\n".join([
-        f"From {draft.kind}'s {Path(file).name}, by raytune-ft import.",
-        *(["", "Not carried over as it stands:", *lines] if lines else []),
-    ])  # fmt: skip
-    text = dump_yaml(recipe, title)
+    title = [f"From {draft.kind}'s {Path(file).name}, by raytune-ft import."]
+    if lines:
+        title += ["", "Not carried over as it stands:"]
+        title += [_wrapped(line.replace(file, Path(file).name)) for line in lines]
+    text = dump_yaml(recipe, "\n".join(title))
     if to_stdout:
         print(text, end="")
         return
@@ -58,6 +59,11 @@ def import_config(
     _write_new(target, text)
     print(target)
     tell_note(f"next: raytune-ft inspect {target}")
+
+
+def _wrapped(line: str) -> str:
+    """Break a line of the file's head, so that it stays readable beside the fields."""
+    return textwrap.fill(line, 96, subsequent_indent="    ", break_on_hyphens=False)
 
 
 def _write_new(target: Path, text: str) -> None:

@@ -177,7 +177,7 @@ class Keys:
         for key in keys:
             self.read.add(key)
             if key in self:
-                self.draft.machinery.append(self.name(key))
+                self.draft.machinery.append(key)
 
     def note(self, key: str, what: str, advice: str) -> None:
         """Note a key of this section."""
