@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from rich.console import Console
 
+from raytune_ft import survey
 from raytune_ft.config import loader
 from raytune_ft.config.schema import DataSection, ModelSection, Recipe
 from raytune_ft.data.tokenizer import TextTokenizer
@@ -36,7 +37,7 @@ def rows() -> list[dict[str, str]]:
             "input": f"Question {i}: {' '.join(WORDS[(i + k) % 10] for k in range(3 + i % 9))}?"
             "\nA. red\nB. blue\nC. stone\nD. river\nAnswer:",
             "output": "ABCD"[(i * 7) % 4],
-            "subject": subjects[i * i % 5],
+            "subject": subjects[(i * i + i // 7) % 5],
         }
         for i in range(41)
     ]
@@ -216,9 +217,15 @@ def test_figures_are_named_by_their_file() -> None:
     assert list(map(mmlu.benchmark_name, names)) == ["mmlu_fs_val", "mmlu_fs_test", "my_mmlu"]
 
 
-def test_the_recipe_asks_the_reference_s_two_files() -> None:
+def test_the_recipe_asks_the_reference_s_two_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     recipe = loader.load_recipe("internlm_7b_qlora_oasst1_mmlu_e3")
     assert list(map(mmlu.benchmark_name, recipe.chat_eval.mmlu)) == ["mmlu_fs_val", "mmlu_fs_test"]
+    notes = survey.survey(recipe).notes
+    for path in recipe.chat_eval.mmlu:
+        assert f"chat_eval.mmlu: {path} is not here; training needs it" in notes
 
 
 def test_figures_are_written_and_printed_once_and_cut_off_at_a_resume(tmp_path: Path) -> None:
