@@ -85,7 +85,7 @@ def merge(
 def write_tokenizer(run: RunFolder, target: Path) -> None:
     """Write a run's tokenizer and template as transformers reads them, without code."""
     info = run.info()
-    tokenizer = TextTokenizer.from_folder(info["model_folder"])
+    tokenizer = TextTokenizer.from_folder(info["model_folder"], info.get("eos_token"))
     hf_files.write(tokenizer, target, hf_files.chat_template(info["template"], tokenizer))
 
 

@@ -18,14 +18,21 @@ Loaded = Callable[[str], Any]
 
 @pytest.fixture(scope="session", autouse=True)
 def libraries_out_of_the_way() -> Iterator[None]:
-    """Loading collects garbage; without this it looks through half a million library objects."""
+    """Loading collects garbage; without this it looks through half a million library objects.
+
+    One thread, because threads that wait for each other cost more than these matrices.
+    """
     import bitsandbytes  # noqa: F401
     import peft  # noqa: F401
+    import torch
 
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     gc.collect()
     gc.freeze()
     yield
     gc.unfreeze()
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +68,8 @@ def train(recipe: Recipe) -> tuple[RunFolder, Prepared]:
     prepared = prepare(recipe, folder, "family test", silent_screen())
     rows = prepared.train
     worker.run(
-        prepared.job,
+        # one thread: for matrices this small, threads that wait for each other cost most
+        replace(prepared.job, sharing=os.cpu_count() or 1),
         lambda start: iter_packs(rows.source, rows.encoder, rows.plan, start),
         None,
         lambda _event: None,
