@@ -200,7 +200,7 @@ def format_of(name: str, key: str = "data.sources[].map") -> Format:
     if name not in FORMATS:
         near = difflib.get_close_matches(name, FORMATS, n=1, cutoff=0.6)
         hint = f"did you mean '{near[0]}'?" if near else f"choose: {', '.join(FORMATS)}"
-        raise RecipeError(f"{key}: no map function '{name}', nor a format; {hint}")
+        raise RecipeError(f"{key}: no format or map function '{name}'; {hint}")
     return FORMATS[name]
 
 

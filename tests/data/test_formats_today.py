@@ -406,7 +406,7 @@ def test_map_takes_formats_and_columns_renames(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ({"map": "alpacca"}, "no map function 'alpacca', nor a format; did you mean 'alpaca'?"),
+        ({"map": "alpacca"}, "no format or map function 'alpacca'; did you mean 'alpaca'?"),
         ({"map": "zzz"}, "choose: alpaca, sharegpt, openai,"),
         (
             {"map": "alpaca", "columns": {"instructoin": "q"}},
