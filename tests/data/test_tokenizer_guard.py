@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
-from typing import Any
 
 import pytest
 from hypothesis import given
@@ -28,7 +26,10 @@ FLAGS: dict[str, dict[str, bool]] = {
 def tokenizer(flags: str = "plain", *, holes: bool = False) -> TextTokenizer:
     """A byte-level tokenizer without merges; with `holes`, its ids are not dense."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {text: id_ * (2 if holes else 1) for id_, text in enumerate(alphabet)}
+    vocab = {text: id_ for id_, text in enumerate(alphabet)}
+    if holes:
+        vocab = {text: id_ * 2 for text, id_ in vocab.items()}
+        vocab |= {text: 601 + place for place, text in enumerate([*WORDS[:3], "  "])}
     backend = Tokenizer(models.BPE(vocab, []))
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -112,19 +113,12 @@ def test_text_that_spells_the_guards_own_names_stays_text() -> None:
 
 
 def test_a_vocabulary_with_holes_keeps_its_ids() -> None:
-    text = "<|end|>aé<tool>  <|end|>"
-    ids = tokenizer(holes=True).encode(text, [(0, 7)])
-    dense = tokenizer().encode(text, [(0, 7)])
-    names = [json.loads(tokenizer().spec.tokenizer_json)["added_tokens"], holes_added()]
-    back = {b["id"]: a["id"] for a, b in zip(*names, strict=True)}
-    assert [back.get(id_, id_ // 2) for id_ in ids] == dense
-
-
-def holes_added() -> list[dict[str, Any]]:
-    added: list[dict[str, Any]] = json.loads(tokenizer(holes=True).spec.tokenizer_json)[
-        "added_tokens"
-    ]
-    return added
+    """Names that the guard adds must not take the ids of letters."""
+    letters = "".join(map(chr, range(0xA1, 0x200)))
+    text = f"<|end|>{letters}<tool>  <|end|>"
+    sparse = tokenizer(holes=True).encode(text, [(0, 7)])
+    real = {601: 256, 602: 257, 603: 258, 604: 259}
+    assert [real.get(id_, id_ // 2) for id_ in sparse] == tokenizer().encode(text, [(0, 7)])
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2 as proto
 
+from raytune_ft.chat.text import Detokenizer
 from raytune_ft.data.tokenizer import TextTokenizer
 from raytune_ft.errors import ModelError
 from tests.data.tokenizer_files import (
@@ -124,6 +125,38 @@ def test_specials_are_recognised_outside_foreign_spans() -> None:
     ]
     assert tokenizer.encode(text).count(eoh) == 2
     assert both.count(eoh) == 1
+
+
+@functools.cache
+def with_runs_of_spaces() -> bytes:
+    """Give a model Mistral's runs of spaces: equal scores, and one length missing."""
+    model = proto.ModelProto.FromString(content("llama"))  # type: ignore[attr-defined]
+    known = {piece.piece for piece in model.pieces}
+    for length in (2, 4, 8, 5, 16, 6, 12, 13, 10, 14, 3, 9, 7, 11):
+        if "\u2581" * length not in known:
+            model.pieces.add(piece="\u2581" * length, type=1)
+    for piece in model.pieces:
+        if len(piece.piece) > 1 and not piece.piece.strip("\u2581"):
+            piece.score = -1e9
+    written: bytes = model.SerializeToString()
+    return written
+
+
+def test_runs_of_spaces_split_as_sentencepiece_splits_them(own_cache: Path, tmp_path: Path) -> None:
+    files = {"tokenizer.model": with_runs_of_spaces()}
+    tokenizer = TextTokenizer.from_folder(write_folder(tmp_path / "m", files))
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=with_runs_of_spaces())
+    for text in (before + " " * length + "a" for before in ("", "\n") for length in range(70)):
+        assert tokenizer.encode(text) == pieces.encode(text)
+
+
+def test_text_comes_token_by_token_and_whole(own_cache: Path) -> None:
+    """The chat shows a leading space and a character of several bytes neither early nor twice."""
+    for kind in ("llama", "internlm"):
+        shown, text = Detokenizer(ours(kind).decode), " the 🙂🙂 stone, 天空"
+        pieces = [shown.push(id_) for id_ in ours(kind).encode(text)]
+        assert "".join(pieces) == text
+        assert not any("\ufffd" in piece for piece in pieces)
 
 
 @given(ids=st.lists(st.integers(3, 419), max_size=12))

@@ -53,6 +53,11 @@ def test_specials_count_unless_the_text_is_foreign(text: str) -> None:
     assert ours().encode(text, [(0, len(text))]) == theirs().encode_ordinary(nfc(text))
 
 
+@pytest.mark.parametrize("text", [" qzj", "a qzj qzjx qzj", " qz j"])
+def test_a_whole_word_is_looked_up_before_anything_is_merged(text: str) -> None:
+    assert ours().encode(text) == theirs().encode_ordinary(text)
+
+
 def test_specials_follow_the_ranks_in_qwens_order() -> None:
     size = theirs().n_vocab - len(QWEN_SPECIAL)
     ids = [ours().token_id(f"<|{name}|>") for name in ("endoftext", "im_start", "im_end")]

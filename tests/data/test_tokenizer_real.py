@@ -85,6 +85,15 @@ def test_ids_and_texts_equal_the_original(name: str, text: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_hard_texts_equal_the_original(name: str) -> None:
+    """NUL, which InternLM has a piece for, and runs of every length."""
+    hard = ["\x00", "a\x00b\x00\x00", " ", "  a", "\r\n\r\n", "<0x0A>", "<|im_start|"]
+    hard += [a + c * n + "b" for a in ("", "\n") for c in " =\n\t-" for n in range(1, 70)]
+    for text in hard:
+        compare(name, text)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_ids_and_texts_equal_the_original_on_real_texts(name: str) -> None:
     ours(name)
     if not SHARED_DATA.is_dir():

@@ -95,6 +95,7 @@ def tiny_ranks(extra: int = 120) -> bytes:
         best = min(counts, key=lambda pair: (-counts[pair], pair))
         ranks.append(best)
         words = [_merged(word, best) for word in words]
+    ranks.append(b" qzj")  # a word that no two tokens make: found whole or not at all
     lines = (base64.b64encode(token) + b" %d" % rank for rank, token in enumerate(ranks))
     return b"\n".join(lines) + b"\n"
 
