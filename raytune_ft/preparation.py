@@ -93,7 +93,9 @@ def prepare(recipe: Recipe, folder: RunFolder, source: str, screen: Screen) -> P
         eos_token=recipe.model.eos_token,
         total_steps=total_steps,
     )
-    write_json(folder.path / "data.json", record_of(measured.report, train.plan, total_steps))
+    record = record_of(measured.report, train.plan, total_steps)
+    formats = [str(found) for found in rows.recognised]
+    write_json(folder.path / "data.json", {**record, "formats": formats})
     chat_eval = resolved.chat_eval.model_copy(update={"mmlu": mmlu_files})
     job = Job(
         resolved.model_copy(update={"chat_eval": chat_eval}).model_dump(mode="json"),

@@ -251,17 +251,3 @@ def fill_text(text: str, fill: Mapping[str, str]) -> str:
     for key, word in fill.items():
         text = text.replace("{" + key + "}", word)
     return text
-
-
-def to_messages(
-    row: Row,
-    map_name: str | None = None,
-    fill: Mapping[str, str] | None = None,
-    system: str = "",
-    where: str = "row",
-) -> list[Message] | None:
-    """Turn a row into messages alone; what `to_conversation` gives, for callers of old."""
-    source = Source(path="-", map=map_name, system=system)
-    data = DataSection(sources=[source], fill=dict(fill or {}))
-    found = to_conversation(row, source, data, where)
-    return None if found is None else list(found.messages)

@@ -33,7 +33,11 @@ class HubReader:
     def read(self, rows: Sequence[int]) -> list[DataRow | DataError]:
         """Take rows from the cache."""
         table = load_hub(self.path, self.name, self.data_dir, self.split).with_format(None)
-        return [table[int(row)] for row in rows]
+        columns = table[[int(row) for row in rows]]
+        return [
+            dict(zip(columns, values, strict=True))
+            for values in zip(*columns.values(), strict=True)
+        ]
 
 
 @functools.lru_cache(maxsize=8)

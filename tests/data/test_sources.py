@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raytune_ft.config.schema import DataSection
-from raytune_ft.data import readers
+from raytune_ft.data import hub_rows, readers
 from raytune_ft.data.sources import RowSource, open_sources, split_validation
 from raytune_ft.errors import DataError, RecipeError
 from tests.data.conftest import write_jsonl
@@ -179,6 +179,34 @@ def test_a_hub_name_without_network_is_one_line() -> None:
     with pytest.raises(RecipeError, match="does not exist here, and the hub cannot be") as caught:
         opened({"path": "nobody-here/no-such-rows"})
     assert "\n" not in str(caught.value)
+
+
+def test_a_hub_set_is_asked_for_its_subset_folder_and_split(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The hub is the only part that is made up: no test reaches the network."""
+    datasets = pytest.importorskip("datasets")
+    asked: list[tuple[Any, ...]] = []
+
+    def load_dataset(path: str, name: str | None, *, data_dir: str | None, split: str) -> Any:
+        asked.append((path, name, data_dir, split))
+        rows = ROWS if split == "train" else ROWS[:2]
+        return datasets.Dataset.from_list(rows)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    hub_rows.load_hub.cache_clear()
+    source = {"path": "org/set-of-tests", "name": "finetune", "data_dir": "data/finetune"}
+    data = DataSection.model_validate({"sources": [source], "validation": "test"})
+    train, held_out = split_validation(open_sources(data, 1), data, 1)
+    assert held_out is not None
+    assert asked == [
+        ("org/set-of-tests", "finetune", "data/finetune", "train"),
+        ("org/set-of-tests", "finetune", "data/finetune", "test"),
+    ]
+    assert train.rows([22, 0, 0]) == [ROWS[22], ROWS[0], ROWS[0]]
+    assert held_out.rows([]) == []
+    assert (len(held_out), held_out.where(1)) == (2, "org/set-of-tests/test:2")
+    hub_rows.load_hub.cache_clear()
 
 
 def test_sources_stand_one_after_the_other_with_their_maps(tmp_path: Path) -> None:
