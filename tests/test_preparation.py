@@ -76,5 +76,6 @@ def test_the_record_accounts_for_every_token(
     assert in_packs + lost == record["tokens"]
     assert record["density"] == pytest.approx(in_packs / (record["packs"] * 96), abs=1e-4)
     assert json.dumps(record)
+    assert record["formats"] == ["openai (by column messages)"]
     assert made.validation is not None
     assert made.validation.plan.isolated and made.train.plan.isolated == (compat is None)
