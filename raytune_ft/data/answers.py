@@ -29,10 +29,11 @@ from typing import Any
 
 from raytune_ft.data.sandbox import Renderer
 from raytune_ft.data.segments import Message
-from raytune_ft.data.signs import GROUPS, LEVELS, Level, Place, Rendered, Signs
+from raytune_ft.data.signs import GROUPS, LEVELS, Group, Level, Place, Rendered, Signs
 from raytune_ft.errors import DataError, ModelError, RaytuneError
 
-GOES_ON: Message = {"role": "user", "content": "x"}
+PROBE = "x"
+GOES_ON: Message = {"role": "user", "content": PROBE}
 
 
 @dataclass(frozen=True)
@@ -75,10 +76,11 @@ class Conversation:
         self._renderer = renderer
         self._variables = variables
         self._messages = [*messages, GOES_ON]
+        self._last = len(messages) - 1
         self._tools = list(tools)
         self._signs = signs
         self._prompting = prompting
-        self._levels: dict[str, Level] = dict.fromkeys(GROUPS, "whole")
+        self._levels: dict[Group, Level] = dict.fromkeys(GROUPS, "whole")
         self._brackets = signs.brackets if renderer.has_generation_marks else None
         self._plain: dict[tuple[int, bool], str] = {}
         self.bare: tuple[str, ...] = ()
@@ -147,7 +149,7 @@ class Conversation:
 
     def signed(self, count: int, add_generation_prompt: bool) -> Rendered | None:
         """Render the first `count` messages with signs; None if these change what is written."""
-        self._signs.bare.clear()
+        self._signs.clear()
         messages = self._signs.mark_messages(self._messages[:count], self._levels)
         tools = self._signs.mark_tools(self._tools, self._levels["tools"])
         try:
@@ -177,18 +179,26 @@ class Conversation:
 
     def _choose_levels(self, count: int) -> None:
         """Take for each group of texts the first level that changes nothing."""
-        chosen: dict[str, Level] = {}
-        bare: dict[str, Level] = dict.fromkeys(GROUPS, "bare")
+        bare: dict[Group, Level] = dict.fromkeys(GROUPS, "bare")
         self._levels = bare
         if self.signed(count, self._prompting) is None:
             self._brackets = None
-        for group in GROUPS:
-            for level in LEVELS:
-                self._levels = {**bare, group: level}
-                if self.signed(count, self._prompting) is not None:
-                    chosen[group] = level
-                    break
-        self._levels = {**bare, **chosen}
+        chosen: dict[Group, Level] = {
+            group: self._first_level(count, bare, group) for group in GROUPS
+        }
+        for owner, message in enumerate(self._messages[:count]):
+            group = message["role"]
+            if chosen[group] in ("pieces", "bare"):
+                # it may be this one message, or another one, that has to do without
+                chosen[group, owner] = self._first_level(count, chosen, (group, owner))
+        self._levels = chosen
+
+    def _first_level(self, count: int, levels: Mapping[Group, Level], group: Group) -> Level:
+        for level in LEVELS:
+            self._levels = {**levels, group: level}
+            if self.signed(count, self._prompting) is not None:
+                return level
+        return "bare"
 
     def _start(self, full: Rendered, index: int) -> int | None:
         try:
@@ -202,7 +212,7 @@ class Conversation:
             ) from error
         if full.text.startswith(prompt):
             return len(prompt)
-        if index == len(self._messages) - 2 and not self._prompting:
+        if index == self._last and not self._prompting:
             return None
         return self._start_after_rewriting(full, index)
 
@@ -227,44 +237,78 @@ class Conversation:
         return None
 
     def _ended(self, full: Rendered, index: int, start: int, ends: Ends) -> Answer:
+        """Find where an answer ends that begins at `start`."""
         own = full.of(index)
         anchor = max([start, *(place.end for place in own)])
-        following = [place.start for place in full.places if place.start > anchor]
+        following = [place.start for place in full.places if place.start >= anchor]
         here = full.text[anchor : min(following, default=len(full.text))]
-        other = self._otherwise(full, index, anchor)
-        rest = here if other is None else other
-        common = _common(here, rest, ends.special)
-        found = _last_run(common, ends.special)
+        rest = self._otherwise(full, index, anchor)
+        if rest is None and index == self._last:
+            rest = here
+        elif rest is None or (not own and _ending(here, rest, ends) is None):
+            rest = self._after_probe(index)
+            blanks = len(here) - len(here.lstrip())
+            anchor, here = anchor + blanks, here[blanks:]
+        found = _ending(here, rest, ends)
+        if found is None and not own and index == self._last:
+            # an empty answer: all that the template writes there is its end
+            found = _last_run(here, ends.special)
         if found:
             return Answer(start, anchor + found[1], index, anchor + found[0], closed=True)
-        end = anchor + len(common)
-        if ends.special is not None:
-            token = ends.special.match(here, len(common))
-            if token and (token.group() in ends.stops or ends.special.match(rest, len(common))):
-                return Answer(start, anchor + token.end(), index, end, closed=True)
-        return Answer(start, end, index, end, closed=False)
+        end = len(_common(here, rest, ends.special))
+        token = ends.special.match(here, end) if ends.special else None
+        if token and (token.group() in ends.stops or _begins_special(rest[end:], ends)):
+            return Answer(start, anchor + token.end(), index, anchor + end, closed=True)
+        return Answer(start, anchor + end, index, anchor + end, closed=False)
 
     def _otherwise(self, full: Rendered, index: int, anchor: int) -> str | None:
         """Return what follows an answer if the conversation ended there, or, for the last, went on.
 
-        None if the template does not write such a conversation.
+        None if the template does not write the answer's last text in such a conversation.
         """
-        count = index + 1
-        if count == len(self._messages) - 1:
-            count += 1
+        own = full.of(index)
+        count = index + (2 if index == self._last else 1)
         try:
             text = self.plain(count, False)
         except RaytuneError:
             return None
         if text[:anchor] == full.text[:anchor]:
             return text[anchor:]
-        signed = self.signed(count, False)
-        own = signed.of(index) if signed else []
-        return text[own[-1].end :] if own else None
+        signed = self.signed(count, False) if own else None
+        same = signed.of(index) if signed else []
+        if signed is None or not same or _text(signed, same[-1]) != _text(full, own[-1]):
+            return None
+        return text[same[-1].end :]
+
+    def _after_probe(self, index: int) -> str:
+        """Return what a template writes behind an answer of one word, at a conversation's end."""
+        messages = [*self._messages[:index], {"role": "assistant", "content": PROBE}]
+        plain = self._render(messages, self._tools, False, None)
+        self._signs.clear()
+        levels: dict[Group, Level] = dict.fromkeys(GROUPS, "bare")
+        levels["assistant", index] = "whole"
+        marked = self._signs.mark_messages(messages, levels)
+        found = self._signs.read(self._render(marked, self._tools, False, None))
+        own = found.of(index) if found else []
+        if found is None or not own or found.text != plain:
+            raise ModelError(
+                f"message {index + 1}: the end of this answer cannot be told in what the model's "
+                "chat template writes; set model.template to a prompt template"
+            )
+        return plain[own[-1].end :]
 
 
 def _text(rendered: Rendered, place: Place) -> str:
     return rendered.text[place.start : place.end]
+
+
+def _ending(here: str, rest: str, ends: Ends) -> tuple[int, int] | None:
+    """Return the span of the tokens that end a turn, by two ways in which a text goes on there."""
+    return _last_run(_common(here, rest, ends.special), ends.special)
+
+
+def _begins_special(text: str, ends: Ends) -> bool:
+    return ends.special is not None and ends.special.match(text) is not None
 
 
 def _common(one: str, other: str, special: re.Pattern[str] | None) -> str:

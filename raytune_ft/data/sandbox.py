@@ -229,13 +229,14 @@ class _Namespace(Namespace):
 
 
 def _inspected(tree: nodes.Template) -> tuple[str, ...]:
-    """List the texts that calls, filters and comparisons name, without blank and short ones."""
+    """List the marks (`</think>`) that calls, filters and comparisons name; no words (`user`)."""
     kinds = (nodes.Call, nodes.Compare, nodes.Filter, nodes.Test)
     found = {
         const.value
         for node in tree.find_all(kinds)
         for const in node.find_all(nodes.Const)
         if isinstance(const.value, str) and len(const.value.strip()) > 1
+        if not const.value.replace("_", "").isalnum()
     }
     return tuple(sorted(found, key=lambda text: (-len(text), text)))
 

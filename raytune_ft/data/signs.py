@@ -7,6 +7,7 @@ rendered text; `chat_template` proves the places by rendering without signs and 
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,10 @@ Level = Literal["whole", "core", "pieces", "bare"]
 LEVELS: tuple[Level, ...] = ("whole", "core", "pieces", "bare")
 """What is put between signs: the text; without the blanks around it; also without the words that
 the template looks for in it; nothing. The first level that leaves the rendered text unchanged is
-taken, for each group of texts by itself."""
+taken, for each group of texts by itself, and for each message where a group has no such level."""
+
+Group = str | tuple[str, int]
+"""A group of texts, or what one message has of it."""
 
 Keys = Literal["all", "here", "none"]
 """Which keys of an object are a row's own: also those further in, only its own, none."""
@@ -67,6 +71,8 @@ class Signs:
     """Special tokens."""
     bare: list[str] = field(default_factory=list)
     """Texts that the last marking left without signs, though a row may have any words there."""
+    signed: set[tuple[int, str]] = field(default_factory=set)
+    """Owner and text of what the last marking put between signs."""
 
     @classmethod
     def for_conversation(
@@ -106,8 +112,23 @@ class Signs:
         """Signs around what the template says is generated."""
         return chr(self.first + self.n_owners + 1), chr(self.first + self.n_owners + 2)
 
+    def clear(self) -> None:
+        """Forget the last marking."""
+        self.bare.clear()
+        self.signed.clear()
+
     def read(self, text: str) -> Rendered | None:
-        """Take the signs out; None if they do not come in pairs."""
+        """Take the signs out; None if not every pair has a text between it that was put there."""
+        found = self._read(text)
+        if found is None:
+            return None
+        missing = {(p.owner, found.text[p.start : p.end]) for p in found.places} - self.signed
+        if missing:
+            written = {(owner, json.dumps(t, ensure_ascii=False)[1:-1]) for owner, t in self.signed}
+            missing -= written
+        return None if missing else found
+
+    def _read(self, text: str) -> Rendered | None:
         closing, (start_sign, end_sign) = self._closing, self.brackets
         signs = re.compile(f"[{chr(self.first)}-{end_sign}]")
         parts: list[str] = []
@@ -143,7 +164,7 @@ class Signs:
         return Rendered("".join([*parts, text[done:]]), tuple(places), tuple(generated))
 
     def mark_messages(
-        self, messages: Sequence[Message], levels: Mapping[str, Level]
+        self, messages: Sequence[Message], levels: Mapping[Group, Level]
     ) -> list[Message]:
         """Put signs around the texts of messages, each group at its level."""
         marked = []
@@ -151,7 +172,8 @@ class Signs:
             copy = dict(message)
             role = message["role"]
             if "content" in message:
-                copy["content"] = self._content(message["content"], owner, levels[role], role)
+                level = levels.get((role, owner), levels[role])
+                copy["content"] = self._content(message["content"], owner, level, role)
             for key in ("reasoning_content", "thinking"):
                 if key in message:
                     level = levels["reasoning"]
@@ -174,7 +196,7 @@ class Signs:
     def _closing(self) -> str:
         return chr(self.first + self.n_owners)
 
-    def _call(self, call: Any, owner: int, levels: Mapping[str, Level]) -> Any:
+    def _call(self, call: Any, owner: int, levels: Mapping[Group, Level]) -> Any:
         level = levels["calls"]
         if not isinstance(call, Mapping):
             return self._deep(call, owner, level, "all")
@@ -210,6 +232,7 @@ class Signs:
         if not core:
             return value
         start = value.index(core)
+        self.signed.add((owner, core))
         opening = chr(self.first + 1 + owner)
         return value[:start] + opening + core + self._closing + value[start + len(core) :]
 
