@@ -176,13 +176,13 @@ def _train(keys: Keys) -> None:
     hf_arguments.set_scheduler(keys, "lr_scheduler", "cosine")
     betas = [keys.plain("adam_beta1", 0.9), keys.plain("adam_beta2", 0.999)]
     draft.set("train.betas", betas, _line(keys, "adam_beta1"))
-    ratio, lr = keys.plain("cosine_min_lr_ratio"), draft.get("train.lr")
+    ratio, lr = keys.number("cosine_min_lr_ratio"), draft.get("train.lr")
     if ratio and isinstance(lr, int | float):
         draft.set("train.min_lr", ratio * lr, _line(keys, "cosine_min_lr_ratio"))
     _warmup(keys)
     _checkpoint(keys)
     hf_arguments.set_deepspeed(keys)
-    folder = keys.plain("output_dir", "./model-out")
+    folder = keys.text("output_dir", "./model-out")
     hf_arguments.set_folder(draft, str(folder), _line(keys, "output_dir"))
     keys.carry("ray_num_workers", "run.workers")
     if "batch_size" in keys:
@@ -229,14 +229,14 @@ def _data(keys: Keys) -> None:
 
 
 def _validation(keys: Keys) -> None:
-    size, sets = keys.get("val_set_size"), keys.get("test_datasets")
-    if size is not None and size.plain():
-        if 0 < size.plain() < 1:
-            keys.draft.set("data.validation", size.plain(), size.line)
-        else:
-            keys.note("val_set_size", f"val_set_size {size.plain()} rows", "give a fraction")
+    size, sets = keys.number("val_set_size"), keys.get("test_datasets")
+    if size and 0 < size < 1:
+        keys.draft.set("data.validation", size, _line(keys, "val_set_size"))
+    elif size:
+        keys.note("val_set_size", f"val_set_size {size} rows", "data.validation is a fraction")
     if sets is not None and isinstance(sets.data, list) and sets.data:
-        first = sets.plain()[0]
-        keys.draft.set("data.validation", first.get("path"), sets.line)
-        if len(sets.data) > 1 or set(first) - {"path", "type", "ds_type", "split"}:
-            keys.note("test_datasets", "only the first file's path is carried over", "see above")
+        first = keys.draft.open(sets.data[0], "test_datasets[0]")
+        keys.draft.set("data.validation", first.text("path"), sets.line)
+        first.read |= {"ds_type", "split"}
+        if len(sets.data) > 1:
+            keys.note("test_datasets", "only the first of test_datasets is read", "join them")

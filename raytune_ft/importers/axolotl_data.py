@@ -57,16 +57,15 @@ def add_dataset(keys: Keys, loss: str | None, *, is_text: bool) -> None:
 
 def _rows(keys: Keys) -> dict[str, Any]:
     """Return where the rows are: `paths`, subset and split."""
-    path, files = keys.plain("path"), keys.plain("data_files")
+    path, files = keys.plain("path"), keys.texts("data_files")
     split = keys.plain("split", "train")
     paths = [path]
-    if files is not None:
-        named = [files] if isinstance(files, str) else files
+    if files:
         in_hub = path not in FILES and "/" in str(path) and not str(path).startswith((".", "/"))
         if in_hub:
             keys.note("data_files", "data_files of a hub data set are not chosen", "use data_dir")
         else:
-            paths = named
+            paths = files
     return {
         "paths": paths, "name": keys.plain("name"), "split": split if split != "train" else None,
     }  # fmt: skip
@@ -98,9 +97,9 @@ def _by_type(keys: Keys, kind: str) -> dict[str, Any]:
 
 def _messages(keys: Keys) -> dict[str, str] | None:
     """Return our column -> theirs for a list of messages."""
-    mapping = keys.plain("message_property_mappings", {}) or {}
-    role = keys.plain("message_field_role") or mapping.get("role", "role")
-    content = keys.plain("message_field_content") or mapping.get("content", "content")
+    mapping = keys.mapping("message_property_mappings")
+    role = str(keys.text("message_field_role") or mapping.get("role", "role"))
+    content = str(keys.text("message_field_content") or mapping.get("content", "content"))
     column = keys.plain("field_messages", "messages")
     ours = {("role", "content"): "messages", ("from", "value"): "conversations"}.get(
         (role, content)

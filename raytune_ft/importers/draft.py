@@ -154,6 +154,40 @@ class Keys:
         value = self.get(key)
         return default if value is None else value.plain()
 
+    def number(self, key: str, default: float | None = None) -> Any:
+        """Return a number, or the default; another value is refused with its place."""
+        value = self.plain(key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise self._refused(key, "a number")
+        return default if value is None else value
+
+    def text(self, key: str, default: str | None = None) -> Any:
+        """Return a text, or the default; another value is refused with its place."""
+        value = self.plain(key)
+        if value is not None and not isinstance(value, str):
+            raise self._refused(key, "text")
+        return default if value is None else value
+
+    def texts(self, key: str) -> list[str]:
+        """Return a list of texts, also of a single one or of `a,b`."""
+        value = self.plain(key, [])
+        parts = value.split(",") if isinstance(value, str) else value
+        if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
+            raise self._refused(key, "text, or a list of texts")
+        return [part.strip() for part in parts if part.strip()]
+
+    def mapping(self, key: str) -> dict[str, Any]:
+        """Return keys with values, none if they are absent."""
+        value = self.plain(key, {})
+        if not isinstance(value, dict):
+            raise self._refused(key, "keys with values")
+        return value
+
+    def _refused(self, key: str, wanted: str) -> RecipeError:
+        value = self.values[key]
+        what = f"{self.name(key)}: expected {wanted}, got {value.short()}"
+        return self.draft.refuse(value.line, what, "correct it")
+
     def section(self, key: str) -> Keys | None:
         """Open a section inside this one, if it is there."""
         value = self.get(key)

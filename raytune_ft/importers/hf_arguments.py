@@ -86,7 +86,7 @@ def convert(keys: Keys) -> None:
     _optimizer(keys)
     _checkpoint(keys, own.get("save_strategy", "steps"))
     _precision(keys)
-    folder = keys.plain("output_dir", own.get("output_dir"))
+    folder = keys.text("output_dir", own.get("output_dir"))
     if folder is not None:
         set_folder(draft, str(folder), _line(keys, "output_dir"))
     set_deepspeed(keys)
@@ -101,7 +101,7 @@ def _line(keys: Keys, key: str) -> int:
 
 
 def _length(keys: Keys) -> None:
-    steps = keys.plain("max_steps", -1)
+    steps = keys.number("max_steps", -1)
     if steps > 0:
         keys.carry("max_steps", "train.max_steps")
     set_epochs(keys, "num_train_epochs", 3)
@@ -109,15 +109,14 @@ def _length(keys: Keys) -> None:
 
 def set_epochs(keys: Keys, key: str, default: float) -> None:
     """Set whole epochs; a part of one is rounded up and noted."""
-    epochs = keys.plain(key, default)
-    if isinstance(epochs, int | float) and epochs != int(epochs):
+    epochs = keys.number(key, default)
+    if epochs != int(epochs):
         keys.note(
             key, f"{key} {epochs:g} is no whole number",
             f"train.epochs is {math.ceil(epochs)}; train.max_steps ends a run sooner",
         )  # fmt: skip
         epochs = math.ceil(epochs)
-    whole = int(epochs) if isinstance(epochs, float) else epochs
-    keys.draft.set("train.epochs", whole, _line(keys, key))
+    keys.draft.set("train.epochs", int(epochs), _line(keys, key))
 
 
 def _schedule(keys: Keys, default: str) -> None:
@@ -127,7 +126,7 @@ def _schedule(keys: Keys, default: str) -> None:
 
 def set_warmup(keys: Keys) -> bool:
     """Set train.warmup_steps or train.warmup_ratio; tell whether one was named."""
-    steps, ratio = keys.plain("warmup_steps", 0), keys.plain("warmup_ratio", 0.0)
+    steps, ratio = keys.number("warmup_steps", 0), keys.number("warmup_ratio", 0.0)
     if isinstance(steps, float) and 0 < steps < 1:  # transformers 5 reads a fraction as a share
         steps, ratio = 0, steps
     if steps:
@@ -159,7 +158,7 @@ def set_optimizer(keys: Keys, key: str, default: str) -> None:
 
 def _checkpoint(keys: Keys, default: str) -> None:
     strategy = keys.plain("save_strategy", default)
-    steps = keys.plain("save_steps", 500)
+    steps = keys.number("save_steps", 500)
     every = steps if strategy == "steps" and steps >= 1 else "epoch"
     if strategy not in ("steps", "epoch"):
         keys.note("save_strategy", f"save_strategy {strategy}", "each epoch ends in a checkpoint")
@@ -196,12 +195,14 @@ def set_deepspeed(keys: Keys) -> None:
     value = keys.get("deepspeed")
     if value is None:
         return
-    keys.draft.set("train.deepspeed", deepspeed_name(value.plain()), value.line)
+    given = keys.mapping("deepspeed") if isinstance(value.data, dict) else keys.text("deepspeed")
+    if given:
+        keys.draft.set("train.deepspeed", deepspeed_name(given), value.line)
 
 
 def _trackers(keys: Keys) -> None:
-    named = keys.plain("report_to", "none")
-    wanted = [named] if isinstance(named, str) else list(named)
-    others = [name for name in wanted if name not in ("tensorboard", "none", "all")]
+    others = [
+        name for name in keys.texts("report_to") if name not in ("tensorboard", "none", "all")
+    ]
     if others:
         keys.note("report_to", f"report_to {', '.join(others)} has no counterpart", "tensorboard")

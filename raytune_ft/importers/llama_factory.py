@@ -90,7 +90,7 @@ def _model(keys: Keys) -> None:
     if kind not in ("lora", "full"):
         raise draft.refuse(line, f"finetuning_type {kind} is not trained here", "use lora or full")
     draft.set("model.method", kind, line)
-    bits = keys.plain("quantization_bit")
+    bits = keys.number("quantization_bit")
     if bits is not None:
         names = {4: "nf4", 8: "int8"}
         where = _line(keys, "quantization_bit")
@@ -115,25 +115,18 @@ def _lora(keys: Keys) -> None:
     draft = keys.draft
     if draft.get("model.method") != "lora":
         return
-    rank = keys.plain("lora_rank", 8)
+    rank = keys.number("lora_rank", 8)
     draft.set("lora.r", rank, _line(keys, "lora_rank"))
     alpha = keys.plain("lora_alpha") or 2 * rank
     draft.set("lora.alpha", alpha, _line(keys, "lora_alpha"))
     draft.set("lora.dropout", keys.plain("lora_dropout", 0.0), _line(keys, "lora_dropout"))
-    targets = words(keys.plain("lora_target", "all"))
-    if targets != ["all"]:
+    targets = keys.texts("lora_target")
+    if targets not in ([], ["all"]):
         draft.set("lora.targets", targets, _line(keys, "lora_target"))
-    extra = keys.get("additional_target")
-    if extra is not None:
-        draft.set("lora.modules_to_save", words(extra.plain()), extra.line)
+    extra = keys.texts("additional_target")
+    if extra:
+        draft.set("lora.modules_to_save", extra, _line(keys, "additional_target"))
     keys.carry_all({"use_rslora": "lora.use_rslora", "use_dora": "lora.use_dora"})
-
-
-def words(given: Any) -> list[str]:
-    """Split `a,b`; a list stays as it is."""
-    if isinstance(given, list):
-        return [str(item) for item in given]
-    return [part.strip() for part in str(given).split(",") if part.strip()]
 
 
 def _data(keys: Keys, folder: Path, stage: str) -> None:
@@ -149,28 +142,27 @@ def _data(keys: Keys, folder: Path, stage: str) -> None:
     loss = "all" if keys.plain("train_on_prompt", False) else None
     loss = "last" if keys.plain("mask_history", False) else loss
     sets = _Sets(keys, folder, stage, loss)
-    dataset = keys.get("dataset")
-    if dataset is None:
-        raise draft.refuse(keys.line, "no `dataset`", "name one, or write data.sources yourself")
-    for name in words(dataset.plain()):
-        sets.add(name, dataset.line)
+    names, line = keys.texts("dataset"), _line(keys, "dataset")
+    if not names:
+        raise draft.refuse(line, "no `dataset`", "name one, or write data.sources yourself")
+    for name in names:
+        sets.add(name, line)
     if not draft.content["data"].get("sources"):
-        raise draft.refuse(dataset.line, "no data set can be carried over", "see the lines above")
+        raise draft.refuse(line, "no data set can be carried over", "see the lines above")
     _validation(keys, sets)
 
 
 def _validation(keys: Keys, sets: _Sets) -> None:
-    size, named = keys.get("val_size"), keys.get("eval_dataset")
-    if size is not None and size.plain():
-        if 0 < size.plain() < 1:
-            keys.draft.set("data.validation", size.plain(), size.line)
-        else:
-            keys.note("val_size", f"val_size {size.plain()} rows", "data.validation is a fraction")
-    if named is not None:
-        first, *others = words(named.plain())
-        keys.draft.set("data.validation", sets.place(first, named.line)["path"], named.line)
-        if others:
-            keys.note("eval_dataset", f"eval_dataset {', '.join(others)}", "one file is evaluated")
+    size, named = keys.number("val_size"), keys.texts("eval_dataset")
+    if size and 0 < size < 1:
+        keys.draft.set("data.validation", size, _line(keys, "val_size"))
+    elif size:
+        keys.note("val_size", f"val_size {size} rows", "data.validation is a fraction")
+    if named:
+        line = _line(keys, "eval_dataset")
+        keys.draft.set("data.validation", sets.place(named[0], line)["path"], line)
+        if named[1:]:
+            keys.note("eval_dataset", f"eval_dataset {named[1:]}", "one file is evaluated")
 
 
 class _Sets:
@@ -178,8 +170,8 @@ class _Sets:
 
     def __init__(self, keys: Keys, folder: Path, stage: str, loss: str | None) -> None:
         self.draft, self.stage, self.loss = keys.draft, stage, loss
-        self.limit = keys.plain("max_samples")
-        self.folder = str(keys.plain("dataset_dir", "data"))
+        self.limit = keys.number("max_samples")
+        self.folder = keys.text("dataset_dir", "data")
         self.is_online = self.folder == "ONLINE"
         places = [Path(self.folder), folder / self.folder, folder]
         self.root = next((p for p in places if (p / INFO).is_file()), None)
@@ -208,7 +200,7 @@ class _Sets:
         """Return where the rows of a data set are."""
         info = self.known.get(name, {})
         hub = info.get("hf_hub_url") or info.get("ms_hub_url") or info.get("om_hub_url")
-        split = info.get("split", "train")
+        split = info.get("split") or "train"
         more = {
             "name": info.get("subset"), "data_dir": info.get("folder"),
             "split": split if split != "train" else None,
@@ -226,7 +218,7 @@ class _Sets:
 
     def _columns(self, name: str, info: Mapping[str, Any], line: int) -> dict[str, Any]:
         """Return how the row's columns are called, as ours -> theirs where they differ."""
-        columns, tags = info.get("columns", {}), info.get("tags", {})
+        columns, tags = info.get("columns") or {}, info.get("tags") or {}
         if self.stage == "pt":
             column = columns.get("prompt", "text")
             return {"map": "pretrain_map_fn", "columns": _differing({"text": column})}
@@ -259,7 +251,7 @@ def _cannot(info: Mapping[str, Any]) -> str | None:
         return "preference pairs are not trained on"
     if "script_url" in info:
         return "its loading script is never run"
-    if any(info.get("columns", {}).get(kind) for kind in ("images", "videos", "audios")):
+    if any((info.get("columns") or {}).get(kind) for kind in ("images", "videos", "audios")):
         return "images, videos and audio are not read"
     return None
 
@@ -271,4 +263,18 @@ def _read_info(file: Path) -> dict[str, dict[str, Any]]:
         raise RecipeError(f"{file}: cannot be read ({error}); correct it") from None
     if not isinstance(content, dict) or not all(isinstance(v, dict) for v in content.values()):
         raise RecipeError(f"{file}: expected an object of data sets; correct it")
+    for name, info in content.items():
+        for key, value in info.items():
+            wanted = _KINDS.get(key, object)
+            if value is not None and not isinstance(value, wanted):
+                raise RecipeError(f"{file}: {name}.{key}: not of the kind that is read; correct it")
+            if isinstance(value, dict) and not all(isinstance(v, str) for v in value.values()):
+                raise RecipeError(f"{file}: {name}.{key}: expected texts; correct it")
     return content
+
+
+_KINDS: dict[str, type] = {
+    "file_name": str, "hf_hub_url": str, "ms_hub_url": str, "om_hub_url": str, "subset": str,
+    "cloud_file_name": str, "split": str, "folder": str, "formatting": str, "num_samples": int,
+    "columns": dict, "tags": dict,
+}  # fmt: skip

@@ -25,7 +25,8 @@ def deepspeed_name(given: str | Mapping[str, Any]) -> str:
     """
     if isinstance(given, Mapping):
         zero = given.get("zero_optimization", given)
-        stage = int(zero.get("stage", 0))
+        zero = zero if isinstance(zero, Mapping) else {}
+        stage = zero["stage"] if zero.get("stage") in (0, 1, 2, 3) else 0
         offload = bool(zero.get("offload_optimizer") or zero.get("offload_param"))
     else:
         found = _STAGE.search(given.rpartition("/")[2])

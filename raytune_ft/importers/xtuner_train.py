@@ -33,9 +33,8 @@ def _optimizer(top: Keys) -> None:
         return
     draft = top.draft
     wrapper.drop(["loss_scale", "dtype"])
-    wrapper.carry("accumulative_counts", "train.accumulation")
-    if "accumulative_counts" not in wrapper:
-        draft.set("train.accumulation", 1, wrapper.line)
+    count = wrapper.number("accumulative_counts", 1)
+    draft.set("train.accumulation", count, wrapper.line)
     wrapper.leave({
         "paramwise_cfg": "all trained weights share train.lr and train.weight_decay",
         "constructor": "all trained weights share train.lr and train.weight_decay",
@@ -69,7 +68,7 @@ def _schedule(top: Keys) -> None:
     for place, part in enumerate(parts):
         keys = top.draft.open(part, f"param_scheduler[{place}]")
         keys.drop(["by_epoch", "convert_to_iter_based", "T_max", "verbose", "end_factor"])
-        end = keys.plain("end")
+        end = keys.number("end")
         if keys.kind == "LinearLR" and place + 1 < len(parts):
             _warmup(top, keys, end)
             continue
@@ -95,7 +94,7 @@ def _decay(keys: Keys) -> None:
         keys.note("type", f"scheduler {keys.kind} has no counterpart", "cosine is used")
     keys.draft.set("train.scheduler", name or "cosine", keys.line)
     keys.carry("eta_min", "train.min_lr")
-    ratio, lr = keys.plain("eta_min_ratio"), keys.draft.get("train.lr")
+    ratio, lr = keys.number("eta_min_ratio"), keys.draft.get("train.lr")
     if ratio is not None and isinstance(lr, int | float):
         keys.draft.set("train.min_lr", ratio * lr, keys.line)
     if name == "constant":
@@ -105,12 +104,13 @@ def _decay(keys: Keys) -> None:
 def _epochs(top: Keys) -> float | None:
     train = top.values.get("train_cfg")
     content = train.plain() if train is not None else None
-    return content.get("max_epochs") if isinstance(content, dict) else None
+    epochs = content.get("max_epochs") if isinstance(content, dict) else None
+    return epochs if isinstance(epochs, int | float) else None
 
 
 def steps_of(draft: Draft, batches: float) -> int:
     """Turn XTuner's iterations, which are micro-batches, into optimizer steps."""
-    return max(1, math.ceil(batches / (draft.get("train.accumulation") or 1)))
+    return max(1, math.ceil(batches / max(draft.get("train.accumulation") or 1, 1)))
 
 
 def _length(top: Keys) -> None:
@@ -118,7 +118,7 @@ def _length(top: Keys) -> None:
     if train is None:
         return
     train.carry("max_epochs", "train.epochs")
-    batches = train.plain("max_iters")
+    batches = train.number("max_iters")
     if batches is not None:
         top.draft.set("train.max_steps", steps_of(top.draft, batches), train.line)
         top.draft.set("train.epochs", 1_000_000, train.line)
@@ -168,14 +168,14 @@ def _samples(hook: Keys) -> None:
     if prompts is not None:
         texts = prompts.plain()
         draft.set("chat_eval.prompts", [texts] if isinstance(texts, str) else texts, prompts.line)
-    every = hook.get("every_n_iters")
-    draft.set("chat_eval.every", None if every is None else every.plain(), hook.line)
+    every = hook.number("every_n_iters")
+    draft.set("chat_eval.every", every, hook.line)
     count = draft.get("train.accumulation") or 1
     if every is not None and count > 1:
         hook.note(
-            "every_n_iters", f"every_n_iters {every.plain()} counts micro-batches there, "
+            "every_n_iters", f"every_n_iters {every} counts micro-batches there, "
             f"chat_eval.every optimizer steps of {count} micro-batches",
-            f"for the same rhythm set chat_eval.every: {steps_of(draft, every.plain())}",
+            f"for the same rhythm set chat_eval.every: {steps_of(draft, every)}",
         )  # fmt: skip
     hook.carry("max_new_tokens", "chat_eval.max_new_tokens")
     hook.drop(["tokenizer", "stop_word", "stop_words"])
@@ -211,7 +211,7 @@ def _system(draft: Draft, system: Value) -> None:
 def _checkpoint(draft: Draft, hook: Keys) -> None:
     hook.drop(["save_optimizer", "save_param_scheduler", "save_last", "filename_tmpl", "out_dir"])
     draft.set("checkpoint.keep", hook.plain("max_keep_ckpts", -1), hook.line)
-    interval = hook.plain("interval", -1)
+    interval = hook.number("interval", -1)
     if hook.plain("by_epoch", True) or interval < 1:
         if interval not in (1, -1):
             hook.note("interval", f"a checkpoint every {interval} epochs", "each epoch keeps one")
