@@ -26,6 +26,7 @@ Config = dict[str, Any]
 SIGMA = 0.2
 BAICHUAN2_WORDS = 125_696  # the one value that tells Baichuan2 from Baichuan
 WINDOW = 8
+WITHOUT_NATIVE_FORM = ("baichuan_13b", "baichuan2_13b")
 
 
 @dataclass(frozen=True)

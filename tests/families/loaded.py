@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from raytune_ft.config.schema import ModelSection
 from raytune_ft.model.loading import load_model
+from tests.families.checkpoints import Weights
 
 CPU = torch.device("cpu")
 TOLERANCE = 1e-5
@@ -40,3 +42,17 @@ def difference(ours: Tensor, expected: Tensor) -> float:
 def random_ids(words: int, *shape: int, seed: int = 7) -> Tensor:
     """Draw ids, none of the first three: they may be padding, whose embedding has no gradient."""
     return torch.randint(3, words, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def read_folder(folder: Path) -> Weights:
+    """Return the tensors of a folder's safetensors files under their own names."""
+    return {
+        name: tensor
+        for file in sorted(folder.glob("*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
+
+
+def without_buffers(weights: Weights) -> Weights:
+    """Leave out the rotary buffers, which every reader computes."""
+    return {name: w for name, w in weights.items() if not name.endswith("inv_freq")}

@@ -8,37 +8,33 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from raytune_ft.config.schema import LoraSection
 from raytune_ft.errors import RecipeError
-from raytune_ft.model.adapter import attach, save_adapter
+from raytune_ft.model.adapter import attach, load_adapter, save_adapter
 from raytune_ft.model.merge import merge_to
 from raytune_ft.model.side_files import save_full
-from tests.families.checkpoints import SPECS, Weights, weights_of
+from tests.families.checkpoints import SPECS, WITHOUT_NATIVE_FORM, Weights, weights_of
 from tests.families.conftest import Checkpoint
-from tests.families.loaded import TOLERANCE, difference, load, logits, random_ids
+from tests.families.loaded import (
+    TOLERANCE,
+    difference,
+    load,
+    logits,
+    random_ids,
+    read_folder,
+    without_buffers,
+)
 from tests.families.mapping import place_of
 from tests.families.oracles import logits_of
 
 pytestmark = pytest.mark.families
 
 FAMILIES = tuple(SPECS)
-WITHOUT_NATIVE_FORM = ("baichuan_13b", "baichuan2_13b")
 LORA = LoraSection(r=4, alpha=8, dropout=0.0)
+HEADS = ("lm_head.weight", "output_layer.weight")
 CODE = b"raise SystemExit('code of a model folder ran')\n"
-
-
-def read_folder(folder: Path) -> Weights:
-    return {
-        name: tensor
-        for file in sorted(folder.glob("*.safetensors"))
-        for name, tensor in load_file(file).items()
-    }
-
-
-def without_buffers(weights: Weights) -> Weights:
-    return {name: w for name, w in weights.items() if not name.endswith("inv_freq")}
 
 
 def adapted(folder: Path, out: Path, seed: int = 5) -> Any:
@@ -146,3 +142,44 @@ def test_alibi_has_no_native_layout(family: str, checkpoint: Checkpoint, tmp_pat
     with pytest.raises(RecipeError, match="no native layout"):
         merge_to(base, tmp_path / "adapter", tmp_path / "native", layout="native")
     assert not (tmp_path / "native").exists()
+
+
+@pytest.mark.parametrize(
+    "family", ["internlm_7b", "baichuan_7b", "baichuan2_13b", "chatglm3", "qwen_aug", "yi_first"]
+)
+def test_adapters_of_the_original_network_are_read(
+    family: str, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """An adapter of 2023 names the fused layers (`W_pack`, `c_attn`, `w1` ...)."""
+    base, folder = checkpoint(family), tmp_path / "adapter"
+    exact = {name: w.double() for name, w in weights_of(family).items()}
+    linear = [
+        name.removesuffix(".weight")
+        for name, w in exact.items()
+        if w.dim() == 2 and not name.endswith((*HEADS, "embed_tokens.weight", "wte.weight"))
+        and "embedding" not in name
+    ]  # fmt: skip
+    generator = torch.Generator().manual_seed(11)
+    tensors = {}
+    for name in linear:
+        rows, columns = exact[f"{name}.weight"].shape
+        a = torch.randn(LORA.r, columns, generator=generator) * 0.2
+        b = torch.randn(rows, LORA.r, generator=generator) * 0.05
+        tensors[f"base_model.model.{name}.lora_A.weight"] = a
+        tensors[f"base_model.model.{name}.lora_B.weight"] = b
+        exact[f"{name}.weight"] += LORA.alpha / LORA.r * (b.double() @ a.double())
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": LORA.r, "lora_alpha": LORA.alpha,
+        "lora_dropout": 0.1, "bias": "none", "base_model_name_or_path": str(base),
+        "target_modules": sorted({name.rpartition(".")[2] for name in linear}),
+    }  # fmt: skip
+    (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+
+    ids = random_ids(300, 17)
+    wanted = logits_of(family, SPECS[family].config, exact, ids)
+    assert difference(logits(load_adapter(load(base), folder), ids)[0], wanted) <= TOLERANCE
+    merge_to(base, folder, tmp_path / "merged")
+    for name, tensor in read_folder(tmp_path / "merged").items():
+        torch.testing.assert_close(tensor.double(), exact[name], rtol=1e-6, atol=1e-7)
