@@ -121,7 +121,8 @@ class TextTokenizer:
 
     @cached_property
     def _falls_back_to_bytes(self) -> bool:
-        return self._backend.token_to_id("<0x00>") is not None
+        known = self._backend.token_to_id("<0x00>") is not None
+        return known and self._backend.decoder is not None
 
     def _decode_broken(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
         """Decode byte pieces as sentencepiece does: each byte that is no UTF-8 is one U+FFFD.
