@@ -108,7 +108,9 @@ Out = Annotated[str | None, typer.Option("--out", help="Folder to write; default
 @app.callback(invoke_without_command=True)
 def _options(
     context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", "-V", help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", "-V", "-v", help="Print the version.")
+    ] = False,
 ) -> None:
     if version:
         print_version()

@@ -12,8 +12,13 @@ from raytune_ft.data.formats import MAP_FUNCTIONS
 from raytune_ft.errors import RecipeError
 from raytune_ft.importers import read_config, xtuner_data
 from raytune_ft.importers.draft import Draft
-from tests.importers.written import FACTS, config_of
+from tests.importers.written import FACTS, GOLDEN, config_of
 
+NAMES = [
+    name
+    for name in (GOLDEN / "names.txt").read_text(encoding="utf-8").split()
+    if not name.startswith("deepspeed")
+]
 ONE_PER_RECIPE = sorted({entry["recipe"]: name for name, entry in FACTS["names"].items()}.values())
 
 
@@ -30,6 +35,12 @@ def told(draft: Draft) -> list[str]:
 def test_configuration_of_a_name_gives_its_recipe(tmp_path: Path, name: str) -> None:
     draft = read(tmp_path, config_of(name), f"{name}.py")
     assert draft.recipe().model_dump() == load_recipe(name).model_dump()
+
+
+def test_configuration_of_every_name_gives_its_recipe(tmp_path: Path) -> None:
+    for name in NAMES:
+        draft = read(tmp_path, config_of(name), f"{name}.py")
+        assert draft.recipe() == load_recipe(name), name
 
 
 def test_map_functions_agree_with_ours() -> None:
