@@ -191,7 +191,18 @@ class Conversation:
             if chosen[group] in ("pieces", "bare"):
                 # it may be this one message, or another one, that has to do without
                 chosen[group, owner] = self._first_level(count, chosen, (group, owner))
+                if chosen[group, owner] == "pieces":
+                    self._levels = chosen
+                    self._join_pieces(count, owner)
         self._levels = chosen
+
+    def _join_pieces(self, count: int, owner: int) -> None:
+        """Put those words of the template that it leaves alone in this text between signs too."""
+        joined = self._signs.joined.setdefault(owner, set())
+        for word in self._signs.words_in(self._messages[owner]["content"]):
+            joined.add(word)
+            if self.signed(count, self._prompting) is None:
+                joined.discard(word)
 
     def _first_level(self, count: int, levels: Mapping[Group, Level], group: Group) -> Level:
         for level in LEVELS:

@@ -73,6 +73,8 @@ class Signs:
     """Texts that the last marking left without signs, though a row may have any words there."""
     signed: set[tuple[int, str]] = field(default_factory=set)
     """Owner and text of what the last marking put between signs."""
+    joined: dict[int, set[str]] = field(default_factory=dict)
+    """Per message, `literals` that count as any other words in it."""
 
     @classmethod
     def for_conversation(
@@ -116,6 +118,11 @@ class Signs:
         """Forget the last marking."""
         self.bare.clear()
         self.signed.clear()
+
+    def words_in(self, text: Any) -> list[str]:
+        """List the `literals` in a text."""
+        found = self.literals.findall(text) if self.literals and isinstance(text, str) else []
+        return sorted(set(found))
 
     def read(self, text: str) -> Rendered | None:
         """Take the signs out; None if not every pair has a text between it that was put there."""
@@ -215,6 +222,8 @@ class Signs:
             return self._text(value, owner, level)
         parts, done = [], 0
         for found in self.literals.finditer(value):
+            if found.group() in self.joined.get(owner, ()):
+                continue
             parts += [self._text(value[done : found.start()], owner, "core"), found.group()]
             done = found.end()
             # an answer may hold its thoughts between the template's own words
