@@ -265,7 +265,7 @@ def test_recipe_that_is_none(call: Command, work: Path, config: str, says: str) 
         (["train", "--confg", "x"], "--config"),
         (["train"], "--config: name a recipe"),
         (["train", "good.yaml", "--json"], "--json"),
-        (["train", "good.yaml", "--resume", "runs/x"], "--resume"),
+        (["train", "good.yaml", "--resume", "runs/x"], "runs/x: not a run folder"),
         (["train", "--resume", "nowhere"], "nowhere: not a run folder"),
         (["train", "--resume", "model"], "model: not a run folder"),
         (
