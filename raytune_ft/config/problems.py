@@ -143,6 +143,8 @@ def _place_of(text: str, where: Where) -> str:
 def unknown_key(path: KeyPath) -> str:
     """Say that a key is unknown, and which known one is meant."""
     siblings, shown = fields_at(path[:-1]), dotted(path)
+    if path[-1] == "trust_remote_code":
+        return f"unknown key '{shown}'; code of a model is never run nor needed: leave the key out"
     at_home = [p for p in all_fields() if p.rpartition(".")[2] == path[-1]]
     near = at_home[0] if at_home else nearest(str(path[-1]), siblings)
     if near:

@@ -77,6 +77,15 @@ def test_key_of_another_section_is_led_home(tmp_path: Path) -> None:
     assert problems_of(config) == [f"{config}:4: unknown key 'lr'; did you mean 'train.lr'?"]
 
 
+def test_remote_code_is_neither_run_nor_needed(tmp_path: Path) -> None:
+    config = tmp_path / "mine.yaml"
+    config.write_text("base: quickstart.yaml\nmodel:\n  trust_remote_code: true\n")
+    assert problems_of(config) == [
+        f"{config}:3: unknown key 'model.trust_remote_code'; code of a model is never run nor "
+        "needed: leave the key out"
+    ]
+
+
 def test_cross_field_problem_names_a_line(tmp_path: Path) -> None:
     config = write(tmp_path, SMALL.replace("some-model", "m, quantization: nf4, method: full"))
     (line,) = problems_of(config)
