@@ -78,8 +78,7 @@ def test_key_of_another_section_is_led_home(tmp_path: Path) -> None:
 
 
 def test_remote_code_is_neither_run_nor_needed(tmp_path: Path) -> None:
-    config = tmp_path / "mine.yaml"
-    config.write_text("base: quickstart.yaml\nmodel:\n  trust_remote_code: true\n")
+    config = write(tmp_path, "base: quickstart.yaml\nmodel:\n  trust_remote_code: true\n")
     assert problems_of(config) == [
         f"{config}:3: unknown key 'model.trust_remote_code'; code of a model is never run nor "
         "needed: leave the key out"
