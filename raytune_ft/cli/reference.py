@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import textwrap
 from pathlib import Path
@@ -132,7 +133,8 @@ def check_custom_dataset(
     ] = None,
 ) -> int:
     """Show ten rows as the model will see them, as `raytune-ft inspect` does."""
-    words = [f"data.sources.0.path={data}"] if data is not None else []
+    # a recipe's map function belongs to its own rows; the form of others is recognised
+    words = [f"data.sources=[{{path: {json.dumps(data)}}}]"] if data is not None else []
     return runs.inspect(config=config, overrides=words, rows=10)
 
 
