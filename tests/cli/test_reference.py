@@ -71,6 +71,45 @@ def test_import_prints_and_writes_where_asked(call: Command, work: Path) -> None
     assert "new/b.yaml: exists" in one.err
 
 
+ROWS = {
+    "a.json": '[{"q": "hi", "ctx": "there", "ans": "red", "sys": "be kind"}]',
+    "b.jsonl": '{"turns": [{"from": "human", "value": "one"}, {"from": "gpt", "value": "two"}]}',
+}
+INFO = {
+    "a": {"file_name": "a.json", "columns": {
+        "prompt": "q", "query": "ctx", "response": "ans", "system": "sys"}},
+    "b": {"file_name": "b.jsonl", "formatting": "sharegpt", "columns": {"messages": "turns"}},
+}  # fmt: skip
+FACTORY = "model_name_or_path: {model}\nstage: sft\ndataset: a,b\ntemplate: qwen\n"
+AXOLOTL_ROWS = """\
+base_model: {model}
+learning_rate: 1e-4
+datasets:
+  - path: data/a.json
+    type: {{field_instruction: q, field_input: ctx, field_output: ans, field_system: sys}}
+  - path: data/b.jsonl
+    type: chat_template
+    field_messages: turns
+    message_property_mappings: {{role: from, content: value}}
+"""
+
+
+@pytest.mark.parametrize("text", [FACTORY, AXOLOTL_ROWS], ids=["factory", "axolotl"])
+def test_rows_of_an_imported_recipe_are_read(
+    call: Command, work: Path, tiny_model: Path, text: str
+) -> None:
+    (work / "data").mkdir()
+    for name, content in ROWS.items():
+        (work / "data" / name).write_text(content)
+    (work / "data/dataset_info.json").write_text(json.dumps(INFO))
+    (work / "f.yaml").write_text(text.format(model=tiny_model))
+    assert call("import", "f.yaml").code == 0
+    seen = call("inspect", "f_recipe.yaml")
+    assert seen.code == 0, seen.err
+    for part in ("system: be kind", "hi\nthere", "⟦red<|im_end|>⟧", "user: one", "⟦two<|im_end|>⟧"):
+        assert part in seen.out
+
+
 @pytest.mark.parametrize(
     ("name", "text", "says"),
     [
