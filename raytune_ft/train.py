@@ -16,7 +16,7 @@ from typing import Any
 import ray
 from rich.console import Console
 
-from raytune_ft import errors
+from raytune_ft import errors, survey
 from raytune_ft.cluster import noise_to, ray_session
 from raytune_ft.config.schema import Recipe
 from raytune_ft.preparation import Prepared, new_folder, prepare, removed_unless_started
@@ -38,6 +38,8 @@ def train(recipe: Recipe, *, source: str, resume: str | None = None) -> int:
         source: what the user called the recipe, for the run's name and record.
         resume: folder of a run to go on with, from its last checkpoint.
     """
+    survey.check_names(recipe)
+    survey.check_deepspeed(recipe)
     folder = RunFolder.existing(resume) if resume else new_folder(recipe, source)
     with removed_unless_started(folder), noise_to(folder.path / "run.log") as terminal:
         screen = Screen(

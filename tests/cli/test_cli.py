@@ -257,3 +257,25 @@ def test_module_and_script_are_the_same(tmp_path: Path) -> None:
     said = in_process_of_its_own("--help", cwd=tmp_path, module="raytune_ft.train")
     assert said.code == 0
     assert "raytune-ft train" in said.out
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("train.deepspeed=deepspeed_zero9", "neither a file nor one of"),
+        ("model.template=internlm_chatt", "did you mean 'internlm_chat'"),
+        ("data.sources.0.map=alpaca_map", "alpaca_map_fn"),
+    ],
+)
+def test_a_wrong_name_does_not_wait_for_ray(
+    call: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str, words: str
+) -> None:
+    def no_ray() -> None:
+        raise AssertionError("Ray was started for a recipe that cannot run")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("raytune_ft.train.ray_session", no_ray)
+    said = call("train", "quickstart.yaml", change)
+    assert said.code == 2
+    assert words in said.err
+    assert list(tmp_path.iterdir()) == []
