@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from raytune_ft.config.loader import load_recipe
 from raytune_ft.config.schema import Recipe
-from raytune_ft.data import hf_files
-from raytune_ft.data.formats import fill_text
-from raytune_ft.data.tokenizer import TextTokenizer
+from raytune_ft.data.rows.formats import fill_text
+from raytune_ft.data.tokenizing import hf_files
+from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
 from raytune_ft.errors import CheckpointError, RecipeError
 from raytune_ft.training.run_folder import RunFolder, write_json
 

@@ -19,7 +19,7 @@ from raytune_ft.config.schema import Recipe
 from raytune_ft.data import sources, stream
 from raytune_ft.data.packing import Pack, Plan, Position, count_steps
 from raytune_ft.data.sources import RowSource
-from raytune_ft.data.tokenizer import TextTokenizer
+from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
 from raytune_ft.data.windows import Encoder, Measurement, Report, make_plan, nothing_left
 from raytune_ft.errors import DataError, RecipeError
 from raytune_ft.model import loading

@@ -18,12 +18,15 @@ import numpy as np
 from raytune_ft.config import catalog
 from raytune_ft.config.cache import cache_dir
 from raytune_ft.config.schema import Recipe, Source
-from raytune_ft.data import formats, locate, sources, templates, windows
-from raytune_ft.data.files import is_data_file
+from raytune_ft.data import sources, windows
+from raytune_ft.data.files import locate
+from raytune_ft.data.files.kinds import is_data_file
+from raytune_ft.data.files.remote import is_url
 from raytune_ft.data.packing import count_steps
-from raytune_ft.data.remote import is_url
+from raytune_ft.data.rows import formats
 from raytune_ft.data.sources import RowSource
-from raytune_ft.data.tokenizer import TextTokenizer
+from raytune_ft.data.templating import templates
+from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
 from raytune_ft.data.windows import Encoder, Measurement, Report
 from raytune_ft.errors import DataError, ModelError, RecipeError
 from raytune_ft.model.default_model import NAME as DEFAULT_MODEL

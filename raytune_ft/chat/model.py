@@ -15,8 +15,8 @@ from raytune_ft.chat.history import Message, trim_turns
 from raytune_ft.chat.source import ChatSource, find_source
 from raytune_ft.chat.text import Detokenizer, StopStrings
 from raytune_ft.data.encode import encode_prompt
-from raytune_ft.data.templates import Template, get_template
-from raytune_ft.data.tokenizer import TextTokenizer
+from raytune_ft.data.templating.templates import Template, get_template
+from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
 from raytune_ft.model.generate import stream_ids
 
 if TYPE_CHECKING:

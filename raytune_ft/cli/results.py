@@ -119,7 +119,7 @@ def chat(
 
 def _check_template(name: str) -> None:
     from raytune_ft.config.document import nearest
-    from raytune_ft.data.prompts import PROMPTS
+    from raytune_ft.data.templating.prompts import PROMPTS
 
     known = ["tokenizer", *PROMPTS]
     if name not in known:
@@ -129,7 +129,7 @@ def _check_template(name: str) -> None:
 
 
 def _system_text(name: str, bot_name: str) -> str:
-    from raytune_ft.data.prompts import SYSTEMS
+    from raytune_ft.data.templating.prompts import SYSTEMS
 
     if name not in SYSTEMS:
         raise RecipeError(f"--system-template: no '{name}'; choose: {', '.join(SYSTEMS)}")

@@ -41,7 +41,7 @@ A card gives a model its names; a model without one trains as well, by its folde
 
 ```yaml
 path: Qwen/Qwen3-8B        # hub name; people with a local copy set model.path
-template: tokenizer        # the model's own chat template, or one of raytune_ft/data/templates.py
+template: tokenizer        # the model's own chat template, or a prompt template (docs/recipe.md)
 family: qwen3              # a key of configs/families.yaml, where the list groups it
 size: 8B                   # as its makers say it
 config:                    # shape of the network, as in the model's config.json

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from raytune_ft.data.segments import Conversation, Message, Segment
-from raytune_ft.data.templates import Template
-from raytune_ft.data.tokenizer import TextTokenizer
+from raytune_ft.data.templating.templates import Template
+from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
 
 IGNORE_INDEX = -100
 

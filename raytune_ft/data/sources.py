@@ -15,9 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from raytune_ft.config.schema import DataSection, Source
-from raytune_ft.data.files import is_data_file
-from raytune_ft.data.formats import decide
-from raytune_ft.data.locate import (
+from raytune_ft.data.files.kinds import is_data_file
+from raytune_ft.data.files.locate import (
     folder_names,
     is_pattern,
     local_path,
@@ -25,9 +24,10 @@ from raytune_ft.data.locate import (
     open_all,
     split_readers,
 )
-from raytune_ft.data.readers import DataRow, Reader
-from raytune_ft.data.recognition import SAMPLE_ROWS, Recognition
-from raytune_ft.data.remote import is_url
+from raytune_ft.data.files.readers import DataRow, Reader
+from raytune_ft.data.files.remote import is_url
+from raytune_ft.data.rows.formats import decide
+from raytune_ft.data.rows.recognition import SAMPLE_ROWS, Recognition
 from raytune_ft.errors import DataError, RecipeError
 
 Numbers = npt.NDArray[np.int64]

@@ -16,14 +16,14 @@ import numpy.typing as npt
 from raytune_ft.config.schema import DataSection, Recipe, Source
 from raytune_ft.data.concat_packing import ConcatPlan
 from raytune_ft.data.encode import Example, encode_conversation
-from raytune_ft.data.formats import to_conversation
-from raytune_ft.data.moss import are_fields, encode_fields
+from raytune_ft.data.files.readers import DataRow
 from raytune_ft.data.packing import Pack, Plan, Position, cut_example, join_examples
-from raytune_ft.data.readers import DataRow
+from raytune_ft.data.rows.formats import to_conversation
+from raytune_ft.data.rows.moss import are_fields, encode_fields
 from raytune_ft.data.segments import Conversation
 from raytune_ft.data.sources import Numbers, RowSource
-from raytune_ft.data.templates import Template, get_template
-from raytune_ft.data.tokenizer import TextTokenizer
+from raytune_ft.data.templating.templates import Template, get_template
+from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
 from raytune_ft.errors import DataError
 
 PLACES_KEPT = 5

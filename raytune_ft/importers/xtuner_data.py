@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from raytune_ft.config.document import nearest
-from raytune_ft.data.prompts import PROMPTS
+from raytune_ft.data.templating.prompts import PROMPTS
 from raytune_ft.importers.draft import Draft, Keys
 from raytune_ft.importers.values import Function, Value
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from raytune_ft.config.document import nearest
-from raytune_ft.data.prompts import SYSTEMS
+from raytune_ft.data.templating.prompts import SYSTEMS
 from raytune_ft.importers import xtuner_data
 from raytune_ft.importers.draft import Draft, Keys
 from raytune_ft.importers.values import Name, Value

@@ -12,10 +12,11 @@ from raytune_ft import survey
 from raytune_ft.chat.text import printable
 from raytune_ft.config.loader import load_recipe
 from raytune_ft.config.schema import Recipe
-from raytune_ft.data import formats, sources, windows
+from raytune_ft.data import sources, windows
+from raytune_ft.data.rows import formats
 from raytune_ft.data.segments import Conversation
 from raytune_ft.data.sources import RowSource
-from raytune_ft.data.tokenizer import TextTokenizer
+from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
 from raytune_ft.data.windows import Encoder, Measurement
 from raytune_ft.errors import DataError
 from raytune_ft.inspection import page, terminal

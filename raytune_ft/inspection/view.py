@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from raytune_ft.chat.text import printable
 from raytune_ft.data.encode import IGNORE_INDEX
-from raytune_ft.data.tokenizer import TextTokenizer
+from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
 
 BARS = 12
 """Bars of the histogram."""

@@ -11,10 +11,10 @@ from torch import nn
 
 from raytune_ft.config.schema import Recipe
 from raytune_ft.data.encode import encode_prompt
-from raytune_ft.data.formats import fill_text
 from raytune_ft.data.packing import Pack, collate
-from raytune_ft.data.templates import Template
-from raytune_ft.data.tokenizer import TextTokenizer
+from raytune_ft.data.rows.formats import fill_text
+from raytune_ft.data.templating.templates import Template
+from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
 from raytune_ft.model.generate import stream_ids
 from raytune_ft.training import checkpoint, mmlu
 from raytune_ft.training.batching import to_tensors

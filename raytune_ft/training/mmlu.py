@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch import nn
 
 from raytune_ft.config.schema import DataSection, Source
-from raytune_ft.data import locate
-from raytune_ft.data.tokenizer import TextTokenizer
+from raytune_ft.data.files import locate
+from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
 from raytune_ft.errors import DataError, RecipeError
 from raytune_ft.model.loss import causal_model
 from raytune_ft.training.engine import rank, world_size

@@ -16,8 +16,8 @@ from raytune_ft.chat import ChatModel, Sampling, open_chat
 from raytune_ft.config.schema import LoraSection, ModelSection
 from raytune_ft.data.encode import IGNORE_INDEX, encode_conversation
 from raytune_ft.data.segments import Conversation
-from raytune_ft.data.templates import get_template
-from raytune_ft.data.tokenizer import TextTokenizer
+from raytune_ft.data.templating.templates import get_template
+from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
 from raytune_ft.model.adapter import attach, load_adapter, save_adapter
 from raytune_ft.model.loading import load_model
 

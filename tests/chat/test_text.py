@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from raytune_ft.chat.text import Detokenizer, StopStrings, printable
-from raytune_ft.data.tokenizer import TextTokenizer
+from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
 from tests.conftest import make_tokenizer
 
 TEXTS = st.text(

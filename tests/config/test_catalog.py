@@ -14,8 +14,8 @@ import pytest
 from raytune_ft.config import catalog
 from raytune_ft.config.loader import load_recipe
 from raytune_ft.config.schema import Recipe
-from raytune_ft.data.formats import MAP_FUNCTIONS
-from raytune_ft.data.templates import template_names
+from raytune_ft.data.rows.formats import MAP_FUNCTIONS
+from raytune_ft.data.templating.templates import template_names
 from raytune_ft.errors import RecipeError
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden"

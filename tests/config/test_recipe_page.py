@@ -11,7 +11,7 @@ import pytest
 
 from raytune_ft.config.loader import load_recipe
 from raytune_ft.config.schema import Recipe, Section, Source
-from raytune_ft.data.formats import FORMATS
+from raytune_ft.data.rows.formats import FORMATS
 from tests.conftest import ROOT
 
 PAGE = (ROOT / "docs/recipe.md").read_text(encoding="utf-8")

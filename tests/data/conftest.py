@@ -11,9 +11,9 @@ import pytest
 from hypothesis import settings
 
 from raytune_ft.config.schema import DataSection, Source
-from raytune_ft.data.formats import to_conversation
+from raytune_ft.data.rows.formats import to_conversation
 from raytune_ft.data.segments import Conversation
-from raytune_ft.data.tokenizer import TextTokenizer
+from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
 from tests.conftest import make_tokenizer
 
 # Timings on a shared machine say nothing about correctness.

@@ -11,8 +11,8 @@ from tokenizers import Tokenizer
 
 from raytune_ft.data.encode import IGNORE_INDEX, encode_conversation, encode_prompt
 from raytune_ft.data.segments import Conversation, Message, Segment
-from raytune_ft.data.templates import PROMPTS, get_template
-from raytune_ft.data.tokenizer import TextTokenizer
+from raytune_ft.data.templating.templates import PROMPTS, get_template
+from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
 from tests.data.chat_families import FAMILIES, Family, Piece
 
 MARKERS = sorted({

@@ -13,8 +13,14 @@ from hypothesis import strategies as st
 
 from raytune_ft.data.encode import IGNORE_INDEX, encode_conversation, encode_prompt
 from raytune_ft.data.segments import Conversation, Message, Segment
-from raytune_ft.data.templates import PROMPTS, Prompt, PromptTemplate, Template, get_template
-from raytune_ft.data.tokenizer import TextTokenizer
+from raytune_ft.data.templating.templates import (
+    PROMPTS,
+    Prompt,
+    PromptTemplate,
+    Template,
+    get_template,
+)
+from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
 from tests.data.conftest import GOLDEN, chat
 
 EXAMPLES: list[dict[str, Any]] = json.loads((GOLDEN / "encode_pack.json").read_text())["encode"]

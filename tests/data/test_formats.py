@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytune_ft.data.formats import fill_text
-from raytune_ft.data.map_functions import MAP_FUNCTIONS
+from raytune_ft.data.rows.formats import fill_text
+from raytune_ft.data.rows.map_functions import MAP_FUNCTIONS
 from raytune_ft.data.segments import Message
 from raytune_ft.errors import DataError, RecipeError
 from tests.data.conftest import GOLDEN, chat, read_row

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raytune_ft.config.schema import DataSection
-from raytune_ft.data.formats import FORMATS, TODAY
-from raytune_ft.data.recognition import recognise
+from raytune_ft.data.rows.formats import FORMATS, TODAY
+from raytune_ft.data.rows.recognition import recognise
 from raytune_ft.data.segments import Message
 from raytune_ft.data.sources import RowSource, open_sources
 from raytune_ft.errors import DataError, RecipeError
@@ -360,7 +360,7 @@ def test_most_of_the_first_rows_decide_and_the_odd_one_is_named(tmp_path: Path) 
     )
     source, data = rows.source_of(0), DataSection(sources=[rows.source_of(0)])
     assert (source.map, rows.source_of(2)) == ("prompt_completion", source)
-    from raytune_ft.data.formats import to_conversation
+    from raytune_ft.data.rows.formats import to_conversation
 
     with pytest.raises(DataError, match=r"a\.jsonl:1: no column 'prompt'; columns: text"):
         to_conversation(odd, source, data, rows.where(0))

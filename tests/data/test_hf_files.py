@@ -9,9 +9,9 @@ import jinja2
 import pytest
 from transformers import AutoTokenizer
 
-from raytune_ft.data import hf_files
-from raytune_ft.data.templates import PROMPTS, get_template
-from raytune_ft.data.tokenizer import TextTokenizer
+from raytune_ft.data.templating.templates import PROMPTS, get_template
+from raytune_ft.data.tokenizing import hf_files
+from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
 from tests.conftest import make_tokenizer
 
 CHAT = [

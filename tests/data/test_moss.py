@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from raytune_ft.config.loader import load_recipe
 from raytune_ft.config.schema import DataSection
 from raytune_ft.data.encode import IGNORE_INDEX, Example
-from raytune_ft.data.moss import Field, encode_fields, moss_map
+from raytune_ft.data.rows.moss import Field, encode_fields, moss_map
 from raytune_ft.data.segments import Loss
 from raytune_ft.data.sources import open_sources
-from raytune_ft.data.tokenizer import TextTokenizer
+from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
 from raytune_ft.data.windows import Encoder, iter_packs, make_plan, measure_rows
 from raytune_ft.errors import DataError
 from tests.conftest import make_tokenizer

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from pyarrow import ipc, parquet
 
 from raytune_ft.config.schema import DataSection
-from raytune_ft.data import kept, readers
-from raytune_ft.data.files import SUFFIXES, open_reader
+from raytune_ft.data.files import kept, readers
+from raytune_ft.data.files.kinds import SUFFIXES, open_reader
 from raytune_ft.data.sources import RowSource, open_sources
 from raytune_ft.errors import DataError, RecipeError
 from tests.conftest import ROOT

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from raytune_ft.config.schema import DataSection
-from raytune_ft.data import remote
-from raytune_ft.data.remote import SCHEMES, check_redirect, check_url, fetch, is_url, shown
+from raytune_ft.data.files import remote
+from raytune_ft.data.files.remote import SCHEMES, check_redirect, check_url, fetch, is_url, shown
 from raytune_ft.data.sources import RowSource, is_data, open_sources, split_validation
 from raytune_ft.errors import DataError, RecipeError
 

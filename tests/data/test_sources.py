@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raytune_ft.config.schema import DataSection
-from raytune_ft.data import hub_rows, readers
+from raytune_ft.data.files import hub_rows, readers
 from raytune_ft.data.sources import RowSource, open_sources, split_validation
 from raytune_ft.errors import DataError, RecipeError
 from tests.data.conftest import write_jsonl

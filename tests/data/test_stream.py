@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from raytune_ft.data.packing import Plan, Position
-from raytune_ft.data.tokenizer import TextTokenizer
+from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
 from raytune_ft.data.windows import make_plan
 from raytune_ft.errors import DataError
 from tests.conftest import write_chats

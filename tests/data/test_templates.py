@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from raytune_ft.data.templates import (
+from raytune_ft.data.templating.templates import (
     PROMPTS,
     SYSTEMS,
     PromptTemplate,
     get_template,
     template_names,
 )
-from raytune_ft.data.tokenizer import TextTokenizer
+from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
 from raytune_ft.errors import DataError, ModelError, RecipeError
 from tests.data.conftest import GOLDEN, chat
 
@@ -45,7 +45,7 @@ def test_names_are_those_of_the_reference() -> None:
 
 
 def test_system_texts_equal_the_reference() -> None:
-    assert SYSTEMS == {name: facts["text"] for name, facts in GOLD["system_templates"].items()}
+    assert {name: facts["text"] for name, facts in GOLD["system_templates"].items()} == SYSTEMS
 
 
 def test_without_a_template_the_words_stand_alone() -> None:
@@ -140,7 +140,9 @@ def test_a_template_that_never_ends_a_turn_gets_the_eos(tokenizer: TextTokenizer
     ]
 
 
-def test_a_template_that_prompts_otherwise_than_it_writes_is_refused(tokenizer: TextTokenizer) -> None:
+def test_a_template_that_prompts_otherwise_than_it_writes_is_refused(
+    tokenizer: TextTokenizer,
+) -> None:
     source = "{{ messages|length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
     template = get_template("tokenizer", with_template(tokenizer, source))
     with pytest.raises(ModelError, match="another way than it prompts"):

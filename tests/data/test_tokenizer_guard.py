@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from raytune_ft.data.guard import SIGN, is_marker
-from raytune_ft.data.tokenizer import TextTokenizer, TokenizerSpec
+from raytune_ft.data.tokenizing.guard import SIGN, is_marker
+from raytune_ft.data.tokenizing.tokenizer import TextTokenizer, TokenizerSpec
 
 WORDS = ["<|end|>", "<|user|>", "<tool>", "a", "b ", " ", "  ", "\n", "<|", "|>", "é", SIGN, "<h1>"]
 pieces = st.lists(st.tuples(st.booleans(), st.sampled_from(WORDS)), max_size=12)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2 as proto
 
 from raytune_ft.chat.text import Detokenizer
-from raytune_ft.data.tokenizer import TextTokenizer
+from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
 from raytune_ft.errors import ModelError
 from tests.data.tokenizer_files import (
     SPECIALS,

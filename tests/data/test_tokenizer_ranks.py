@@ -12,8 +12,8 @@ import pytest
 import tiktoken
 from hypothesis import given
 
-from raytune_ft.data.tiktoken_file import QWEN_PATTERN, QWEN_SPECIAL, read_ranks
-from raytune_ft.data.tokenizer import TextTokenizer
+from raytune_ft.data.tokenizing.tiktoken_file import QWEN_PATTERN, QWEN_SPECIAL, read_ranks
+from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
 from raytune_ft.errors import ModelError
 from tests.data.tokenizer_files import texts, texts_with_specials, tiny_ranks, write_folder
 

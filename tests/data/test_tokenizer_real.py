@@ -20,8 +20,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2 as proto
 
-from raytune_ft.data.tiktoken_file import QWEN_PATTERN, QWEN_SPECIAL, read_ranks
-from raytune_ft.data.tokenizer import TextTokenizer
+from raytune_ft.data.tokenizing.tiktoken_file import QWEN_PATTERN, QWEN_SPECIAL, read_ranks
+from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
 from tests.data.tokenizer_files import (
     REAL,
     SHARED_DATA,

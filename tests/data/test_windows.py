@@ -14,7 +14,7 @@ from raytune_ft.config.schema import DataSection
 from raytune_ft.data.encode import IGNORE_INDEX
 from raytune_ft.data.packing import Pack, Plan, Position
 from raytune_ft.data.sources import RowSource, open_sources
-from raytune_ft.data.tokenizer import TextTokenizer
+from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
 from raytune_ft.data.windows import (
     Encoder,
     Measurement,

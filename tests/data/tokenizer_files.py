@@ -19,7 +19,7 @@ import pytest
 from hypothesis import strategies as st
 
 from raytune_ft.config.cache import cache_dir
-from raytune_ft.data.tokenizer import TextTokenizer
+from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
 
 SHARED_DATA = Path(
     os.environ.get("RAYTUNE_TEST_DATA", Path(__file__).resolve().parents[3] / "shared/data")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from raytune_ft.config.loader import load_recipe
-from raytune_ft.data.formats import MAP_FUNCTIONS
+from raytune_ft.data.rows.formats import MAP_FUNCTIONS
 from raytune_ft.errors import RecipeError
 from raytune_ft.importers import read_config, xtuner_data
 from raytune_ft.importers.draft import Draft

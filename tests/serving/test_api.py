@@ -180,7 +180,7 @@ def test_messages_that_the_template_refuses_are_unprocessable(
     """XTuner's templates want turns: two questions in a row are none."""
     from dataclasses import replace
 
-    from raytune_ft.data.templates import get_template
+    from raytune_ft.data.templating.templates import get_template
 
     engine = EmbeddedEngine(replace(endless, template=get_template("zephyr", endless.tokenizer)))
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from raytune_ft import survey
 from raytune_ft.config import loader
 from raytune_ft.config.schema import DataSection, ModelSection, Recipe
-from raytune_ft.data.tokenizer import TextTokenizer
+from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
 from raytune_ft.errors import DataError, RecipeError
 from raytune_ft.model import loading
 from raytune_ft.screen import Screen

@@ -11,8 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from raytune_ft.data.chat_template import ChatTemplate
-from raytune_ft.data.prompts import PROMPTS, SYSTEMS, Prompt
 from raytune_ft.data.segments import (
     Loss,
     Message,
@@ -21,7 +19,9 @@ from raytune_ft.data.segments import (
     text_segments,
     whole,
 )
-from raytune_ft.data.tokenizer import TextTokenizer
+from raytune_ft.data.templating.chat_template import ChatTemplate
+from raytune_ft.data.templating.prompts import PROMPTS, SYSTEMS, Prompt
+from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
 from raytune_ft.errors import DataError, ModelError, RecipeError
 
 __all__ = [

@@ -16,11 +16,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from raytune_ft.data.answers import Answer, Conversation, Ends
-from raytune_ft.data.sandbox import renderer
 from raytune_ft.data.segments import Loss, Message, Segment, is_text, text_segments
-from raytune_ft.data.signs import Rendered, Signs
-from raytune_ft.data.tokenizer import TextTokenizer
+from raytune_ft.data.templating.answers import Answer, Conversation, Ends
+from raytune_ft.data.templating.sandbox import renderer
+from raytune_ft.data.templating.signs import Rendered, Signs
+from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
 from raytune_ft.errors import DataError, RaytuneError
 
 ROLES = ("system", "user", "assistant", "tool")

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from raytune_ft.config.schema import Source
-from raytune_ft.data.files import is_data_file, kinds, open_reader
-from raytune_ft.data.hub_rows import open_hub
-from raytune_ft.data.readers import Reader
-from raytune_ft.data.remote import fetch, is_url, shown
+from raytune_ft.data.files.hub_rows import open_hub
+from raytune_ft.data.files.kinds import is_data_file, kinds, open_reader
+from raytune_ft.data.files.readers import Reader
+from raytune_ft.data.files.remote import fetch, is_url, shown
 from raytune_ft.errors import RecipeError
 
 DEFAULT_SPLIT = "train"

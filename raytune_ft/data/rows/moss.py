@@ -18,10 +18,10 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
-from raytune_ft.data.columns import Row, check_text, column_of, describe, text_in, text_of
 from raytune_ft.data.encode import IGNORE_INDEX, Example
+from raytune_ft.data.rows.columns import Row, check_text, column_of, describe, text_in, text_of
 from raytune_ft.data.segments import Loss, Segment
-from raytune_ft.data.tokenizer import TextTokenizer
+from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
 from raytune_ft.errors import DataError
 
 FIELDS: Mapping[str, bool] = {

@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from raytune_ft.data.columns import describe
-from raytune_ft.data.readers import (
+from raytune_ft.data.files.readers import (
     ADVICE,
     BOM,
     DataRow,
@@ -20,6 +19,7 @@ from raytune_ft.data.readers import (
     line_spans,
     text_start,
 )
+from raytune_ft.data.rows.columns import describe
 from raytune_ft.errors import DataError
 
 _SPACE = " \t\r\n"

@@ -12,8 +12,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from raytune_ft.data.chat_rows import field
-from raytune_ft.data.columns import Row, list_in, text_of
+from raytune_ft.data.rows.chat_rows import field
+from raytune_ft.data.rows.columns import Row, list_in, text_of
 from raytune_ft.data.segments import Message
 from raytune_ft.errors import DataError
 

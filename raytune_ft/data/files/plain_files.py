@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from raytune_ft.data.readers import BOM, DataRow, TextReader, decode, line_spans, text_start
+from raytune_ft.data.files.readers import BOM, DataRow, TextReader, decode, line_spans, text_start
 from raytune_ft.errors import DataError
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, processors
 
-from raytune_ft.data.templates import PROMPTS, TOKENIZER
-from raytune_ft.data.tokenizer import TextTokenizer
-from raytune_ft.data.tokenizer_spec import START_TOKENS
+from raytune_ft.data.templating.templates import PROMPTS, TOKENIZER
+from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
+from raytune_ft.data.tokenizing.tokenizer_spec import START_TOKENS
 
 CHAT_TEMPLATE = (
     "{%- set state = namespace(round=0, system='') -%}"

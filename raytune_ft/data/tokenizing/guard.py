@@ -13,7 +13,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
-from raytune_ft.data.sentencepiece_file import SPACE, spare_from_prefix
+from raytune_ft.data.tokenizing.sentencepiece_file import SPACE, spare_from_prefix
 
 Span = tuple[int, int]
 """Characters [start, end) of a text."""

@@ -9,16 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from raytune_ft.data.columns import Row, optional_text, text_of
-from raytune_ft.data.msagent import msagent_react_map_fn
-from raytune_ft.data.multi_turn import (
+from raytune_ft.data.rows.columns import Row, optional_text, text_of
+from raytune_ft.data.rows.msagent import msagent_react_map_fn
+from raytune_ft.data.rows.multi_turn import (
     oasst1_cut_map_fn,
     oasst1_map_fn,
     openai_map_fn,
     wizardlm_map_fn,
 )
-from raytune_ft.data.prompts import SYSTEMS
 from raytune_ft.data.segments import Message
+from raytune_ft.data.templating.prompts import SYSTEMS
 
 MapFunction = Callable[[Row, str], list[Message]]
 """(row, its place for error messages) -> conversation; an empty one drops the row."""

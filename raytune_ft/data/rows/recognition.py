@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from raytune_ft.data.columns import Row, from_json, renamed
+from raytune_ft.data.rows.columns import Row, from_json, renamed
 
 SAMPLE_ROWS = 32
 """First rows of a data set that decide on its format."""

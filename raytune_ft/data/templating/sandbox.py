@@ -27,7 +27,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace, pass_context
 from jinja2.visitor import NodeTransformer
 
-from raytune_ft.data import sandbox_limits as limits
+from raytune_ft.data.templating import sandbox_limits as limits
 from raytune_ft.errors import DataError, ModelError
 
 # The fall-back that Llama 3's templates name themselves: with it, a template that asks for the date

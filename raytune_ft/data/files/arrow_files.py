@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from raytune_ft.data.readers import ADVICE, DataRow, Offsets
+from raytune_ft.data.files.readers import ADVICE, DataRow, Offsets
 from raytune_ft.errors import DataError
 
 GROUPS_KEPT = 32

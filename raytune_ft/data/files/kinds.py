@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from raytune_ft.data.arrow_files import open_arrow
-from raytune_ft.data.csv_files import open_csv
-from raytune_ft.data.json_files import open_json, open_jsonl
-from raytune_ft.data.kept import check_room, kept_file
-from raytune_ft.data.plain_files import open_text
-from raytune_ft.data.readers import Reader
+from raytune_ft.data.files.arrow_files import open_arrow
+from raytune_ft.data.files.csv_files import open_csv
+from raytune_ft.data.files.json_files import open_json, open_jsonl
+from raytune_ft.data.files.kept import check_room, kept_file
+from raytune_ft.data.files.plain_files import open_text
+from raytune_ft.data.files.readers import Reader
 from raytune_ft.errors import DataError
 
 _OPEN: Mapping[str, Callable[[Path, str], Reader]] = {

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Encoding, Tokenizer
 
-from raytune_ft.data.guard import Guard, Span, is_marker
-from raytune_ft.data.tokenizer_spec import TokenizerSpec, read_spec
+from raytune_ft.data.tokenizing.guard import Guard, Span, is_marker
+from raytune_ft.data.tokenizing.tokenizer_spec import TokenizerSpec, read_spec
 
 __all__ = ["TextTokenizer", "TokenizerSpec"]
 

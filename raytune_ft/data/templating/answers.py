@@ -27,9 +27,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from raytune_ft.data.sandbox import Renderer
 from raytune_ft.data.segments import Message
-from raytune_ft.data.signs import GROUPS, LEVELS, Group, Level, Place, Rendered, Signs
+from raytune_ft.data.templating.sandbox import Renderer
+from raytune_ft.data.templating.signs import GROUPS, LEVELS, Group, Level, Place, Rendered, Signs
 from raytune_ft.errors import DataError, ModelError, RaytuneError
 
 PROBE = "x"

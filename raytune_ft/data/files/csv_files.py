@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from raytune_ft.data import readers
-from raytune_ft.data.readers import ADVICE, BOM, DataRow, TextReader, decode, text_start
+from raytune_ft.data.files import readers
+from raytune_ft.data.files.readers import ADVICE, BOM, DataRow, TextReader, decode, text_start
 from raytune_ft.errors import DataError
 
 

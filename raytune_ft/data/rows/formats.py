@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from raytune_ft.config.schema import DataSection, Source
-from raytune_ft.data.chat_rows import from_conversation, from_messages, from_senders
-from raytune_ft.data.columns import (
+from raytune_ft.data.rows.chat_rows import from_conversation, from_messages, from_senders
+from raytune_ft.data.rows.columns import (
     OR_SKIP,
     Row,
     check_text,
@@ -24,12 +24,18 @@ from raytune_ft.data.columns import (
     text_in,
     text_of,
 )
-from raytune_ft.data.map_functions import MAP_FUNCTIONS, REFERENCE, Format, pretrain_map_fn, turn
-from raytune_ft.data.moss import moss_map
-from raytune_ft.data.multi_turn import oasst1_map_fn
-from raytune_ft.data.recognition import Recognition, recognise
+from raytune_ft.data.rows.map_functions import (
+    MAP_FUNCTIONS,
+    REFERENCE,
+    Format,
+    pretrain_map_fn,
+    turn,
+)
+from raytune_ft.data.rows.moss import moss_map
+from raytune_ft.data.rows.multi_turn import oasst1_map_fn
+from raytune_ft.data.rows.recognition import Recognition, recognise
+from raytune_ft.data.rows.tool_rows import tools_of
 from raytune_ft.data.segments import Conversation, Message
-from raytune_ft.data.tool_rows import tools_of
 from raytune_ft.errors import DataError, RecipeError
 
 MOSS = "moss"

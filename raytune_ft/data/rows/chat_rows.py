@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from raytune_ft.data.columns import OR_SKIP, describe, list_in, text_in
+from raytune_ft.data.rows.columns import OR_SKIP, describe, list_in, text_in
+from raytune_ft.data.rows.tool_rows import calls_in
 from raytune_ft.data.segments import Message
-from raytune_ft.data.tool_rows import calls_in
 from raytune_ft.errors import DataError
 
 ROLES = {

@@ -18,7 +18,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 
 from raytune_ft.config.cache import cache_dir
-from raytune_ft.data import sentencepiece_file, tiktoken_file
+from raytune_ft.data.tokenizing import sentencepiece_file, tiktoken_file
 from raytune_ft.errors import ModelError
 
 # Classes of 2023 whose code came with the checkpoint. They read their own file alone, so a

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from raytune_ft.data.columns import OR_SKIP, Row, describe, from_json, list_in, text_in
+from raytune_ft.data.rows.columns import OR_SKIP, Row, describe, from_json, list_in, text_in
 from raytune_ft.errors import DataError
 
 Tool = Mapping[str, Any]

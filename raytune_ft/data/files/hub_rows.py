@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raytune_ft.config.schema import Source
-from raytune_ft.data.readers import DataRow
+from raytune_ft.data.files.readers import DataRow
 from raytune_ft.errors import DataError, RecipeError
 
 

@@ -18,7 +18,7 @@ from urllib.parse import unquote, urljoin, urlsplit
 
 from fsspec.callbacks import Callback
 
-from raytune_ft.data.kept import check_room, kept_file
+from raytune_ft.data.files.kept import check_room, kept_file
 from raytune_ft.errors import DataError, RecipeError
 
 SCHEMES: Mapping[str, str | None] = {

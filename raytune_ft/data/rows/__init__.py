@@ -1,0 +1,1 @@
+"""Rows: one row of a data set in, one conversation out."""

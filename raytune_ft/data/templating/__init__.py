@@ -1,0 +1,1 @@
+"""Templates: a conversation in, segments of text out, each trained or not."""
