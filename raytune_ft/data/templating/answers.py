@@ -13,7 +13,8 @@ An answer begins where the prompt for it ends: the messages before it rendered w
 after the role (`<think>`, an empty pair of think tags) is not learned, and what it leaves to the
 model is. For the last answer nothing else is accepted: training text and prompt must be the same.
 An earlier answer whose prompt has been rewritten since begins after what that prompt writes behind
-the last text of a row in it, which must follow the same text here.
+the last text of a row in it, which must follow the same text here; or, where the prompt opens a
+thought that an earlier turn has not, where the two depart, behind the role.
 
 An answer ends after the last special token that the template writes behind it whether or not the
 conversation goes on. A template that ends no turn leaves the beginning of the next turn, if that is
@@ -23,17 +24,12 @@ a token the model stops at (GLM 4); otherwise the end-of-text token is put there
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
 
-from raytune_ft.data.segments import Message
-from raytune_ft.data.templating.sandbox import Renderer
-from raytune_ft.data.templating.signs import GROUPS, LEVELS, Group, Level, Place, Rendered, Signs
+from raytune_ft.data.templating.renderings import Conversation
+from raytune_ft.data.templating.signs import Place, Rendered
 from raytune_ft.errors import DataError, ModelError, RaytuneError
-
-PROBE = "x"
-GOES_ON: Message = {"role": "user", "content": PROBE}
 
 
 @dataclass(frozen=True)
@@ -60,67 +56,27 @@ class Answer:
     """Whether the template ends the turn; if not, the end-of-text token must follow."""
 
 
-class Conversation:
-    """One conversation, rendered as often as it takes to locate its answers."""
+class Locator:
+    """Locates the answers of one conversation."""
 
-    def __init__(
-        self,
-        renderer: Renderer,
-        variables: Mapping[str, Any],
-        messages: Sequence[Message],
-        tools: Sequence[Mapping[str, Any]],
-        signs: Signs,
-        *,
-        prompting: bool,
-    ) -> None:
-        self._renderer = renderer
-        self._variables = variables
-        self._messages = [*messages, GOES_ON]
-        self._last = len(messages) - 1
-        self._tools = list(tools)
-        self._signs = signs
-        self._prompting = prompting
-        self._levels: dict[Group, Level] = dict.fromkeys(GROUPS, "whole")
-        self._brackets = signs.brackets if renderer.has_generation_marks else None
-        self._plain: dict[tuple[int, bool], str] = {}
-        self.bare: tuple[str, ...] = ()
-        """Texts of the row that `render` could not mark."""
+    def __init__(self, conversation: Conversation, full: Rendered, ends: Ends) -> None:
+        """Take a conversation, the whole of it as `render` gives it, and what ends an answer."""
+        self._conversation = conversation
+        self._full = full
+        self._ends = ends
 
-    def render(self) -> Rendered:
-        """Render the whole and find the places of the row's texts.
-
-        Raises:
-            DataError: the template refuses the messages.
-            ModelError: it fails, or what it writes depends on signs around every text.
-        """
-        count = len(self._messages) - 1
-        self.plain(count, self._prompting)
-        found = self.signed(count, self._prompting)
-        if found is None:
-            self._choose_levels(count)
-            found = self.signed(count, self._prompting)
-        if found is None:
-            raise ModelError(
-                "the model's chat template changes the texts it is given, so that answers cannot "
-                "be told from the rest; set model.template to a prompt template"
-            )
-        self.bare = tuple(dict.fromkeys(self._signs.bare))
-        return found
-
-    def locate(self, full: Rendered, index: int, earliest: int, ends: Ends) -> Answer:
+    def locate(self, index: int, earliest: int) -> Answer:
         """Locate an answer in the whole.
 
         Args:
-            full: the whole, see `render`.
             index: of the answer's message.
             earliest: where the answer before it ends.
-            ends: tokens that end an answer.
 
         Raises:
             DataError: the template cannot prompt for this answer.
             ModelError: the answer's span cannot be proved.
         """
-        start = self._start(full, index)
+        start = self._start(index)
         if start is None or start < earliest:
             raise ModelError(
                 f"message {index + 1}: the model's chat template writes this answer in another way "
@@ -128,92 +84,20 @@ class Conversation:
                 "reasoning_content if the prompt opens a thought, or set model.template to a "
                 "prompt template"
             )
-        answer = self._ended(full, index, start, ends)
-        for place in full.places:
+        answer = self._ended(index, start)
+        for place in self._full.places:
             inside = answer.start < place.end and place.start < answer.end
-            if inside != (place.owner == index) and place.end > place.start:
+            echo = place.owner == index and place.start >= answer.end
+            if inside != (place.owner == index) and not echo:
                 raise ModelError(
                     f"message {index + 1}: the model's chat template mixes this answer with other "
                     "messages; set model.template to a prompt template"
                 )
         return answer
 
-    def plain(self, count: int, add_generation_prompt: bool) -> str:
-        """Render the first `count` messages as they are."""
-        key = (count, add_generation_prompt)
-        if key not in self._plain:
-            self._plain[key] = self._render(
-                self._messages[:count], self._tools, add_generation_prompt, None
-            )
-        return self._plain[key]
-
-    def signed(self, count: int, add_generation_prompt: bool) -> Rendered | None:
-        """Render the first `count` messages with signs; None if these change what is written."""
-        self._signs.clear()
-        messages = self._signs.mark_messages(self._messages[:count], self._levels)
-        tools = self._signs.mark_tools(self._tools, self._levels["tools"])
+    def _start(self, index: int) -> int | None:
         try:
-            text = self._render(messages, tools, add_generation_prompt, self._brackets)
-        except RaytuneError:
-            return None
-        found = self._signs.read(text)
-        if found is None or found.text != self.plain(count, add_generation_prompt):
-            return None
-        return found
-
-    def _render(
-        self,
-        messages: Sequence[Message],
-        tools: Sequence[Any],
-        add_generation_prompt: bool,
-        brackets: tuple[str, str] | None,
-    ) -> str:
-        variables = {
-            **self._variables,
-            "messages": list(messages),
-            "tools": list(tools) or None,
-            "documents": None,
-            "add_generation_prompt": add_generation_prompt,
-        }
-        return self._renderer.render(variables, brackets)
-
-    def _choose_levels(self, count: int) -> None:
-        """Take for each group of texts the first level that changes nothing."""
-        bare: dict[Group, Level] = dict.fromkeys(GROUPS, "bare")
-        self._levels = bare
-        if self.signed(count, self._prompting) is None:
-            self._brackets = None
-        chosen: dict[Group, Level] = {
-            group: self._first_level(count, bare, group) for group in GROUPS
-        }
-        for owner, message in enumerate(self._messages[:count]):
-            group = message["role"]
-            if chosen[group] in ("pieces", "bare"):
-                # it may be this one message, or another one, that has to do without
-                chosen[group, owner] = self._first_level(count, chosen, (group, owner))
-                if chosen[group, owner] == "pieces":
-                    self._levels = chosen
-                    self._join_pieces(count, owner)
-        self._levels = chosen
-
-    def _join_pieces(self, count: int, owner: int) -> None:
-        """Put those words of the template that it leaves alone in this text between signs too."""
-        joined = self._signs.joined.setdefault(owner, set())
-        for word in self._signs.words_in(self._messages[owner]["content"]):
-            joined.add(word)
-            if self.signed(count, self._prompting) is None:
-                joined.discard(word)
-
-    def _first_level(self, count: int, levels: Mapping[Group, Level], group: Group) -> Level:
-        for level in LEVELS:
-            self._levels = {**levels, group: level}
-            if self.signed(count, self._prompting) is not None:
-                return level
-        return "bare"
-
-    def _start(self, full: Rendered, index: int) -> int | None:
-        try:
-            prompt = self.plain(index, True)
+            prompt = self._conversation.plain(index, True)
         except RaytuneError as error:
             if index > 0:
                 raise
@@ -221,96 +105,113 @@ class Conversation:
                 "message 1 is an answer, and the model's chat template cannot prompt for one with "
                 "nothing before it; let the conversation start with role 'user'"
             ) from error
-        if full.text.startswith(prompt):
+        if self._full.text.startswith(prompt):
             return len(prompt)
-        if index == self._last and not self._prompting:
+        if index == self._conversation.last and not self._conversation.prompting:
             return None
-        return self._start_after_rewriting(full, index)
+        return self._start_after_rewriting(index)
 
-    def _start_after_rewriting(self, full: Rendered, index: int) -> int | None:
+    def _own(self, full: Rendered, index: int) -> list[Place]:
+        """Return the places of an answer's texts, without echoes of them in later messages.
+
+        Echoes (gpt-oss names the function again before its result) are those that the answer has
+        not got where the conversation ends with it.
+        """
+        own = full.of(index)
+        calls = "tool_calls" in self._conversation.messages[index]
+        alone = self._conversation.signed(index + 1, False) if calls else None
+        if alone is None or index == self._conversation.last:
+            return own
+        texts = [alone.text_of(place) for place in alone.of(index)]
+        if texts and texts == [full.text_of(place) for place in own[: len(texts)]]:
+            return own[: len(texts)]
+        return own
+
+    def _start_after_rewriting(self, index: int) -> int | None:
         """Find where an earlier answer begins, by the texts around it."""
-        prompt = self.signed(index, True)
+        prompt = self._conversation.signed(index, True)
         if prompt is None:
             return None
         begin, tail = 0, prompt.text
         if prompt.places:
             last = prompt.places[-1]
-            same = full.of(last.owner)
-            if not same or _text(full, same[-1]) != _text(prompt, last):
+            same = self._full.of(last.owner)
+            if not same or self._full.text_of(same[-1]) != prompt.text_of(last):
                 return None
             begin, tail = same[-1].end, prompt.text[last.end :]
-        if full.text.startswith(tail, begin):
+        if self._full.text.startswith(tail, begin):
             return begin + len(tail)
-        own = full.of(index)
-        # the prompt wrote more than the role, and that is gone from an earlier turn
-        if own and own[0].start > begin and tail.startswith(full.text[begin : own[0].start]):
-            return own[0].start
-        return None
+        return self._departure(index, begin, prompt)
 
-    def _ended(self, full: Rendered, index: int, start: int, ends: Ends) -> Answer:
+    def _departure(self, index: int, begin: int, prompt: Rendered) -> int | None:
+        """Find where an earlier answer departs from what the prompt for it writes after the role.
+
+        Such a prompt opens a thought that is gone, or empty, in an earlier turn.
+        """
+        closed = self._conversation.signed(index, False)
+        if closed is None or closed.places != prompt.places:
+            return None
+        last = prompt.places[-1].end if prompt.places else 0
+        role, tail = closed.text[last:], prompt.text[last:]
+        own = self._full.of(index)
+        limit = own[0].start if own else len(self._full.text)
+        length = len(_common(self._full.text[begin:limit], tail, None))
+        if not tail.startswith(role) or length <= len(role):
+            return None
+        return begin + length
+
+    def _ended(self, index: int, start: int) -> Answer:
         """Find where an answer ends that begins at `start`."""
-        own = full.of(index)
+        own = self._own(self._full, index)
         anchor = max([start, *(place.end for place in own)])
-        following = [place.start for place in full.places if place.start >= anchor]
-        here = full.text[anchor : min(following, default=len(full.text))]
-        rest = self._otherwise(full, index, anchor)
-        if rest is None and index == self._last:
+        following = [place.start for place in self._full.places if place.start >= anchor]
+        here = self._full.text[anchor : min(following, default=len(self._full.text))]
+        rest = self._otherwise(index, anchor)
+        if rest is None and index == self._conversation.last:
             rest = here
-        elif rest is None or (not own and _ending(here, rest, ends) is None):
+        elif rest is None or (not own and _ending(here, rest, self._ends) is None):
             rest = self._after_probe(index)
             blanks = len(here) - len(here.lstrip())
             anchor, here = anchor + blanks, here[blanks:]
-        found = _ending(here, rest, ends)
-        if found is None and not own and index == self._last:
+        found = _ending(here, rest, self._ends)
+        if found is None and not own and index == self._conversation.last:
             # an empty answer: all that the template writes there is its end
-            found = _last_run(here, ends.special)
+            found = _last_run(here, self._ends.special)
         if found:
             return Answer(start, anchor + found[1], index, anchor + found[0], closed=True)
-        end = len(_common(here, rest, ends.special))
-        token = ends.special.match(here, end) if ends.special else None
-        if token and (token.group() in ends.stops or _begins_special(rest[end:], ends)):
+        end = len(_common(here, rest, self._ends.special))
+        token = self._ends.special.match(here, end) if self._ends.special else None
+        if token and (token.group() in self._ends.stops or _begins_special(rest[end:], self._ends)):
             return Answer(start, anchor + token.end(), index, anchor + end, closed=True)
         return Answer(start, anchor + end, index, anchor + end, closed=False)
 
-    def _otherwise(self, full: Rendered, index: int, anchor: int) -> str | None:
+    def _otherwise(self, index: int, anchor: int) -> str | None:
         """Return what follows an answer if the conversation ended there, or, for the last, went on.
 
         None if the template does not write the answer's last text in such a conversation.
         """
-        own = full.of(index)
-        count = index + (2 if index == self._last else 1)
+        own = self._own(self._full, index)
+        count = index + (2 if index == self._conversation.last else 1)
         try:
-            text = self.plain(count, False)
+            text = self._conversation.plain(count, False)
         except RaytuneError:
             return None
-        if text[:anchor] == full.text[:anchor]:
+        if text[:anchor] == self._full.text[:anchor]:
             return text[anchor:]
-        signed = self.signed(count, False) if own else None
-        same = signed.of(index) if signed else []
-        if signed is None or not same or _text(signed, same[-1]) != _text(full, own[-1]):
+        signed = self._conversation.signed(count, False) if own else None
+        same = self._own(signed, index) if signed else []
+        if signed is None or not same or signed.text_of(same[-1]) != self._full.text_of(own[-1]):
             return None
         return text[same[-1].end :]
 
     def _after_probe(self, index: int) -> str:
-        """Return what a template writes behind an answer of one word, at a conversation's end."""
-        messages = [*self._messages[:index], {"role": "assistant", "content": PROBE}]
-        plain = self._render(messages, self._tools, False, None)
-        self._signs.clear()
-        levels: dict[Group, Level] = dict.fromkeys(GROUPS, "bare")
-        levels["assistant", index] = "whole"
-        marked = self._signs.mark_messages(messages, levels)
-        found = self._signs.read(self._render(marked, self._tools, False, None))
-        own = found.of(index) if found else []
-        if found is None or not own or found.text != plain:
+        found = self._conversation.after_probe(index)
+        if found is None:
             raise ModelError(
                 f"message {index + 1}: the end of this answer cannot be told in what the model's "
                 "chat template writes; set model.template to a prompt template"
             )
-        return plain[own[-1].end :]
-
-
-def _text(rendered: Rendered, place: Place) -> str:
-    return rendered.text[place.start : place.end]
+        return found
 
 
 def _ending(here: str, rest: str, ends: Ends) -> tuple[int, int] | None:

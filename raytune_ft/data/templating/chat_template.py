@@ -17,7 +17,8 @@ from functools import cached_property
 from typing import Any
 
 from raytune_ft.data.segments import Loss, Message, Segment, is_text, text_segments
-from raytune_ft.data.templating.answers import Answer, Conversation, Ends
+from raytune_ft.data.templating.answers import Answer, Ends, Locator
+from raytune_ft.data.templating.renderings import Conversation
 from raytune_ft.data.templating.sandbox import renderer
 from raytune_ft.data.templating.signs import Rendered, Signs
 from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
@@ -71,10 +72,11 @@ class ChatTemplate:
         try:
             full = conversation.render()
             self._check_bare(conversation.bare)
+            locator = Locator(conversation, full, self._ends)
             located: list[Answer] = []
             for index in answers:
                 earliest = located[-1].end if located else 0
-                located.append(conversation.locate(full, index, earliest, self._ends))
+                located.append(locator.locate(index, earliest))
         except RecursionError:
             raise DataError("the messages are nested too deeply; simplify them") from None
         return self._cut(full, located, loss, open_end=add_generation_prompt or not answers)
@@ -97,7 +99,7 @@ class ChatTemplate:
             segments += _pieces(full, answer.message, [(done, answer.start, loss == "all")])
             chosen = loss != "last" or answer is answers[-1]
             parts = [(answer.start, answer.end, chosen)]
-            if loss != "all" and self._renderer.has_generation_marks:
+            if loss != "all" and full.generated:
                 parts = _marked(full, answer, chosen)
             segments += _pieces(full, None, parts)
             if not answer.closed:

@@ -54,6 +54,10 @@ class Rendered:
     generated: tuple[tuple[int, int], ...] = ()
     """Spans of the template's `{% generation %}` blocks."""
 
+    def text_of(self, place: Place) -> str:
+        """Return the text in a place."""
+        return self.text[place.start : place.end]
+
     def of(self, owner: int) -> list[Place]:
         """Return the places of one owner."""
         return [place for place in self.places if place.owner == owner]
@@ -129,7 +133,7 @@ class Signs:
         found = self._read(text)
         if found is None:
             return None
-        missing = {(p.owner, found.text[p.start : p.end]) for p in found.places} - self.signed
+        missing = {(place.owner, found.text_of(place)) for place in found.places} - self.signed
         if missing:
             written = {(owner, json.dumps(t, ensure_ascii=False)[1:-1]) for owner, t in self.signed}
             missing -= written
