@@ -158,16 +158,16 @@ class Conversation:
                 chosen[group, owner] = self._first_level(count, chosen, (group, owner))
                 if chosen[group, owner] == "pieces":
                     self._levels = chosen
-                    self._join_pieces(count, owner)
+                    self._mark_words(count, owner)
         self._levels = chosen
 
-    def _join_pieces(self, count: int, owner: int) -> None:
-        """Put those words of the template that it leaves alone in this text between signs too."""
-        joined = self._signs.joined.setdefault(owner, set())
+    def _mark_words(self, count: int, owner: int) -> None:
+        """Put signs around those words of the template, too, that it leaves alone in a text."""
+        passed = self._signs.passed.setdefault(owner, set())
         for word in self._signs.words_in(self.messages[owner]["content"]):
-            joined.add(word)
+            passed.add(word)
             if self.signed(count, self.prompting) is None:
-                joined.discard(word)
+                passed.discard(word)
 
     def _first_level(self, count: int, levels: Mapping[Group, Level], group: Group) -> Level:
         for level in LEVELS:

@@ -77,8 +77,8 @@ class Signs:
     """Texts that the last marking left without signs, though a row may have any words there."""
     signed: set[tuple[int, str]] = field(default_factory=set)
     """Owner and text of what the last marking put between signs."""
-    joined: dict[int, set[str]] = field(default_factory=dict)
-    """Per message, `literals` that count as any other words in it."""
+    passed: dict[int, set[str]] = field(default_factory=dict)
+    """Per message, those `literals` that the template passes on as it does any words."""
 
     @classmethod
     def for_conversation(
@@ -226,13 +226,16 @@ class Signs:
             return self._text(value, owner, level)
         parts, done = [], 0
         for found in self.literals.finditer(value):
-            if found.group() in self.joined.get(owner, ()):
-                continue
-            parts += [self._text(value[done : found.start()], owner, "core"), found.group()]
+            word = found.group()
+            parts.append(self._text(value[done : found.start()], owner, "core"))
             done = found.end()
             # an answer may hold its thoughts between the template's own words
-            if role != "assistant" or (self.special and self.special.search(found.group())):
-                self.bare.append(found.group())
+            forged = role != "assistant" or (self.special and self.special.search(word))
+            if word in self.passed.get(owner, ()):
+                word = self._text(word, owner, "whole")
+            elif forged:
+                self.bare.append(word)
+            parts.append(word)
         return "".join([*parts, self._text(value[done:], owner, "core")])
 
     def _text(self, value: Any, owner: int, level: Level) -> Any:
@@ -249,26 +252,24 @@ class Signs:
         opening = chr(self.first + 1 + owner)
         return value[:start] + opening + core + self._closing + value[start + len(core) :]
 
-    def _deep(self, value: Any, owner: int, level: Level, free: Keys) -> Any:
+    def _deep(self, value: Any, owner: int, level: Level, free: Keys, key: str = "") -> Any:
         """Mark the texts in a JSON value, and those keys of its objects that a row may choose."""
         if isinstance(value, list | tuple):
-            return [self._deep(item, owner, level, free) for item in value]
+            return [self._deep(item, owner, level, free, key) for item in value]
         if not isinstance(value, Mapping):
-            return self._text(value, owner, level)
+            # a template that inspects tools looks at types and names, hardly at descriptions
+            told = level != "pieces" or owner != TOOLS or key == "description"
+            return self._text(value, owner, level if told else "bare")
         copy = {}
-        for key, item in value.items():
-            name = str(key)
+        for own, item in value.items():
+            name = str(own)
             if level == "whole" and free in ("all", "here"):
                 name = self._text(name, owner, level)
             else:
                 self.bare.append(name)
             # below a schema's `properties` stand the names of parameters
-            below: Keys = "here" if name == "properties" and free == "none" else "none"
-            told = level != "pieces" or owner != TOOLS or key == "description"
-            marked = self._deep(
-                item, owner, level if told else "bare", free if free == "all" else below
-            )
-            copy[name] = marked
+            below: Keys = "here" if own == "properties" and free == "none" else "none"
+            copy[name] = self._deep(item, owner, level, free if free == "all" else below, str(own))
         return copy
 
 
