@@ -107,7 +107,7 @@ def _bars(bars: list[Bar]) -> Iterator[str]:
     for bar in bars:
         share = 80 * bar.rows / most
         yield (
-            f"<div class=bar><span class=dim>{bar.first:,} to {bar.last:,}</span><div class=grow>"
+            f"<div class=bar><span class=dim>{bar.label}</span><div class=grow>"
             f"<i style='width:{share:.2f}%'></i>{bar.rows:,}</div></div>"
         )
 

@@ -77,10 +77,10 @@ def token_text(row: RowView) -> Text:
 def bar_lines(bars: list[Bar]) -> Iterator[Text]:
     """Draw the histogram of row lengths."""
     most = max((bar.rows for bar in bars), default=0)
-    digits = len(f"{bars[-1].last:,}") if bars else 0
+    width = max((len(bar.label) for bar in bars), default=0)
     for bar in bars:
         size = -(-bar.rows * WIDTH // most)
-        label = f"  {bar.first:>{digits},} to {bar.last:>{digits},}  "
+        label = f"  {bar.label:>{width}}  "
         yield Text.assemble((label, "dim"), ("█" * size, "cyan"), f" {bar.rows:,}")
 
 

@@ -56,6 +56,13 @@ class Bar:
     last: int
     rows: int
 
+    @property
+    def label(self) -> str:
+        """Name the bar: `100 to 199`, or one number."""
+        if self.first == self.last:
+            return f"{self.first:,}"
+        return f"{self.first:,} to {self.last:,}"
+
 
 @dataclass(frozen=True)
 class View:
