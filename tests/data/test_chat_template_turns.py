@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from raytune_ft.config.cache import cache_dir
 from raytune_ft.data.encode import IGNORE_INDEX, encode_conversation, encode_prompt
 from raytune_ft.data.segments import Conversation, Message, Segment
-from raytune_ft.data.templating.templates import PROMPTS, Template, get_template
+from raytune_ft.data.templating.templates import Template, get_template
 from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
 from raytune_ft.errors import DataError, ModelError
 from tests.data.chat_families import CHATML, FAMILIES, FOLDER, Family
@@ -354,19 +354,6 @@ def test_prompt_templates_have_no_words_for_tools_and_thoughts(
         {**message, "role": "assistant", "tool_calls": [], "reasoning_content": ""},
     ]
     assert template.segments(empty, add_generation_prompt=False)
-
-
-@pytest.mark.parametrize("name", PROMPTS)
-def test_loss_of_prompt_templates(tokenizer: TextTokenizer, name: str) -> None:
-    template = get_template(name, tokenizer)
-    messages = chat("a", "b", "c", "d", system="s")
-    plain = template.segments(messages, add_generation_prompt=False)
-    last = template.segments(messages, add_generation_prompt=False, loss="last")
-    everything = template.segments(messages, add_generation_prompt=False, loss="all")
-    assert [s.text for s in last] == [s.text for s in everything] == [s.text for s in plain]
-    assert learned(plain) == ["b", f"({tokenizer.eos_id},)", "d", f"({tokenizer.eos_id},)"]
-    assert learned(last) == ["d", f"({tokenizer.eos_id},)"]
-    assert [s.ids for s in everything if not s.trained] == [tokenizer.bos_ids] * 2
 
 
 def test_an_answer_alone_with_more_than_text_is_no_text(tokenizer: TextTokenizer) -> None:

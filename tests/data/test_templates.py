@@ -85,6 +85,21 @@ def test_roles_out_of_order_are_refused(tokenizer: TextTokenizer, roles: list[st
         get_template("default", tokenizer).segments(messages, add_generation_prompt=True)
 
 
+@pytest.mark.parametrize("name", PROMPTS)
+def test_loss_of_prompt_templates(tokenizer: TextTokenizer, name: str) -> None:
+    template = get_template(name, tokenizer)
+    messages = chat("a", "b", "c", "d", system="s")
+    plain = template.segments(messages, add_generation_prompt=False)
+    last = template.segments(messages, add_generation_prompt=False, loss="last")
+    everything = template.segments(messages, add_generation_prompt=False, loss="all")
+    assert [s.text for s in last] == [s.text for s in everything] == [s.text for s in plain]
+    end = ("", (tokenizer.eos_id,))
+    learned = [(s.text, s.ids) for s in plain if s.trained]
+    assert learned == [("b", None), end, ("d", None), end]
+    assert [(s.text, s.ids) for s in last if s.trained] == learned[2:]
+    assert [s.ids for s in everything if not s.trained] == [tokenizer.bos_ids] * 2
+
+
 def test_wrong_names_are_answered_with_the_nearest(tokenizer: TextTokenizer) -> None:
     with pytest.raises(RecipeError, match="did you mean 'internlm_chat'"):
         get_template("internlm_caht", tokenizer)
