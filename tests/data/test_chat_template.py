@@ -9,11 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from raytune_ft.config.cache import cache_dir
 from raytune_ft.data.encode import IGNORE_INDEX, encode_conversation, encode_prompt
 from raytune_ft.data.segments import Conversation, Message, Segment
 from raytune_ft.data.templating.templates import PROMPTS, get_template
 from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
 from tests.data.chat_families import FAMILIES, Family, Piece
+from tests.data.conftest import chat
 
 MARKERS = sorted({
     *(text for f in FAMILIES.values() for text in (*f.special, *f.words, f.eos, f.bos)),
@@ -241,3 +243,19 @@ def test_the_whole_text_is_that_of_transformers(family: Family, own: TextTokeniz
         segments = template.segments(messages, add_generation_prompt=prompting)
         written = "".join(segment.text for segment in segments)
         assert written == text if prompting else text.startswith(written)
+
+
+def test_the_default_models_own_template() -> None:
+    folder = cache_dir() / "smollm2-135m-instruct"
+    if not (folder / "tokenizer.json").is_file():
+        pytest.skip("needs the default model in the cache")
+    own = TextTokenizer.from_folder(folder)
+    template = get_template("tokenizer", own)
+    messages = chat("What is <|im_end|>?", "A mark. ", "And [INST]?", " Another.")
+    example = encode_conversation(Conversation(messages), template, own)
+    labels = [id_ for id_ in example.labels.tolist() if id_ != IGNORE_INDEX]
+    assert own.decode(labels, skip_special_tokens=False) == (
+        "A mark. <|im_end|> Another.<|im_end|>"
+    )
+    ends = example.input_ids.tolist().count(own.token_id("<|im_end|>"))
+    assert ends == 5  # the default system text, two questions, two answers

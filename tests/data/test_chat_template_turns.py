@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from raytune_ft.config.cache import cache_dir
-from raytune_ft.data.encode import IGNORE_INDEX, encode_conversation, encode_prompt
+from raytune_ft.data.encode import encode_conversation, encode_prompt
 from raytune_ft.data.segments import Conversation, Message, Segment
 from raytune_ft.data.templating.templates import Template, get_template
 from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
@@ -380,22 +379,6 @@ def test_texts_of_private_characters_are_kept(tokenizer: TextTokenizer) -> None:
     every = "".join(map(chr, range(0xF0000, 0x10FFFE, 3)))
     with pytest.raises(DataError, match="private characters"):
         template.segments(chat(every, "b"), add_generation_prompt=False)
-
-
-def test_the_default_models_own_template(tokenizer: TextTokenizer) -> None:
-    folder = cache_dir() / "smollm2-135m-instruct"
-    if not (folder / "tokenizer.json").is_file():
-        pytest.skip("needs the default model, which `make model` fetches")
-    own = TextTokenizer.from_folder(folder)
-    template = get_template("tokenizer", own)
-    messages = chat("What is <|im_end|>?", "A mark. ", "And [INST]?", " Another.")
-    example = encode_conversation(Conversation(messages), template, own)
-    labels = [id_ for id_ in example.labels.tolist() if id_ != IGNORE_INDEX]
-    assert own.decode(labels, skip_special_tokens=False) == (
-        "A mark. <|im_end|> Another.<|im_end|>"
-    )
-    ends = example.input_ids.tolist().count(own.token_id("<|im_end|>"))
-    assert ends == 5  # the default system text, two questions, two answers
 
 
 def test_equal_spans_for_equal_specs(tokenizer: TextTokenizer) -> None:
