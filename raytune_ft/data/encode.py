@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -66,7 +67,7 @@ def encode_conversation(
     ids: list[int] = []
     trained: list[bool] = []
     for segment in segments:
-        piece = _ids(segment, tokenizer, compat)
+        piece = _ids(segment, tokenizer, ids[-1:], compat)
         ids.extend(piece)
         trained.extend([segment.trained] * len(piece))
     input_ids = np.asarray(ids[:max_length], dtype=np.int32)
@@ -91,10 +92,41 @@ def encode_prompt(
         tools: what the assistant may call, JSON schemas in OpenAI's form.
     """
     segments = template.segments(messages, add_generation_prompt=True, tools=tools)
-    return [id_ for segment in segments for id_ in _ids(segment, tokenizer)]
+    ids: list[int] = []
+    for segment in segments:
+        ids.extend(_ids(segment, tokenizer, ids[-1:]))
+    return ids
 
 
-def _ids(segment: Segment, tokenizer: TextTokenizer, compat: bool = False) -> Sequence[int]:
+def _ids(
+    segment: Segment, tokenizer: TextTokenizer, before: Sequence[int], compat: bool = False
+) -> Sequence[int]:
+    """Encode a segment; `before` is the id in front of it, if any."""
     if segment.ids is not None:
         return segment.ids
-    return tokenizer.encode(segment.text, () if compat else segment.foreign)
+    foreign = () if compat else segment.foreign
+    # such a tokenizer puts the space behind a special token too, inside a text
+    if segment.follows and _puts_space_first(tokenizer) and not _special(before, tokenizer):
+        return _following(segment.text, foreign, tokenizer)
+    return tokenizer.encode(segment.text, foreign)
+
+
+def _following(
+    text: str, foreign: Sequence[tuple[int, int]], tokenizer: TextTokenizer
+) -> Sequence[int]:
+    """Encode a text that goes on from another: behind a line break, which is then taken off."""
+    line = tokenizer.encode("\n")
+    shifted = [(start + 1, end + 1) for start, end in foreign]
+    ids = tokenizer.encode("\n" + text, shifted)
+    return ids[len(line) :] if ids[: len(line)] == line else tokenizer.encode(text, foreign)
+
+
+def _special(ids: Sequence[int], tokenizer: TextTokenizer) -> bool:
+    return bool(ids) and ids[0] in tokenizer.special_tokens.values()
+
+
+@lru_cache(maxsize=8)
+def _puts_space_first(tokenizer: TextTokenizer) -> bool:
+    """Tell whether a text begins with a space that it has not got (Llama 2, Mistral 1)."""
+    line = len(tokenizer.encode("\n"))
+    return tokenizer.encode("\nx")[line:] != tokenizer.encode("x")

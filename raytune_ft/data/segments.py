@@ -27,6 +27,9 @@ class Segment:
     foreign: tuple[tuple[int, int], ...] = ()
     """Character spans [start, end) of `text` that come from a row or a user, not from the
     template, ascending and apart; special tokens are never made out of them."""
+    follows: bool = False
+    """Whether the text goes on from the segment before it: no space is put before it, as some
+    tokenizers do with every text."""
 
 
 @dataclass(frozen=True)

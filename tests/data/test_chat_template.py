@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from raytune_ft.data.templating.templates import PROMPTS, get_template
 from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
 from tests.data.chat_families import FAMILIES, Family, Piece
 from tests.data.conftest import chat
+from tests.data.tokenizer_files import train_pieces, write_folder
 
 MARKERS = sorted({
     *(text for f in FAMILIES.values() for text in (*f.special, *f.words, f.eos, f.bos)),
@@ -259,3 +262,24 @@ def test_the_default_models_own_template() -> None:
     )
     ends = example.input_ids.tolist().count(own.token_id("<|im_end|>"))
     assert ends == 5  # the default system text, two questions, two answers
+
+
+@pytest.mark.parametrize("name", ["mistral", "llama2", "zephyr", "qwen25"])
+def test_cuts_put_no_space_into_the_text(name: str, tmp_path: Path) -> None:
+    """Sentencepiece puts a space before every text; a chat's ids are those of its whole text."""
+    folder = write_folder(
+        tmp_path / "model",
+        {"tokenizer.model": train_pieces()},
+        tokenizer_class="LlamaTokenizer",
+    )
+    spec = TextTokenizer.from_folder(folder).spec
+    own = TextTokenizer(dataclasses.replace(spec, chat_template=FAMILIES[name].template))
+    assert own.encode("x") != own.encode("\nx")[len(own.encode("\n")) :]
+    template = get_template("tokenizer", own)
+    messages = chat("red", "blue stone", "seven?", " night", system="aaa")
+    ids = encode_conversation(Conversation(messages), template, own).input_ids.tolist()
+    segments = template.segments(messages, add_generation_prompt=False)
+    whole = "".join(s.text or own.decode(s.ids or (), skip_special_tokens=False) for s in segments)
+    assert ids == own.encode(whole)
+    prompt = encode_prompt(messages[:-1], template, own)
+    assert ids[: len(prompt)] == prompt

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -108,7 +109,8 @@ class ChatTemplate:
             done = answer.end
         if open_end:
             segments += _pieces(full, None, [(done, len(full.text), loss == "all")])
-        return segments
+        # one text for a model that knows the template: a cut puts no space into it
+        return segments[:1] + [replace(segment, follows=True) for segment in segments[1:]]
 
     def _prepared(self, messages: Sequence[Message]) -> list[Message]:
         prepared = []
