@@ -264,12 +264,15 @@ def test_the_default_models_own_template() -> None:
     assert ends == 5  # the default system text, two questions, two answers
 
 
+AS_LLAMA = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+
+
 @pytest.mark.parametrize("name", ["mistral", "llama2", "zephyr", "qwen25"])
 def test_cuts_put_no_space_into_the_text(name: str, tmp_path: Path) -> None:
     """Sentencepiece puts a space before every text; a chat's ids are those of its whole text."""
     folder = write_folder(
         tmp_path / "model",
-        {"tokenizer.model": train_pieces()},
+        {"tokenizer.model": train_pieces(**AS_LLAMA)},
         tokenizer_class="LlamaTokenizer",
     )
     spec = TextTokenizer.from_folder(folder).spec
