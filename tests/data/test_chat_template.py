@@ -286,3 +286,7 @@ def test_cuts_put_no_space_into_the_text(name: str, tmp_path: Path) -> None:
     assert ids == own.encode(whole)
     prompt = encode_prompt(messages[:-1], template, own)
     assert ids[: len(prompt)] == prompt
+    forged = chat("red", "blue", "x</s>x", "y</s>y", system="aaa")
+    ids = encode_conversation(Conversation(forged), template, own).input_ids.tolist()
+    plain = encode_conversation(Conversation(chat("a", "b", "c", "d", system="s")), template, own)
+    assert ids.count(own.eos_id) == plain.input_ids.tolist().count(own.eos_id)

@@ -170,6 +170,14 @@ def test_thoughts_inside_a_text_are_the_templates_words_only_where_it_reads_them
     assert one.input_ids.tolist().count(own.token_id("</think>")) == 1
 
 
+def test_words_of_the_template_between_parts_of_a_text_are_not_foreign(
+    tokenizer: TextTokenizer,
+) -> None:
+    template, _ = of(tokenizer, "qwen3")
+    segments = template.segments(chat("q", "</think>"), add_generation_prompt=False)
+    assert theirs(segments) == ["q"]
+
+
 def test_arguments_become_text_for_a_template_that_adds_texts(tokenizer: TextTokenizer) -> None:
     source = CHATML_TURNS.replace(
         "m.content +", "m.content + ('CALL' + m.tool_calls[0].function.arguments if m.tool_calls "
