@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, TypeGuard
 
@@ -151,7 +151,7 @@ def _finished(field: Field, where: str, bot_name: str | None, compat: str | None
     if not compat:
         inside = (0, len(text)) if field.turn == 0 else _inside(text)
         foreign = (inside,) if inside[0] < inside[1] else ()
-    return Field(text, None, field.trained, foreign, field.turn, field.edges)
+    return replace(field, text=text, foreign=foreign)
 
 
 def _inside(text: str) -> tuple[int, int]:
