@@ -151,7 +151,10 @@ def load_model(
     model.requires_grad_(False)
     if family.normalised_head and not head_trained:
         model.lm_head.fold()
-    _keep_nf4_layout(model)
+    if section.quantization == "nf4":
+        from raytune_ft.model.nf4 import mend_cpu_layers  # bitsandbytes takes seconds to import
+
+        mend_cpu_layers(model)
     frozen: PreTrainedModel = model
     return frozen
 
@@ -167,18 +170,6 @@ def _quantization(section: ModelSection, device: torch.device) -> Any:
             bnb_4bit_compute_dtype=compute_dtype(section, device),
         )
     return BitsAndBytesConfig(load_in_8bit=True) if section.quantization == "int8" else None
-
-
-def _keep_nf4_layout(model: torch.nn.Module) -> None:
-    """Keep bitsandbytes from repacking NF4 weights at the first answer on a CPU with AVX512-BF16.
-
-    The packed layout rounds the scales and its kernel has no gradient: after a sampled answer,
-    training would go on with other weights and without gradients below the last layer.
-    """
-    module: Any
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
 
 
 def _check_keys(folder: Path, family: Family, info: Mapping[str, Any]) -> None:

@@ -173,20 +173,11 @@ def quantized_names(base_folder: Path) -> set[str]:
     return Original.of(base_folder).linear_names()
 
 
-def through_nf4(weight: torch.Tensor, *, double_quant: bool) -> torch.Tensor:
-    """Quantise a weight to NF4 and back, as training sees it."""
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-
-    packed, state = quantize_4bit(
-        weight.contiguous(), quant_type="nf4", compress_statistics=double_quant
-    )
-    seen: torch.Tensor = dequantize_4bit(packed, state)
-    return seen
-
-
 def _requantizer(original: Original, base: Base, section: ModelSection | None) -> Change:
     if base == "original":
         return lambda _name, weight: weight
+    from raytune_ft.model.nf4 import through_nf4
+
     names = original.linear_names()
     double_quant = section.double_quant if section else True
     given = section.dtype if section else "auto"

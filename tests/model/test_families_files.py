@@ -67,7 +67,7 @@ def test_nf4_and_lora_reach_every_linear_layer_but_the_head(name: str, tmp_path:
     names = linear_names(plain)
     quantised = load(tmp_path, quantization="nf4")
     modules = dict(quantised.named_modules())
-    assert {type(modules[n]).__name__ for n in names} == {"Linear4bit"}
+    assert all("Linear4bit" in type(modules[n]).__name__ for n in names)
     assert linear_names(quantised) == names
     per_layer = {"chatglm": 6, "starcoder": 4}.get(name, 7)
     assert len(names) == LAYERS * per_layer
