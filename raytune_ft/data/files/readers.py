@@ -6,6 +6,7 @@ Arrow files by groups of rows. A reader travels to data tasks as its path and th
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +45,7 @@ class Reader(Protocol):
 
 
 @dataclass(frozen=True)
-class TextReader:
+class TextReader(ABC):
     """Rows as byte ranges; `starts`, `ends`, `lines` (from 1) are int64 of shape (rows,)."""
 
     path: Path
@@ -66,9 +67,9 @@ class TextReader:
         with self.path.open("rb") as file:
             return [self._read_one(file, row) for row in rows]
 
+    @abstractmethod
     def parse(self, raw: bytes, where: str) -> DataRow:
         """Parse one row; DataError says what it is instead."""
-        raise NotImplementedError
 
     def _read_one(self, file: BinaryIO, row: int) -> DataRow | DataError:
         where, start = self.where(row), int(self.starts[row])
