@@ -354,10 +354,22 @@ def merge(walk: Walk) -> None:
     assert list(walk.merged.glob("tokenizer*"))
 
 
-@point(50, 52, trains=True)
+@point(50, trains=True)
 def chat(walk: Walk) -> None:
     words = ["--prompt-template", "internlm_chat", "--max-new-tokens", "3", "--ask", "hello"]
     assert walk.say("chat", str(walk.merged), *words).startswith("> hello\n")
+
+
+@point(52, trains=True)
+def a_script_with_one_path(walk: Walk) -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples/chat.py"), str(walk.merged)],
+        input="hello\n\n", capture_output=True, text=True, check=False, cwd=walk.folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("> ")
+    assert done.stdout.count("> ") >= 2, "it asks again after the answer"
 
 
 @point(51, trains=True)

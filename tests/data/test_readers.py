@@ -505,3 +505,14 @@ def test_real_files_are_recognised_and_every_row_is_used(path: str, rows: int, n
     section = source.source_of(0)
     read = [read_row(row, section.map, columns=section.columns) for row in source.rows(range(rows))]
     assert sum(found is None for found in read) <= rows // 100
+
+
+def test_rows_on_one_line_are_told_apart(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('[{"x": 1}, {"x": 2},\n{"x": 3}]')
+    reader = open_reader(path, "a.json")
+    assert [reader.where(n) for n in range(3)] == [
+        "a.json:1 (row 1)",
+        "a.json:1 (row 2)",
+        "a.json:2",
+    ]

@@ -31,6 +31,12 @@ _ROW_LISTS = {"messages", "conversations", "conversation", "prompt", "completion
 class JsonReader(TextReader):
     """Rows that are JSON objects."""
 
+    def where(self, row: int) -> str:
+        """Return the row's file and line, and its number where several stand on one line."""
+        place, line = super().where(row), self.lines[row]
+        around = self.lines[max(row - 1, 0) : row + 2]
+        return f"{place} (row {row + 1})" if (around == line).sum() > 1 else place
+
     def parse(self, raw: bytes, where: str) -> DataRow:
         """Parse one JSON object; DataError says what it is instead."""
         text = decode(raw, where)
