@@ -16,7 +16,7 @@ Checkpoint = Callable[..., Path]
 Loaded = Callable[[str], Any]
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="package", autouse=True)
 def libraries_out_of_the_way() -> Iterator[None]:
     """Loading collects garbage; without this it looks through half a million library objects.
 
