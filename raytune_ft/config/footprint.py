@@ -58,6 +58,8 @@ class Counts:
     attention: int
     """Width of queries plus that of keys and values."""
     vocabulary: int
+    mask_heads: int = 0
+    """Heads with an attention mask of their own (ALiBi); 0: one mask of booleans for all."""
 
     @property
     def total(self) -> int:
@@ -94,7 +96,7 @@ def memory_bytes(recipe: Recipe, counts: Counts, *, on_gpu: bool) -> dict[str, i
         **_training_state(recipe, counts, width, on_gpu=on_gpu),
         "activations": activations,
         "logits": min(tokens, LOGIT_ROWS) * counts.vocabulary * LOGIT_BYTES,
-        "workspace": unpacked + tokens * recipe.data.max_length,
+        "workspace": unpacked + tokens * recipe.data.max_length * (counts.mask_heads * width or 1),
         "GPU context": GPU_CONTEXT if on_gpu else 0,
     }
     return {name: int(size) for name, size in parts.items() if size}
@@ -130,6 +132,7 @@ def count(shape: Mapping[str, Any], recipe: Recipe) -> Counts:
         mlp=int(shape["intermediate_size"]),
         attention=(heads + 2 * kv_heads) * head_dim,
         vocabulary=int(shape["vocab_size"]),
+        mask_heads=heads if shape.get("alibi") else 0,
     )
 
 

@@ -111,7 +111,15 @@ class _Shape:
             mlp=getattr(self.config, "intermediate_size", None) or 4 * self.config.hidden_size,
             attention=self._attention_width(),
             vocabulary=self.config.vocab_size,
+            mask_heads=self.config.num_attention_heads if self._has_alibi() else 0,
         )
+
+    def _has_alibi(self) -> bool:
+        """Tell ALiBi by the network of a folder, or by the word of a model card."""
+        from raytune_ft.model.families.alibi import AlibiLlamaModel
+
+        card = bool(getattr(self.config, "alibi", False))
+        return card or isinstance(self.model.base_model, AlibiLlamaModel)
 
     def _trained(self, recipe: Recipe, adapted: Mapping[str, nn.Module], total: int) -> int:
         if recipe.model.method == "full":

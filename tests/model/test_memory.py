@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from raytune_ft.config import catalog
 from raytune_ft.config.schema import LoraSection, ModelSection, Recipe
 from raytune_ft.model.adapter import attach
 from raytune_ft.model.loading import load_model, read_config
@@ -39,6 +40,21 @@ def test_the_measured_7b_run() -> None:
     assert plan.counts.total == 7_321_948_160  # with biases and norms, counted by hand
     assert plan.fits is True
     assert plan.advice == []
+
+
+def test_alibi_keeps_a_mask_for_every_head() -> None:
+    """Baichuan-13B from its original folder as from its card: 2 bytes x 40 heads x 2048 x 2048."""
+    original = {
+        "model_type": "baichuan", "architectures": ["BaichuanForCausalLM"], "hidden_size": 5120,
+        "num_hidden_layers": 40, "num_attention_heads": 40, "intermediate_size": 13696,
+        "vocab_size": 64000, "model_max_length": 4096,
+    }  # fmt: skip
+    bfloat16 = recipe(model={"dtype": "bfloat16"})
+    folder = plan_memory(bfloat16, original, 80 * GIB)
+    card = plan_memory(bfloat16, catalog.card("baichuan_13b_base").config, 80 * GIB)
+    assert folder.parts["workspace"] == card.parts["workspace"]
+    unpacked = 2 * 5120 * 13696 * 2
+    assert folder.parts["workspace"] - unpacked == 2 * 40 * 2048**2
 
 
 def test_without_recomputation_activations_rule() -> None:
