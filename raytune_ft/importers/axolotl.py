@@ -95,29 +95,24 @@ def convert(content: Value, draft: Draft) -> None:
     draft.close()
 
 
-def _line(keys: Keys, key: str) -> int:
-    value = keys.values.get(key)
-    return keys.line if value is None else value.line
-
-
 def _model(keys: Keys) -> None:
     draft = keys.draft
     keys.carry("base_model", "model.path")
     adapter = keys.plain("adapter")
     if adapter not in (None, "", "lora", "qlora"):
         raise draft.refuse(
-            _line(keys, "adapter"), f"adapter {adapter} is not trained here", "use lora or qlora"
+            keys.line_of("adapter"), f"adapter {adapter} is not trained here", "use lora or qlora"
         )
-    draft.set("model.method", "lora" if adapter else "full", _line(keys, "adapter"))
+    draft.set("model.method", "lora" if adapter else "full", keys.line_of("adapter"))
     four, eight = keys.plain("load_in_4bit", False), keys.plain("load_in_8bit", False)
     if adapter and (four or adapter == "qlora"):
-        draft.set("model.quantization", "nf4", _line(keys, "load_in_4bit"))
-        draft.set("model.double_quant", True, _line(keys, "load_in_4bit"))
+        draft.set("model.quantization", "nf4", keys.line_of("load_in_4bit"))
+        draft.set("model.double_quant", True, keys.line_of("load_in_4bit"))
     elif adapter and eight:
-        draft.set("model.quantization", "int8", _line(keys, "load_in_8bit"))
+        draft.set("model.quantization", "int8", keys.line_of("load_in_8bit"))
     bf16 = keys.plain("bf16", "auto")
     if bf16 is True or keys.plain("bfloat16", False):
-        draft.set("model.dtype", "bfloat16", _line(keys, "bf16"))
+        draft.set("model.dtype", "bfloat16", keys.line_of("bf16"))
     elif keys.plain("fp16", False) or keys.plain("float16", False):
         keys.note(
             "fp16", "fp16: model.dtype stays auto, bfloat16 where the GPU has it",
@@ -125,7 +120,7 @@ def _model(keys: Keys) -> None:
         )  # fmt: skip
     checkpointing = keys.get("gradient_checkpointing")
     on = checkpointing is not None and bool(checkpointing.plain())
-    draft.set("model.gradient_checkpointing", on, _line(keys, "gradient_checkpointing"))
+    draft.set("model.gradient_checkpointing", on, keys.line_of("gradient_checkpointing"))
     _template(keys)
 
 
@@ -136,11 +131,11 @@ def _template(keys: Keys) -> None:
             "chat_template", f"chat_template {name}: the model's own is used",
             "raytune-ft inspect shows the text; model.template takes another",
         )  # fmt: skip
-    keys.draft.set("model.template", "tokenizer", _line(keys, "chat_template"))
+    keys.draft.set("model.template", "tokenizer", keys.line_of("chat_template"))
     special = keys.plain("special_tokens", {})
     eos = special.get("eos_token") if isinstance(special, dict) else None
     if eos is not None:
-        keys.draft.set("model.eos_token", eos, _line(keys, "special_tokens"))
+        keys.draft.set("model.eos_token", eos, keys.line_of("special_tokens"))
     keys.carry("default_system_message", "data.system")
 
 
@@ -150,8 +145,8 @@ def _lora(keys: Keys) -> None:
         keys.drop(k for k in keys.values if k.startswith("lora_"))
         return
     for key, name, default in (("lora_r", "r", 8), ("lora_alpha", "alpha", 8)):
-        draft.set(f"lora.{name}", keys.plain(key, default), _line(keys, key))
-    draft.set("lora.dropout", keys.plain("lora_dropout", 0.0), _line(keys, "lora_dropout"))
+        draft.set(f"lora.{name}", keys.plain(key, default), keys.line_of(key))
+    draft.set("lora.dropout", keys.plain("lora_dropout", 0.0), keys.line_of("lora_dropout"))
     named = keys.get("lora_target_modules")
     every = keys.plain("lora_target_linear", False)
     if named is not None and not every and named.plain() != "all-linear":
@@ -168,22 +163,22 @@ def _lora(keys: Keys) -> None:
 def _train(keys: Keys) -> None:
     draft = keys.draft
     for key, (name, default) in DEFAULTS.items():
-        draft.set(name, keys.plain(key, default), _line(keys, key))
+        draft.set(name, keys.plain(key, default), keys.line_of(key))
     keys.carry_all({"learning_rate": "train.lr", "logging_steps": "train.log_every"})
     hf_arguments.set_epochs(keys, "num_epochs", 1)
     keys.carry("max_steps", "train.max_steps")
     hf_arguments.set_optimizer(keys, "optimizer", "adamw_torch_fused")
     hf_arguments.set_scheduler(keys, "lr_scheduler", "cosine")
     betas = [keys.plain("adam_beta1", 0.9), keys.plain("adam_beta2", 0.999)]
-    draft.set("train.betas", betas, _line(keys, "adam_beta1"))
+    draft.set("train.betas", betas, keys.line_of("adam_beta1"))
     ratio, lr = keys.number("cosine_min_lr_ratio"), draft.get("train.lr")
     if ratio and isinstance(lr, int | float):
-        draft.set("train.min_lr", ratio * lr, _line(keys, "cosine_min_lr_ratio"))
+        draft.set("train.min_lr", ratio * lr, keys.line_of("cosine_min_lr_ratio"))
     _warmup(keys)
     _checkpoint(keys)
     hf_arguments.set_deepspeed(keys)
     folder = keys.text("output_dir", "./model-out")
-    hf_arguments.set_folder(draft, str(folder), _line(keys, "output_dir"))
+    hf_arguments.set_folder(draft, str(folder), keys.line_of("output_dir"))
     keys.carry("ray_num_workers", "run.workers")
     if "batch_size" in keys:
         keys.note("batch_size", "batch_size over all GPUs", "train.accumulation decides")
@@ -208,12 +203,14 @@ def _checkpoint(keys: Keys) -> None:
         keys.note(key, f"{key} {steps or per_epoch}", "checkpoint.every is epoch; or set steps")
     keys.drop(["save_strategy"])
     keep = keys.plain("save_total_limit", 4)
-    keys.draft.set("checkpoint.keep", keep, _line(keys, "save_total_limit"))
+    keys.draft.set("checkpoint.keep", keep, keys.line_of("save_total_limit"))
 
 
 def _data(keys: Keys) -> None:
     draft = keys.draft
-    draft.set("data.pack", bool(keys.plain("sample_packing", False)), _line(keys, "sample_packing"))
+    draft.set(
+        "data.pack", bool(keys.plain("sample_packing", False)), keys.line_of("sample_packing")
+    )
     loss = "all" if keys.plain("train_on_inputs", False) else None
     for key in ("datasets", "pretraining_dataset"):
         sets = keys.get(key)
@@ -223,7 +220,7 @@ def _data(keys: Keys) -> None:
             add_dataset(draft.open(item, f"{key}[{place}]"), loss, is_text=is_text)
     if not draft.content["data"].get("sources"):
         raise draft.refuse(
-            _line(keys, "datasets"), "no data set can be carried over", "name one in `datasets`"
+            keys.line_of("datasets"), "no data set can be carried over", "name one in `datasets`"
         )
     _validation(keys)
 
@@ -231,7 +228,7 @@ def _data(keys: Keys) -> None:
 def _validation(keys: Keys) -> None:
     size, sets = keys.number("val_set_size"), keys.get("test_datasets")
     if size and 0 < size < 1:
-        keys.draft.set("data.validation", size, _line(keys, "val_set_size"))
+        keys.draft.set("data.validation", size, keys.line_of("val_set_size"))
     elif size:
         keys.note("val_set_size", f"val_set_size {size} rows", "data.validation is a fraction")
     if sets is not None and isinstance(sets.data, list) and sets.data:

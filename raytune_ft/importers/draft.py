@@ -131,6 +131,11 @@ class Keys:
         """Return a key with the sections around it."""
         return f"{self.path}.{key}" if self.path else key
 
+    def line_of(self, key: str) -> int:
+        """Return a key's line; the section's where the key is absent."""
+        value = self.values.get(key)
+        return self.line if value is None else value.line
+
     def shown(self, key: str, value: Value) -> str:
         """Write `key = value`; what may be a secret only by its name."""
         name = self.name(key)

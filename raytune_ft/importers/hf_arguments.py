@@ -77,7 +77,7 @@ def convert(keys: Keys) -> None:
     draft = keys.draft
     own = XTUNER_DEFAULTS if keys.kind == "DefaultTrainingArguments" else {}
     for key, (name, default) in DEFAULTS.items():
-        draft.set(name, keys.plain(key, own.get(key, default)), _line(keys, key))
+        draft.set(name, keys.plain(key, own.get(key, default)), keys.line_of(key))
     _length(keys)
     _schedule(keys, own.get("lr_scheduler_type", "linear"))
     draft.set(
@@ -88,16 +88,11 @@ def convert(keys: Keys) -> None:
     _precision(keys)
     folder = keys.text("output_dir", own.get("output_dir"))
     if folder is not None:
-        set_folder(draft, str(folder), _line(keys, "output_dir"))
+        set_folder(draft, str(folder), keys.line_of("output_dir"))
     set_deepspeed(keys)
     _trackers(keys)
     keys.drop(MACHINERY)
     keys.leave({k: v for k, v in ELSEWHERE.items() if keys.plain(k) not in ("no", "none", "")})
-
-
-def _line(keys: Keys, key: str) -> int:
-    value = keys.values.get(key)
-    return keys.line if value is None else value.line
 
 
 def _length(keys: Keys) -> None:
@@ -116,7 +111,7 @@ def set_epochs(keys: Keys, key: str, default: float) -> None:
             f"train.epochs is {math.ceil(epochs)}; train.max_steps ends a run sooner",
         )  # fmt: skip
         epochs = math.ceil(epochs)
-    keys.draft.set("train.epochs", int(epochs), _line(keys, key))
+    keys.draft.set("train.epochs", int(epochs), keys.line_of(key))
 
 
 def _schedule(keys: Keys, default: str) -> None:
@@ -130,9 +125,9 @@ def set_warmup(keys: Keys) -> bool:
     if isinstance(steps, float) and 0 < steps < 1:  # transformers 5 reads a fraction as a share
         steps, ratio = 0, steps
     if steps:
-        keys.draft.set("train.warmup_steps", int(steps), _line(keys, "warmup_steps"))
+        keys.draft.set("train.warmup_steps", int(steps), keys.line_of("warmup_steps"))
     elif ratio:
-        keys.draft.set("train.warmup_ratio", ratio, _line(keys, "warmup_ratio"))
+        keys.draft.set("train.warmup_ratio", ratio, keys.line_of("warmup_ratio"))
     return "warmup_steps" in keys or "warmup_ratio" in keys
 
 
@@ -141,7 +136,7 @@ def set_scheduler(keys: Keys, key: str, default: str) -> None:
     name = str(keys.plain(key, default))
     if name not in SCHEDULERS:
         keys.note(key, f"{key} {name} has no counterpart", "cosine is used")
-    keys.draft.set("train.scheduler", SCHEDULERS.get(name, "cosine"), _line(keys, key))
+    keys.draft.set("train.scheduler", SCHEDULERS.get(name, "cosine"), keys.line_of(key))
 
 
 def _optimizer(keys: Keys) -> None:
@@ -153,7 +148,7 @@ def set_optimizer(keys: Keys, key: str, default: str) -> None:
     name = str(keys.plain(key, default))
     if name not in OPTIMIZERS:
         keys.note(key, f"{key} {name} has no counterpart", "adamw is used")
-    keys.draft.set("train.optimizer", OPTIMIZERS.get(name, "adamw"), _line(keys, key))
+    keys.draft.set("train.optimizer", OPTIMIZERS.get(name, "adamw"), keys.line_of(key))
 
 
 def _checkpoint(keys: Keys, default: str) -> None:
@@ -162,14 +157,14 @@ def _checkpoint(keys: Keys, default: str) -> None:
     every = steps if strategy == "steps" and steps >= 1 else "epoch"
     if strategy not in ("steps", "epoch"):
         keys.note("save_strategy", f"save_strategy {strategy}", "each epoch ends in a checkpoint")
-    keys.draft.set("checkpoint.every", every, _line(keys, "save_steps"))
+    keys.draft.set("checkpoint.every", every, keys.line_of("save_steps"))
     keys.draft.set("checkpoint.keep", keys.plain("save_total_limit", -1), keys.line)
 
 
 def _precision(keys: Keys) -> None:
     """Set the compute type; float16 is left to the GPU, as everywhere."""
     if keys.plain("bf16", False) or keys.plain("pure_bf16", False):
-        keys.draft.set("model.dtype", "bfloat16", _line(keys, "bf16"))
+        keys.draft.set("model.dtype", "bfloat16", keys.line_of("bf16"))
     elif keys.plain("fp16", False):
         keys.note(
             "fp16", "fp16: model.dtype stays auto, bfloat16 where the GPU has it",

@@ -60,7 +60,7 @@ def convert(content: Value, draft: Draft, folder: Path) -> None:
     stage = keys.plain("stage", "sft")
     if stage not in STAGES:
         raise draft.refuse(
-            _line(keys, "stage"), f"stage {stage} is not trained here", "sft and pt are"
+            keys.line_of("stage"), f"stage {stage} is not trained here", "sft and pt are"
         )
     _model(keys)
     _lora(keys)
@@ -77,23 +77,18 @@ def convert(content: Value, draft: Draft, folder: Path) -> None:
     draft.close()
 
 
-def _line(keys: Keys, key: str) -> int:
-    value = keys.values.get(key)
-    return keys.line if value is None else value.line
-
-
 def _model(keys: Keys) -> None:
     draft = keys.draft
     keys.carry("model_name_or_path", "model.path")
     kind = keys.plain("finetuning_type", "lora")
-    line = _line(keys, "finetuning_type")
+    line = keys.line_of("finetuning_type")
     if kind not in ("lora", "full"):
         raise draft.refuse(line, f"finetuning_type {kind} is not trained here", "use lora or full")
     draft.set("model.method", kind, line)
     bits = keys.number("quantization_bit")
     if bits is not None:
         names = {4: "nf4", 8: "int8"}
-        where = _line(keys, "quantization_bit")
+        where = keys.line_of("quantization_bit")
         if bits not in names or keys.plain("quantization_method", "bnb") not in (
             "bnb", "bitsandbytes",
         ):  # fmt: skip
@@ -108,7 +103,7 @@ def _model(keys: Keys) -> None:
             "template", f"template {template.plain()}: the model's own chat template is used",
             "raytune-ft inspect shows the text; model.template takes another",
         )  # fmt: skip
-    draft.set("model.template", "tokenizer", _line(keys, "template"))
+    draft.set("model.template", "tokenizer", keys.line_of("template"))
 
 
 def _lora(keys: Keys) -> None:
@@ -116,33 +111,33 @@ def _lora(keys: Keys) -> None:
     if draft.get("model.method") != "lora":
         return
     rank = keys.number("lora_rank", 8)
-    draft.set("lora.r", rank, _line(keys, "lora_rank"))
+    draft.set("lora.r", rank, keys.line_of("lora_rank"))
     alpha = keys.plain("lora_alpha") or 2 * rank
-    draft.set("lora.alpha", alpha, _line(keys, "lora_alpha"))
-    draft.set("lora.dropout", keys.plain("lora_dropout", 0.0), _line(keys, "lora_dropout"))
+    draft.set("lora.alpha", alpha, keys.line_of("lora_alpha"))
+    draft.set("lora.dropout", keys.plain("lora_dropout", 0.0), keys.line_of("lora_dropout"))
     targets = keys.texts("lora_target")
     if targets not in ([], ["all"]):
-        draft.set("lora.targets", targets, _line(keys, "lora_target"))
+        draft.set("lora.targets", targets, keys.line_of("lora_target"))
     extra = keys.texts("additional_target")
     if extra:
-        draft.set("lora.modules_to_save", extra, _line(keys, "additional_target"))
+        draft.set("lora.modules_to_save", extra, keys.line_of("additional_target"))
     keys.carry_all({"use_rslora": "lora.use_rslora", "use_dora": "lora.use_dora"})
 
 
 def _data(keys: Keys, folder: Path, stage: str) -> None:
     draft = keys.draft
-    draft.set("data.max_length", keys.plain("cutoff_len", 2048), _line(keys, "cutoff_len"))
+    draft.set("data.max_length", keys.plain("cutoff_len", 2048), keys.line_of("cutoff_len"))
     packing = keys.plain("packing", stage == "pt") or keys.plain("neat_packing", False)
-    draft.set("data.pack", bool(packing), _line(keys, "packing"))
+    draft.set("data.pack", bool(packing), keys.line_of("packing"))
     if keys.plain("disable_shuffling", False):
-        draft.set("data.shuffle_before_pack", False, _line(keys, "disable_shuffling"))
+        draft.set("data.shuffle_before_pack", False, keys.line_of("disable_shuffling"))
     keys.carry("default_system", "data.system")
     if keys.plain("mix_strategy", "concat") != "concat":
         keys.note("mix_strategy", "data sets are mixed there", "set weight at each of data.sources")
     loss = "all" if keys.plain("train_on_prompt", False) else None
     loss = "last" if keys.plain("mask_history", False) else loss
     sets = _Sets(keys, folder, stage, loss)
-    names, line = keys.texts("dataset"), _line(keys, "dataset")
+    names, line = keys.texts("dataset"), keys.line_of("dataset")
     if not names:
         raise draft.refuse(line, "no `dataset`", "name one, or write data.sources yourself")
     for name in names:
@@ -155,11 +150,11 @@ def _data(keys: Keys, folder: Path, stage: str) -> None:
 def _validation(keys: Keys, sets: _Sets) -> None:
     size, named = keys.number("val_size"), keys.texts("eval_dataset")
     if size and 0 < size < 1:
-        keys.draft.set("data.validation", size, _line(keys, "val_size"))
+        keys.draft.set("data.validation", size, keys.line_of("val_size"))
     elif size:
         keys.note("val_size", f"val_size {size} rows", "data.validation is a fraction")
     if named:
-        line = _line(keys, "eval_dataset")
+        line = keys.line_of("eval_dataset")
         keys.draft.set("data.validation", sets.place(named[0], line)["path"], line)
         if named[1:]:
             keys.note("eval_dataset", f"eval_dataset {named[1:]}", "one file is evaluated")
@@ -178,7 +173,7 @@ class _Sets:
         self.known = _read_info(self.root / INFO) if self.root is not None else {}
         if self.root is None and not self.is_online:
             self.draft.note(
-                _line(keys, "dataset_dir"), f"no {INFO} in {self.folder} or beside the file",
+                keys.line_of("dataset_dir"), f"no {INFO} in {self.folder} or beside the file",
                 "each data set is taken as a file or hub name; correct data.sources",
             )  # fmt: skip
 

@@ -168,11 +168,6 @@ def low_rank_updates(config: Any, weights: dict[str, torch.Tensor]) -> dict[str,
     return updates
 
 
-def quantized_names(base_folder: Path) -> set[str]:
-    """Return the native names of the tensors that loading in NF4 quantises."""
-    return Original.of(base_folder).linear_names()
-
-
 def _requantizer(original: Original, base: Base, section: ModelSection | None) -> Change:
     if base == "original":
         return lambda _name, weight: weight

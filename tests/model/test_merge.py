@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from raytune_ft.config.schema import LoraSection, ModelSection
 from raytune_ft.errors import ModelError, RecipeError
 from raytune_ft.model.adapter import merge_to, save_adapter
-from raytune_ft.model.merge import quantized_names
+from raytune_ft.model.original import Original
 from raytune_ft.model.tensors import ShardWriter, size_bytes
 from tests.conftest import make_tiny_model
 from tests.model.test_adapter import base, logits, trained
@@ -91,7 +91,7 @@ def test_dequantized_weights_are_the_loaded_ones(
     merge_to(tiny_model, tmp_path / "a", tmp_path / "out", base="dequantized", section=section)
     merged = load_file(tmp_path / "out" / "model.safetensors")
     loaded = base(tiny_model, quantization="nf4", double_quant=double_quant)
-    names = quantized_names(tiny_model)
+    names = Original.of(tiny_model).linear_names()
     assert len(names) == 14
     for name, parameter in loaded.named_parameters():
         if name.endswith("q_proj.weight"):
