@@ -12,7 +12,7 @@ from rich.text import Text
 
 from raytune_ft import survey
 from raytune_ft.config.schema import Recipe
-from raytune_ft.data.windows import Report
+from raytune_ft.data.report import Report
 from raytune_ft.errors import MemoryPlanError
 
 if TYPE_CHECKING:

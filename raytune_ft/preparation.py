@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,12 @@ from raytune_ft import export
 from raytune_ft.config import loader
 from raytune_ft.config.schema import Recipe
 from raytune_ft.data import sources, stream
-from raytune_ft.data.packing import Pack, Plan, Position, count_steps
+from raytune_ft.data.examples import Encoder
+from raytune_ft.data.packing import Pack, Position
+from raytune_ft.data.report import Report, nothing_left
 from raytune_ft.data.sources import RowSource
 from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
-from raytune_ft.data.windows import Encoder, Measurement, Report, make_plan, nothing_left
+from raytune_ft.data.windows import Estimate, Feed, Measurement, Placed, estimate, make_feed
 from raytune_ft.errors import DataError, RecipeError
 from raytune_ft.model import loading
 from raytune_ft.screen import Screen
@@ -33,18 +35,16 @@ from raytune_ft.training.worker import Job
 class Rows:
     """Rows of one kind, ready to be streamed."""
 
-    source: RowSource
-    encoder: Encoder
-    plan: Plan
+    feed: Feed
 
-    def packs(self, start: Position) -> Iterator[tuple[Position, Pack]]:
+    def packs(self, start: Position) -> Iterator[Placed]:
         """Stream packs of all epochs from `start` on, through Ray Data."""
-        return stream.packs(self.source, self.encoder, self.plan, start)
+        return stream.packs(self.feed, start)
 
     def once(self) -> Iterator[Pack]:
         """Yield the packs of one epoch."""
-        for _, pack in stream.packs(self.source, self.encoder, self.plan, epochs=1):
-            yield pack
+        for placed in stream.packs(self.feed, epochs=1):
+            yield placed.pack
 
 
 @dataclass(frozen=True)
@@ -70,12 +70,15 @@ def prepare(recipe: Recipe, folder: RunFolder, source: str, screen: Screen) -> P
     encoder = Encoder(tokenizer, recipe.model.template, recipe.data)
     rows = sources.open_sources(recipe.data, recipe.train.seed)
     training, held_out = sources.split_validation(rows, recipe.data, recipe.train.seed)
-    measured = measure(training, encoder, screen)
-    train = Rows(training, encoder, make_plan(measured, recipe.data, recipe.train.seed))
-    if not train.plan.n_windows:
-        raise DataError(nothing_left(measured.report))
-    validation = _held_out(held_out, encoder, recipe, screen) if held_out is not None else None
-    total_steps = count_steps(train.plan, recipe)
+    compat = recipe.data.compat is not None
+    screen.stage("data", 0, len(training))
+    measured = measure(training, encoder, screen) if compat else None
+    train = make_feed(training, encoder, recipe.train.seed, measured)
+    seen = estimate(train)
+    if not seen.packs:
+        raise DataError(nothing_left(measured.report if measured else seen.report))
+    validation = Rows(_held_out(held_out, encoder, recipe)) if held_out is not None else None
+    expected_steps = seen.steps(recipe)
 
     resolved = recipe.model_copy(
         update={"run": recipe.run.model_copy(update={"name": folder.path.name})}
@@ -91,9 +94,9 @@ def prepare(recipe: Recipe, folder: RunFolder, source: str, screen: Screen) -> P
         quantization=recipe.model.quantization,
         double_quant=recipe.model.double_quant,
         eos_token=recipe.model.eos_token,
-        total_steps=total_steps,
+        expected_steps=expected_steps,
     )
-    record = record_of(measured.report, train.plan, total_steps)
+    record = record_of(measured.report if measured else seen.report, seen, expected_steps)
     formats = [str(found) for found in rows.recognised]
     write_json(folder.path / "data.json", {**record, "formats": formats})
     chat_eval = resolved.chat_eval.model_copy(update={"mmlu": mmlu_files})
@@ -101,26 +104,24 @@ def prepare(recipe: Recipe, folder: RunFolder, source: str, screen: Screen) -> P
         resolved.model_copy(update={"chat_eval": chat_eval}).model_dump(mode="json"),
         str(folder.path),
         str(model_folder),
-        total_steps,
+        expected_steps,
+        compat,
         recipe.run.workers,
     )
-    return Prepared(job, train, validation)
+    return Prepared(job, Rows(train), validation)
 
 
-def record_of(report: Report, plan: Plan, total_steps: int) -> dict[str, Any]:
+def record_of(report: Report, seen: Estimate, expected_steps: int) -> dict[str, Any]:
     """Write down what became of the rows; nothing is dropped without a line here."""
-    packs = plan.n_packs(0)
-    lost = plan.lost_tokens
-    density = round((report["tokens"] - lost) / (packs * plan.max_length), 4)
-    counts = {"packs": packs, "density": density, "steps": total_steps}
-    return {**report, **counts, **({"lost_tokens": lost} if lost else {})}
+    counts = {"packs": seen.packs, "density": round(seen.density, 4), "steps": expected_steps}
+    return {**report, **counts, "exact": seen.exact}
 
 
-def _held_out(rows: RowSource, encoder: Encoder, recipe: Recipe, screen: Screen) -> Rows:
+def _held_out(rows: RowSource, encoder: Encoder, recipe: Recipe) -> Feed:
     # the reference packs no held-out rows: each counts alone, under data.compat as well
     still = recipe.data.model_copy(update={"shuffle_before_pack": False, "compat": None})
-    measured = measure(rows, encoder, screen)
-    return Rows(rows, encoder, make_plan(measured, still, recipe.train.seed))
+    alone = replace(encoder, data=still)
+    return make_feed(rows, alone, recipe.train.seed)
 
 
 def measure(rows: RowSource, encoder: Encoder, screen: Screen) -> Measurement:

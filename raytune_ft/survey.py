@@ -18,16 +18,17 @@ import numpy as np
 from raytune_ft.config import catalog
 from raytune_ft.config.cache import cache_dir
 from raytune_ft.config.schema import Recipe, Source
+from raytune_ft.data import report as reports
 from raytune_ft.data import sources, windows
 from raytune_ft.data.files import locate
 from raytune_ft.data.files.kinds import is_data_file
 from raytune_ft.data.files.remote import is_url
-from raytune_ft.data.packing import count_steps
+from raytune_ft.data.report import Report
 from raytune_ft.data.rows import formats
 from raytune_ft.data.sources import RowSource
 from raytune_ft.data.templating import templates
 from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
-from raytune_ft.data.windows import Encoder, Measurement, Report
+from raytune_ft.data.windows import Encoder, Feed, Measurement
 from raytune_ft.errors import DataError, ModelError, RecipeError
 from raytune_ft.model.default_model import NAME as DEFAULT_MODEL
 
@@ -69,7 +70,7 @@ def survey(recipe: Recipe) -> Survey:
     Raises:
         RecipeError: a name means nothing here.
         ModelError: the model's folder is none.
-        DataError: a row cannot be used and `data.on_bad_row` is `error`.
+        DataError: a row cannot be used and `data.on_error` is `stop`.
     """
     check_names(recipe)
     folder = model_folder(recipe.model.path)
@@ -168,7 +169,8 @@ def count_rows(found: Survey) -> None:
         return
     encoder = Encoder.of(recipe, found.tokenizer)
     measured = windows.measure_rows(opened, encoder, np.arange(len(opened)))
-    found.counted = counted(measured, recipe, complete=not absent)
+    feed = windows.make_feed(opened, encoder, recipe.train.seed, measured)
+    found.counted = counted(feed, measured, recipe, complete=not absent)
 
 
 def is_elsewhere(source: Source) -> bool:
@@ -186,7 +188,7 @@ def is_elsewhere(source: Source) -> bool:
 
 def read_rows(rows: RowSource, recipe: Recipe) -> Report:
     """Turn rows into conversations alone, since there is no tokenizer; DataError for a bad one."""
-    data, report = recipe.data, windows.new_report(len(rows))
+    data, report = recipe.data, reports.new_report(len(rows))
     for number, row in enumerate(rows.try_rows(np.arange(len(rows)))):
         where = rows.where(number)
         try:
@@ -194,27 +196,29 @@ def read_rows(rows: RowSource, recipe: Recipe) -> Report:
                 raise row
             found = formats.to_conversation(row, rows.source_of(number), data, where)
         except DataError as error:
-            if data.on_bad_row == "error":
+            if data.on_error == "stop":
                 raise
             found = None
-            report["places"].setdefault(windows.UNUSABLE, []).append(str(error))
-            report["dropped"][windows.UNUSABLE] = report["dropped"].get(windows.UNUSABLE, 0) + 1
+            report["places"].setdefault(reports.UNUSABLE, []).append(str(error))
+            report["dropped"][reports.UNUSABLE] = report["dropped"].get(reports.UNUSABLE, 0) + 1
         else:
             if found is None:
-                report["dropped"][windows.EMPTY] = report["dropped"].get(windows.EMPTY, 0) + 1
+                report["dropped"][reports.EMPTY] = report["dropped"].get(reports.EMPTY, 0) + 1
         report["used"] += found is not None
     return report
 
 
-def counted(measured: Measurement, recipe: Recipe, *, complete: bool) -> Counted:
+def counted(feed: Feed, measured: Measurement, recipe: Recipe, *, complete: bool) -> Counted:
     """Compute packs and steps; without all sources (`complete`) the steps stay unknown."""
-    plan = windows.make_plan(measured, recipe.data, recipe.train.seed)
-    packs = plan.n_packs(0)
-    if packs == 0:
-        raise DataError(windows.nothing_left(measured.report))
-    density = (measured.report["tokens"] - plan.lost_tokens) / (packs * recipe.data.max_length)
-    steps = count_steps(plan, recipe) if complete else None
-    return Counted(measured.report, packs, steps, density)
+    report, train = measured.report, recipe.train
+    if not report["used"]:
+        raise DataError(reports.nothing_left(report))
+    packs = windows.count_packs(feed, measured, 0)
+    lost = feed.plan.lost_tokens if feed.plan else 0
+    density = (report["tokens"] - lost) / (packs * recipe.data.max_length)
+    steps = train.epochs * -(-packs // recipe.global_batch_size)
+    steps = min(steps, train.max_steps or steps)
+    return Counted(report, packs, steps if complete else None, density)
 
 
 def remarks(found: Survey) -> list[str]:

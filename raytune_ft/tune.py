@@ -107,7 +107,7 @@ def sweep(recipe: Recipe, prepared: Prepared, folder: RunFolder, screen: Screen)
         resources["gpu"] = min(1.0, gpus / concurrent)
     job = replace(prepared.job, sharing=concurrent)
     shared = replace(prepared, job=job)
-    screen.line(f"{section.trials} trials, {concurrent} at once, {job.total_steps} steps each")
+    screen.line(f"{section.trials} trials, {concurrent} at once, {job.expected_steps} steps each")
     tuner = ray_tune.Tuner(
         ray_tune.with_resources(ray_tune.with_parameters(run_trial, prepared=shared), resources),
         param_space={k: domain(v) for k, v in section.space.items()},
@@ -116,17 +116,17 @@ def sweep(recipe: Recipe, prepared: Prepared, folder: RunFolder, screen: Screen)
             mode=section.mode,
             num_samples=section.trials,
             max_concurrent_trials=concurrent,
-            scheduler=scheduler(section, job.total_steps),
+            scheduler=scheduler(section, job.expected_steps),
             trial_dirname_creator=lambda trial: f"trial_{trial.trial_id}",
         ),
         run_config=ray_tune.RunConfig(
             name="sweep",
             storage_path=str(folder.path / "ray"),
             verbose=0,
-            callbacks=[Lines(screen, section, job.total_steps)],
+            callbacks=[Lines(screen, section, job.expected_steps)],
         ),
     )
-    return ranked(tuner.fit(), section, folder, job.total_steps)
+    return ranked(tuner.fit(), section, folder, job.expected_steps)
 
 
 def run_trial(config: dict[str, Any], prepared: Prepared) -> None:
@@ -148,7 +148,7 @@ def run_trial(config: dict[str, Any], prepared: Prepared) -> None:
         if event["kind"] == "step":
             metrics = {k: event[k] for k in ("step", "loss", "val_loss", "lr")}
             # a scheduler ends a trial at its last report: that one waits for the adapter
-            if event["step"] == job.total_steps:
+            if event["step"] == job.expected_steps:
                 last.append(metrics)
             else:
                 ray_tune.report(metrics)

@@ -91,6 +91,9 @@ class Source(Section):
     """Times that each row is seen per epoch; 2 twice, 0.5 every second row."""
     limit: PositiveInt | None = None
     """Use a seeded sample of this many rows [max_dataset_length]."""
+    access: Literal["auto", "copy", "stream"] = "auto"
+    """Files elsewhere: `copy` fetches them first, `stream` reads parts when needed; `auto` copies
+    what is under 1 GiB."""
 
 
 class DataSection(Section):
@@ -104,20 +107,33 @@ class DataSection(Section):
     """System text for rows that bring none [SYSTEM]."""
     max_length: Annotated[int, Field(ge=8)] = 2048
     """Tokens per pack."""
-    over_length: Literal["cut", "drop", "error"] = "cut"
-    """What happens to rows over `max_length`; counted either way."""
-    on_bad_row: Literal["error", "skip"] = "error"
-    """`skip` leaves unusable rows out, counted and named."""
-    pack: bool = True
-    """Fill packs with several rows, isolated from each other [pack_to_max_length]."""
+    over_length: Literal["cut", "split", "drop", "error"] = "cut"
+    """What happens to rows over `max_length`, counted either way; `split` makes several of one."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """`skip` leaves unusable rows out, counted and named; `stop` ends the run at the first."""
+    pack: bool | Literal["best_fit", "concat", "none"] = True
+    """Fill packs with several rows, isolated from each other [pack_to_max_length]: `best_fit`
+    (true) cuts no row, `concat` lays rows end to end and cuts at `max_length`, `none` (false)
+    gives each row a pack of its own and keeps rows of similar length together."""
     shuffle_before_pack: bool = True
     """Visit rows in a seeded order, another one in each epoch."""
     validation: str | Fraction | None = None
     """Held-out rows: a split's or file's name, or a fraction of the sources."""
     window: PositiveInt = 1024
-    """Rows shuffled and packed together by one data task."""
+    """Rows that are packed together by one data task."""
+    shuffle_rows: PositiveInt = 65_536
+    """Rows shuffled together; of more, chunks that lie together in a file are shuffled first."""
+    cache: bool = False
+    """Keep tokenised windows on disk, for later epochs and other runs of the same rows."""
     compat: Literal["xtuner-0.1.9"] | None = None
     """Give exactly the token ids, labels and packs of this release, its defects included."""
+
+    @property
+    def packing(self) -> Literal["best_fit", "concat", "none"]:
+        """How rows become packs; `pack` by its full name."""
+        if isinstance(self.pack, str):
+            return self.pack
+        return "best_fit" if self.pack else "none"
 
 
 class TrainSection(Section):

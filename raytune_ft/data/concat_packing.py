@@ -16,12 +16,12 @@ from functools import cached_property
 import numpy as np
 
 from raytune_ft.config.schema import DataSection
-from raytune_ft.data.packing import Ints, Numbers, Plan, epoch_order
+from raytune_ft.data.packing import Ints, Numbers
 
 GROUP_ROWS = 1000
 """Rows that are joined at a time, the batch size of `datasets.Dataset.map`."""
-_PACK_ORDER = 13
-"""Keeps the order of packs independent of a recipe's other random choices."""
+_ROWS, _PACKS = 14, 13
+"""Keep the random choices of one recipe independent of each other."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def cut_rows(lengths: Numbers, bounds: Numbers) -> Pieces:
     return Pieces(pieces.astype(np.int64), np.searchsorted(first, bounds))
 
 
-class ConcatPlan(Plan):
+class ConcatPlan:
     """Which slices of which rows stand in which pack; the packs of all epochs are the same.
 
     Each data set is shuffled and packed on its own, once; an epoch visits the packs of all of
@@ -81,33 +81,32 @@ class ConcatPlan(Plan):
         sets: int (n_rows,), the number of each row's data set.
     """
 
-    isolated = False
-
     def __init__(self, lengths: Ints, data: DataSection, seed: int, sets: Ints) -> None:
-        super().__init__(lengths, data, seed)
+        self.lengths = lengths
+        self.seed = seed
+        self.max_length = data.max_length
+        self._data = data
+        self._used = np.flatnonzero(lengths > 0)
         self._sets = sets
-        n_packs = len(self._packs.ends) - 1
+        self.n_packs = len(self._packs.ends) - 1
         n_rows = max(1, len(self._used))
-        self._window_packs = max(1, data.window * n_packs // n_rows)
-        self.n_windows = -(-n_packs // self._window_packs)
+        self.window_packs = max(1, data.window * self.n_packs // n_rows)
+        self.n_windows = -(-self.n_packs // self.window_packs)
         self._pack_order: tuple[int, Numbers] | None = None
 
     @property
     def lost_tokens(self) -> int:
+        """Tokens of used rows that stand in no pack."""
         sizes = self._packs.pieces[:, 2] - self._packs.pieces[:, 1]
         return int(self.lengths.sum(dtype=np.int64) - sizes.sum())
 
     def window_pieces(self, epoch: int, window: int) -> list[Numbers]:
-        chosen = self._order_of(epoch)[window * self._window_packs :][: self._window_packs]
+        """Return the slices of rows of each pack of a window, in the packs' final order.
+
+        Each is int64 (pieces, 3): row, first token, token behind the last.
+        """
+        chosen = self._order_of(epoch)[window * self.window_packs :][: self.window_packs]
         return [self._packs.pack(number) for number in chosen.tolist()]
-
-    def window_groups(self, epoch: int, window: int) -> list[Numbers]:
-        return [pieces[:, 0] for pieces in self.window_pieces(epoch, window)]
-
-    def packs_per_window(self, epoch: int) -> list[int]:
-        left = len(self._packs.ends) - 1
-        size = self._window_packs
-        return [min(size, left - window * size) for window in range(self.n_windows)]
 
     @cached_property
     def _packs(self) -> Pieces:
@@ -124,7 +123,7 @@ class ConcatPlan(Plan):
         """Pack one data set; without `pack` each row is a pack."""
         if self._data.pack:
             shuffle = self._data.shuffle_before_pack
-            rows = rows[epoch_order(len(rows), self.seed, number, shuffle)]
+            rows = rows[_order(len(rows), (self.seed, number, _ROWS), shuffle)]
         lengths = self.lengths[rows].astype(np.int64)
         bounds = (
             pack_bounds(lengths, self.max_length, GROUP_ROWS)
@@ -137,13 +136,12 @@ class ConcatPlan(Plan):
 
     def _order_of(self, epoch: int) -> Numbers:
         if self._pack_order is None or self._pack_order[0] != epoch:
-            random = np.random.default_rng((self.seed, epoch, _PACK_ORDER))
-            self._pack_order = (epoch, random.permutation(len(self._packs.ends) - 1))
+            self._pack_order = (epoch, _order(self.n_packs, (self.seed, epoch, _PACKS)))
         return self._pack_order[1]
 
     def __getstate__(self) -> dict[str, object]:
         """Leave out what can be computed again."""
-        kept = {key: value for key, value in super().__getstate__().items() if key != "_packs"}
+        kept = {key: value for key, value in self.__dict__.items() if key != "_packs"}
         return {**kept, "_pack_order": None}
 
 
@@ -151,3 +149,7 @@ def _last_rows(n_rows: int, group_rows: int) -> Numbers:
     """Return the last row of each group, int64."""
     ends = np.arange(group_rows, n_rows + group_rows, group_rows, dtype=np.int64)
     return np.minimum(ends, n_rows) - 1
+
+
+def _order(size: int, seed: tuple[int, ...], shuffle: bool = True) -> Numbers:
+    return np.random.default_rng(seed).permutation(size) if shuffle else np.arange(size)

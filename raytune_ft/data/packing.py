@@ -1,16 +1,14 @@
-"""Packing: which rows share a pack, in which order, from their lengths alone; and the packs.
+"""Packing: which rows of a window share a pack, from their lengths alone; and the packs.
 
-Stage 4 of the data's way (encode -> **pack** -> batch). Pure NumPy: no torch, no ray.
-
-The order of an epoch is a function of (lengths, recipe, seed, epoch): rows are visited in a seeded
-permutation, `window` rows at a time are packed together, and a window's packs are shuffled. Any
-window can be made again from its number.
+Stage 4 of the data's way (encode -> **pack** -> batch). Pure NumPy: no torch, no ray. `order`
+decides which rows make a window.
 
 Shapes: L = longest pack of a batch, n = tokens of one pack, S = segments in one pack.
 """
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,28 +16,24 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from raytune_ft.config.schema import DataSection, Recipe
+from raytune_ft.config.schema import DataSection
 from raytune_ft.data.encode import IGNORE_INDEX, Example
 
 __all__ = [
     "IGNORE_INDEX",
     "Pack",
-    "Plan",
     "Position",
     "build_pack",
     "collate",
-    "count_steps",
     "cut_example",
-    "epoch_order",
+    "divide_rows",
     "join_examples",
     "pack_lengths",
+    "pack_pieces",
 ]
 
 SIMILAR_ROWS = 16
 """Unpacked rows of similar length that stay neighbours, so that batches need little padding."""
-_ORDER, _PACKS = 11, 12
-"""Keep the random choices of one recipe independent of each other."""
-
 Ints = npt.NDArray[np.int32]
 Numbers = npt.NDArray[np.int64]
 
@@ -58,8 +52,8 @@ class Pack:
     """Segments end to end; each is to see itself only.
 
     `input_ids`, `labels`, `position_ids` int32 (n,); `cu_seqlens` int32 (S + 1,), from 0 to n;
-    `row_ids` int64, the numbers of the rows. A segment is a row, so there are S of them; only
-    with `data.compat` a pack is one segment of many rows.
+    `row_ids` int64 (S,), the number of each segment's row. A segment is a row or a stretch of
+    one; only with `data.compat` a pack is one segment of many rows.
     """
 
     input_ids: Ints
@@ -112,118 +106,67 @@ def pack_lengths(lengths: Sequence[int] | Numbers | Ints, max_length: int) -> li
     return [sorted(pack) for pack in packs]
 
 
-def epoch_order(n_rows: int, seed: int, epoch: int, shuffle: bool) -> Numbers:
-    """Return the order in which an epoch visits rows, int64 of shape (n_rows,)."""
-    if not shuffle:
-        return np.arange(n_rows, dtype=np.int64)
-    return np.random.default_rng((seed, epoch, _ORDER)).permutation(n_rows)
-
-
-class Plan:
-    """Which rows stand in which pack of which window, for every epoch.
+def divide_rows(lengths: Sequence[int] | Numbers | Ints, data: DataSection) -> Numbers:
+    """Divide rows into stretches of at most `max_length`; `concat` takes them whole.
 
     Args:
-        lengths: int32 (n_rows,), tokens after the cut; 0 for a row that is left out.
-        data: the recipe's section.
-        seed: decides the order.
+        lengths: tokens of each row, in the order of the visit; 0 for a row that is left out.
+        data: `packing` and `max_length` are read.
 
-    `n_windows` is the number of windows of every epoch; 0 when all rows are left out.
+    Returns:
+        int64 (pieces, 3): row (index into `lengths`), first token, token behind the last.
     """
-
-    isolated = True
-    """Whether each row is a segment of its own; if not, a pack is one segment."""
-
-    def __init__(self, lengths: Ints, data: DataSection, seed: int) -> None:
-        self.lengths = lengths
-        self.seed = seed
-        self.max_length = data.max_length
-        self._data = data
-        self._used = np.flatnonzero(lengths > 0)
-        self.n_windows = -(-len(self._used) // data.window)
-        self._order: tuple[int, Numbers] | None = None
-        self._counts: dict[int, list[int]] = {}
-
-    def window_rows(self, epoch: int, window: int) -> Numbers:
-        """Return the rows of a window, int64, in the order of the visit."""
-        if self._order is None or self._order[0] != epoch:
-            shuffle = self._data.shuffle_before_pack
-            order = epoch_order(len(self._used), self.seed, epoch, shuffle)
-            self._order = (epoch, self._used[order])
-        size = self._data.window
-        return self._order[1][window * size : (window + 1) * size]
-
-    def window_groups(self, epoch: int, window: int) -> list[Numbers]:
-        """Return the rows of each pack of a window, int64 each, in the packs' final order."""
-        rows = self.window_rows(epoch, window)
-        random = np.random.default_rng((self.seed, epoch, window, _PACKS))
-        if not self._data.pack:
-            return [rows[place : place + 1] for place in self._similar(rows, random)]
-        groups = pack_lengths(self.lengths[rows], self.max_length)
-        return [rows[groups[place]] for place in random.permutation(len(groups))]
-
-    def window_pieces(self, epoch: int, window: int) -> list[Numbers]:
-        """Return the slices of rows of each pack of a window, in the packs' final order.
-
-        Each is int64 (pieces, 3): row, first token, token behind the last. Here rows are whole.
-        """
-        return [
-            np.stack([rows, np.zeros_like(rows), self.lengths[rows]], axis=1)
-            for rows in self.window_groups(epoch, window)
-        ]
-
-    @property
-    def lost_tokens(self) -> int:
-        """Tokens of used rows that stand in no pack."""
-        return 0
-
-    def packs_per_window(self, epoch: int) -> list[int]:
-        """Count the packs of each window of an epoch."""
-        key = epoch if self._data.shuffle_before_pack else 0
-        if key not in self._counts:
-            self._counts[key] = [self._count(epoch, window) for window in range(self.n_windows)]
-        return self._counts[key]
-
-    def n_packs(self, epoch: int) -> int:
-        """Count the packs of an epoch."""
-        return sum(self.packs_per_window(epoch))
-
-    def total_packs(self, epochs: int) -> int:
-        """Count the packs of the first `epochs` epochs."""
-        return sum(self.n_packs(epoch) for epoch in range(epochs))
-
-    def after(self, epoch: int, window: int, pack: int, n_packs: int) -> Position:
-        """Return the position behind a pack of a window that has `n_packs`."""
-        if pack + 1 < n_packs:
-            return Position(epoch, window, pack + 1)
-        if window + 1 < self.n_windows:
-            return Position(epoch, window + 1, 0)
-        return Position(epoch + 1, 0, 0)
-
-    def _count(self, epoch: int, window: int) -> int:
-        rows = self.window_rows(epoch, window)
-        if not self._data.pack:
-            return len(rows)
-        return len(pack_lengths(self.lengths[rows], self.max_length))
-
-    def _similar(self, rows: Numbers, random: np.random.Generator) -> list[int]:
-        """Order single rows: by length in groups, the groups shuffled."""
-        by_length = np.argsort(self.lengths[rows], kind="stable")
-        groups = [
-            by_length[start : start + SIMILAR_ROWS]
-            for start in range(0, len(by_length), SIMILAR_ROWS)
-        ]
-        return [int(row) for place in random.permutation(len(groups)) for row in groups[place]]
-
-    def __getstate__(self) -> dict[str, object]:
-        """Leave out what can be computed again."""
-        return {**self.__dict__, "_order": None, "_counts": {}}
+    sizes = np.asarray(lengths, dtype=np.int64)
+    limit = data.max_length if data.packing != "concat" else max(1, int(sizes.max(initial=1)))
+    counts = -(-sizes // limit)
+    rows = np.repeat(np.arange(len(sizes)), counts)
+    firsts = np.cumsum(counts) - counts
+    starts = (np.arange(len(rows)) - firsts[rows]) * limit
+    return np.stack([rows, starts, np.minimum(starts + limit, sizes[rows])], axis=1)
 
 
-def count_steps(plan: Plan, recipe: Recipe) -> int:
-    """Count optimizer steps: a step never crosses an epoch's end, so each epoch rounds up."""
-    per_step = recipe.global_batch_size
-    steps = sum(-(-plan.n_packs(epoch) // per_step) for epoch in range(recipe.train.epochs))
-    return min(steps, recipe.train.max_steps or steps)
+def pack_pieces(pieces: Numbers, data: DataSection, random: np.random.Generator) -> list[Numbers]:
+    """Decide which pieces share a pack.
+
+    Args:
+        pieces: int64 (pieces, 3), as `divide_rows` gives them.
+        data: `packing` and `max_length` are read.
+        random: decides the order of the packs.
+
+    Returns:
+        The packs in their final order, each int64 (pieces, 3).
+    """
+    if data.packing == "concat":
+        packs = _concat(pieces, data.max_length)
+        return [packs[place] for place in random.permutation(len(packs))]
+    sizes = pieces[:, 2] - pieces[:, 1]
+    if data.packing == "none":
+        return [pieces[place : place + 1] for place in _similar(sizes, random)]
+    groups = pack_lengths(sizes, data.max_length)
+    return [pieces[groups[place]] for place in random.permutation(len(groups))]
+
+
+def _concat(pieces: Numbers, max_length: int) -> list[Numbers]:
+    """Lay pieces end to end and cut every `max_length` tokens; the last pack may be short."""
+    ends = np.cumsum(pieces[:, 2] - pieces[:, 1])
+    total = int(ends[-1]) if len(ends) else 0
+    bounds = np.append(np.arange(0, total, max_length), total)
+    cuts = np.union1d(bounds, ends)
+    firsts, lasts = cuts[:-1], cuts[1:]
+    which = np.searchsorted(ends, firsts, side="right")
+    shift = pieces[which, 2] - ends[which]  # a token's place in its row, less that in all
+    cut = np.stack([pieces[which, 0], firsts + shift, lasts + shift], axis=1)
+    places = np.searchsorted(firsts, bounds)
+    return [cut[a:b] for a, b in itertools.pairwise(places)]
+
+
+def _similar(sizes: Numbers, random: np.random.Generator) -> list[int]:
+    """Order single pieces: by length in groups, the groups shuffled."""
+    by_length = np.argsort(sizes, kind="stable")
+    groups = [
+        by_length[start : start + SIMILAR_ROWS] for start in range(0, len(by_length), SIMILAR_ROWS)
+    ]
+    return [int(piece) for place in random.permutation(len(groups)) for piece in groups[place]]
 
 
 def cut_example(example: Example, start: int, stop: int) -> Example:

@@ -7,6 +7,7 @@ data task can read any rows at any time. Sampling, weights and splits are a matt
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -77,6 +78,25 @@ class RowSource:
         """Return the number of each row's data set, int32 of the same shape."""
         numbers = self.selection[np.asarray(indices, dtype=np.int64)]
         return self._sets[np.searchsorted(self._ends, numbers, side="right")]
+
+    def chunk_ends(self) -> Numbers:
+        """Return where chunks end, int64 (chunks,): rows of a chunk lie together in one file."""
+        edges = np.concatenate([np.zeros(1, np.int64), *self._chunks()])
+        again = np.flatnonzero(np.diff(self.selection) <= 0) + 1  # a copy of the same rows begins
+        bounds = [0, *again.tolist(), len(self.selection)]
+        ends = [
+            start + np.searchsorted(self.selection[start:stop], edges)
+            for start, stop in itertools.pairwise(bounds)
+        ]
+        found = np.unique(np.concatenate([*ends, [len(self.selection)]]))
+        return found[found > 0].astype(np.int64)
+
+    def _chunks(self) -> list[Numbers]:
+        """List the ends of each reader's chunks, in row numbers over all readers."""
+        starts = self._ends - [len(reader) for reader in self.readers]
+        return [
+            start + reader.chunk_ends() for start, reader in zip(starts, self.readers, strict=True)
+        ]
 
     def rows(self, indices: Sequence[int] | Numbers) -> list[DataRow]:
         """Read rows, in the order asked for; DataError for the first that cannot be read."""

@@ -20,22 +20,21 @@ import ray
 import ray.data
 
 from raytune_ft import errors
-from raytune_ft.data.packing import Pack, Plan, Position, build_pack
+from raytune_ft.data.examples import Encoder
+from raytune_ft.data.packing import Position, build_pack
+from raytune_ft.data.report import add_report, new_report
 from raytune_ft.data.sources import RowSource
 from raytune_ft.data.windows import (
-    Encoder,
+    Feed,
     Measurement,
-    Report,
-    add_report,
-    iter_packs,
+    Placed,
+    Window,
     measure_rows,
-    new_report,
     placed,
     window_numbers,
-    window_packs,
 )
 
-__all__ = ["Encoder", "Measurement", "Report", "iter_packs", "measure", "packs"]
+__all__ = ["measure", "packs"]
 
 TASK_CPUS = 0.25
 """Less than a core, so that tasks find room beside training workers on a small machine; with
@@ -86,26 +85,25 @@ def measure(source: RowSource, encoder: Encoder, progress: Progress | None = Non
 
 
 def packs(
-    source: RowSource,
-    encoder: Encoder,
-    plan: Plan,
-    start: Position | None = None,
-    *,
-    epochs: int | None = None,
-) -> Iterator[tuple[Position, Pack]]:
+    feed: Feed, start: Position | None = None, *, epochs: int | None = None
+) -> Iterator[Placed]:
     """Yield packs in the canonical order, windows being made ahead by Ray Data tasks.
 
     Arguments and result are those of `windows.iter_packs`. Close the generator to stop the tasks.
     Memory: Ray's object store holds a bounded number of windows; none is read before `start`.
     """
     start = start or Position()
-    shared = ray.put((source, encoder, plan))
-    numbers = window_numbers(plan, start, epochs)
+    yield from placed(_windows(feed, start, epochs), start, feed.n_windows)
+
+
+def _windows(feed: Feed, start: Position, epochs: int | None) -> Iterator[tuple[int, int, Window]]:
+    shared = ray.put(feed)
+    numbers = window_numbers(feed.n_windows, start, epochs)
     while chosen := list(islice(numbers, WINDOWS_PER_RUN)):
         tasks = [{"epoch": epoch, "window": window} for epoch, window in chosen]
         with closing(_run(_window_task, tasks, shared, WINDOW_TASKS)) as results:
-            for (epoch, window), row in zip(chosen, results, strict=True):
-                yield from placed(plan, _unpacked(row), epoch, window, start)
+            for (epoch, number), row in zip(chosen, results, strict=True):
+                yield epoch, number, _unpacked(row)
 
 
 def _run(
@@ -176,34 +174,40 @@ def _measure_task(shared: tuple[RowSource, Encoder], start: int, end: int) -> di
     }
 
 
-def _window_task(
-    shared: tuple[RowSource, Encoder, Plan], epoch: int, window: int
-) -> dict[str, Any]:
+def _window_task(feed: Feed, epoch: int, window: int) -> dict[str, Any]:
     """Make one window; packs travel as six arrays, which is far smaller than one row per pack."""
-    made = window_packs(*shared, epoch, window)
+    made = feed.window(epoch, window)
+    packs = made.packs
+    empty = [np.zeros(0, np.int32)]
+    sizes = [np.diff(pack.cu_seqlens) for pack in packs]
     return {
-        "input_ids": np.concatenate([pack.input_ids for pack in made]).tobytes(),
-        "labels": np.concatenate([pack.labels for pack in made]).tobytes(),
-        "row_ids": np.concatenate([pack.row_ids for pack in made]).tobytes(),
-        "sizes": np.concatenate([np.diff(pack.cu_seqlens) for pack in made]).tobytes(),
-        "rows_per_pack": np.array([len(pack.row_ids) for pack in made], np.int32).tobytes(),
-        "segments_per_pack": np.array([len(p.cu_seqlens) - 1 for p in made], np.int32).tobytes(),
+        "input_ids": np.concatenate([*empty, *(pack.input_ids for pack in packs)]).tobytes(),
+        "labels": np.concatenate([*empty, *(pack.labels for pack in packs)]).tobytes(),
+        "row_ids": np.concatenate([np.zeros(0, np.int64), *(p.row_ids for p in packs)]).tobytes(),
+        "sizes": np.concatenate([*empty, *sizes]).astype(np.int32).tobytes(),
+        "rows_per_pack": np.array([len(pack.row_ids) for pack in packs], np.int32).tobytes(),
+        "segments_per_pack": np.array([len(part) for part in sizes], np.int32).tobytes(),
+        "report": json.dumps(made.report),
+        "first": made.first,
+        "last": made.last,
     }
 
 
-def _unpacked(row: dict[str, Any]) -> list[Pack]:
-    """Rebuild the packs of `_window_task`."""
+def _unpacked(row: dict[str, Any]) -> Window:
+    """Rebuild the window of `_window_task`."""
     ids, labels, sizes, n_rows, n_segments = (
         np.frombuffer(row[key], np.int32)
         for key in ("input_ids", "labels", "sizes", "rows_per_pack", "segments_per_pack")
     )
+    row_ids = np.frombuffer(row["row_ids"], np.int64)
     per_pack = np.split(sizes, np.cumsum(n_segments)[:-1])
-    token_ends = np.cumsum([part.sum() for part in per_pack])[:-1]
+    token_ends = np.cumsum([part.sum() for part in per_pack]).astype(np.int64)[:-1]
     parts = zip(
         np.split(ids, token_ends),
         np.split(labels, token_ends),
         per_pack,
-        np.split(np.frombuffer(row["row_ids"], np.int64), np.cumsum(n_rows)[:-1]),
+        np.split(row_ids, np.cumsum(n_rows)[:-1]),
         strict=True,
     )
-    return [build_pack(*part) for part in parts]
+    packs = [build_pack(*part) for part in parts] if len(n_rows) else []
+    return Window(packs, json.loads(row["report"]), row["first"], row["last"])

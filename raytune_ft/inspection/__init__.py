@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from raytune_ft.chat.text import printable
 from raytune_ft.config.loader import load_recipe
 from raytune_ft.config.schema import Recipe
 from raytune_ft.data import sources, windows
+from raytune_ft.data.report import nothing_left
 from raytune_ft.data.rows import formats
 from raytune_ft.data.segments import Conversation
 from raytune_ft.data.sources import RowSource
@@ -40,7 +42,7 @@ def inspect(config: str, overrides: list[str], rows: int = 3, html: str | None =
 
     Raises:
         RecipeError, ModelError: something that the recipe names cannot be used.
-        DataError: a row cannot be used and `data.on_bad_row` is `error`.
+        DataError: a row cannot be used and `data.on_error` is `stop`.
     """
     view = look(recipe_of(config, overrides), config, rows)
     if html is None:
@@ -69,12 +71,11 @@ def look(recipe: Recipe, title: str, rows: int) -> View:
     shown = _first_rows(opened, encoder, rows)
     training, _ = sources.split_validation(opened, recipe.data, recipe.train.seed)
     measured = windows.measure_rows(training, encoder, range(len(training)))
-    plan = windows.make_plan(measured, recipe.data, recipe.train.seed)
-    if not plan.n_windows:
-        raise DataError(windows.nothing_left(measured.report))
-    packs = [
-        (pieces[:, 2] - pieces[:, 1]).tolist() for pieces in plan.window_pieces(0, 0)[:PACKS_SHOWN]
-    ]
+    if not measured.report["used"]:
+        raise DataError(nothing_left(measured.report))
+    feed = windows.make_feed(training, encoder, recipe.train.seed, measured)
+    first = windows.iter_packs(feed, epochs=1)
+    packs = [np.diff(placed.pack.cu_seqlens).tolist() for placed in islice(first, PACKS_SHOWN)]
     return View(
         title=f"{title}, as {Path(recipe.model.path).name} sees it",
         formats=[
@@ -82,10 +83,10 @@ def look(recipe: Recipe, title: str, rows: int) -> View:
             for source, recognition in zip(recipe.data.sources, opened.recognised, strict=True)
         ],
         rows=shown,
-        packs=packs if recipe.data.pack else [],
+        packs=packs if recipe.data.packing != "none" else [],
         bars=bars_of(measured.lengths),
         max_length=recipe.data.max_length,
-        counts=_counts(measured, recipe, plan.n_packs(0)),
+        counts=_counts(measured, recipe, windows.count_packs(feed, measured, 0)),
     )
 
 
@@ -115,7 +116,7 @@ def _row(opened: RowSource, number: int, encoder: Encoder) -> RowView:
         conversation = formats.to_conversation(row, source, encoder.data, where)
         example = encoder.encode(row, source, where)
     except DataError as error:
-        if encoder.data.on_bad_row == "error":
+        if encoder.data.on_error == "stop":
             raise
         return RowView(where, dropped=str(error))
     if conversation is None or example is None:

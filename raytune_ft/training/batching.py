@@ -16,6 +16,8 @@ import torch
 
 from raytune_ft.config.schema import TrainSection
 from raytune_ft.data.packing import IGNORE_INDEX, Pack, Position, collate
+from raytune_ft.data.report import Report, add_report, new_report
+from raytune_ft.data.windows import Placed
 
 TensorBatch = dict[str, torch.Tensor]
 
@@ -34,6 +36,15 @@ class StepData:
     position: Position
     """Where the stream goes on after this step."""
     epoch: int
+    progress: float
+    """Epochs of rows visited behind this step."""
+    report: Report
+    """What became of the rows of windows that this step is the first to tell of."""
+
+    @property
+    def ends_epoch(self) -> bool:
+        """Whether an epoch ends behind this step."""
+        return self.position.epoch > self.epoch
 
 
 def count_targets(pack: Pack) -> int:
@@ -44,39 +55,41 @@ def count_targets(pack: Pack) -> int:
 
 
 def steps(
-    packs: Iterable[tuple[Position, Pack]], train: TrainSection, *, rank: int, workers: int
+    packs: Iterable[Placed], train: TrainSection, *, rank: int, workers: int
 ) -> Iterator[StepData]:
     """Group packs into optimizer steps and keep this rank's share.
 
     Args:
-        packs: (position behind the pack, pack), in canonical order.
+        packs: in canonical order.
         train: `micro_batch_size` and `accumulation` are read.
         rank: 0 <= rank < workers.
         workers: number of ranks.
     """
     group_size = train.micro_batch_size * train.accumulation * workers
-    group: list[Pack] = []
-    for position, pack in packs:
-        group.append(pack)
-        epoch_ends = position.window == position.pack == 0
-        if len(group) == group_size or epoch_ends:
-            yield _step(group, position, train, rank, workers)
+    group: list[Placed] = []
+    for placed in packs:
+        group.append(placed)
+        if len(group) == group_size or placed.behind.window == placed.behind.pack == 0:
+            yield _step(group, train, rank, workers)
             group = []
 
 
-def _step(
-    group: list[Pack], position: Position, train: TrainSection, rank: int, workers: int
-) -> StepData:
-    mine = group[rank::workers]
+def _step(group: list[Placed], train: TrainSection, rank: int, workers: int) -> StepData:
+    mine = [placed.pack for placed in group[rank::workers]]
     size = train.micro_batch_size
     chunks = [mine[i * size : (i + 1) * size] for i in range(train.accumulation)]
+    behind, report = group[-1].behind, new_report()
+    for placed in group:
+        add_report(report, placed.report)
     return StepData(
         micro_batches=[to_tensors(collate(chunk)) if chunk else empty_batch() for chunk in chunks],
-        n_targets=sum(count_targets(pack) for pack in group),
-        n_tokens=sum(len(pack.input_ids) for pack in group),
-        row_ids=[int(row) for pack in group for row in pack.row_ids],
-        position=position,
-        epoch=position.epoch - (position.window == position.pack == 0),
+        n_targets=sum(count_targets(placed.pack) for placed in group),
+        n_tokens=sum(len(placed.pack.input_ids) for placed in group),
+        row_ids=[int(row) for placed in group for row in placed.pack.row_ids],
+        position=behind,
+        epoch=behind.epoch - (behind.window == behind.pack == 0),
+        progress=group[-1].progress,
+        report=report,
     )
 
 

@@ -13,13 +13,14 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from raytune_ft.data.report import Report, new_report
 from raytune_ft.errors import CheckpointError
 
 MANIFEST = "manifest.json"
@@ -36,6 +37,12 @@ class TrainState:
     window: int = 0
     pack: int = 0
     """Position of the next pack in the data stream."""
+    progress: float = 0.0
+    """Epochs of rows visited."""
+    warm: float | None = None
+    """Share of the run at which the warm-up ended."""
+    rows: Report = field(default_factory=new_report)
+    """What became of the rows of the first epoch, so far."""
     tokens: int = 0
     """Tokens seen so far, all ranks."""
     targets: int = 0

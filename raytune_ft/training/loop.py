@@ -13,11 +13,12 @@ import torch
 import torch.distributed as dist
 
 from raytune_ft.config.schema import Recipe
+from raytune_ft.data.report import add_report
 from raytune_ft.errors import TrainingError
 from raytune_ft.training.batching import StepData
 from raytune_ft.training.checkpoint import TrainState
 from raytune_ft.training.engine import Engine, rank, world_size
-from raytune_ft.training.schedule import lr_at
+from raytune_ft.training.schedule import Moment, in_warmup, lr_at, share_of
 
 
 class Emit(Protocol):
@@ -44,16 +45,17 @@ def train(
     recipe: Recipe,
     steps: Iterator[StepData],
     state: TrainState,
-    total_steps: int,
+    total_steps: int | None,
     hooks: Hooks,
     emit: Emit,
 ) -> TrainState:
-    """Run from `state` to `total_steps` optimizer steps.
+    """Run from `state` to the end of the recipe's epochs, or to `max_steps`.
 
     Args:
         steps: this rank's data, from `state`'s position on.
         state: changed in place and returned.
-        total_steps: of the whole run, not only of what is left.
+        total_steps: of the whole run, where the learning rate goes by steps; None where it goes
+            by rows.
 
     Raises:
         TrainingError: the loss or gradient is not finite, or a step has no labelled token.
@@ -61,13 +63,13 @@ def train(
     seed_step(recipe.train.seed, state.step)
     if state.step == 0:
         hooks.sample(0, "before")
-    while state.step < total_steps:
+    while not ended(state, recipe):
         started = time.perf_counter()
         data = next(steps, None)
         if data is None:
             raise TrainingError(
-                f"step {state.step + 1}: the data ended before step {total_steps}; "
-                "the source files changed since they were counted"
+                f"step {state.step + 1}: the data ended in epoch {state.epoch + 1} of "
+                f"{recipe.train.epochs}"
             )
         waited = time.perf_counter() - started
         step = state.step + 1
@@ -81,24 +83,25 @@ def train(
             loss_sum += engine.forward_backward(batch, data.n_targets)
         loss = _sum_over_ranks(loss_sum) / data.n_targets
         _stop_unless_finite("loss", loss, step, data)  # before the optimizer touches the weights
-        lr = lr_at(state.step, total_steps, recipe.train)
+        lr = lr_at(moment(state, data, total_steps, recipe), recipe.train)
         grad_norm = engine.step(lr)
         _stop_unless_finite("gradient norm", grad_norm, step, data)
 
         seconds = time.perf_counter() - started
-        _advance(state, data)
-        last = state.step == total_steps
-        val_loss = hooks.validate(state.step) if last or _epoch_ends(data) else None
+        _advance(state, data, total_steps, recipe)
+        last = ended(state, recipe)
+        val_loss = hooks.validate(state.step) if last or data.ends_epoch else None
         emit(
-            "step", step=state.step, epoch=data.epoch, loss=loss, val_loss=val_loss, lr=lr,
-            grad_norm=grad_norm, tokens=data.n_tokens, targets=data.n_targets, seconds=seconds,
+            "step", step=state.step, epoch=data.epoch, progress=state.progress, loss=loss,
+            val_loss=val_loss, lr=lr, grad_norm=grad_norm, tokens=data.n_tokens,
+            targets=data.n_targets, seconds=seconds,
             tokens_per_s=data.n_tokens / seconds, data_seconds=waited, rows=data.row_ids,
             memory_gib=memory_gib(engine.device),
         )  # fmt: skip
         every = recipe.chat_eval.every
         if every and state.step % every == 0 and not last:
             hooks.sample(state.step, "step")
-        if last or _epoch_ends(data):
+        if last or data.ends_epoch:
             hooks.benchmark(state.step)
         if last or _due(recipe.checkpoint.every, state.step, data):
             hooks.save(state)
@@ -111,21 +114,37 @@ def seed_step(seed: int, step: int) -> None:
     torch.manual_seed((seed * 1_000_003 + step) * 4_099 + rank())
 
 
-def _advance(state: TrainState, data: StepData) -> None:
+def ended(state: TrainState, recipe: Recipe) -> bool:
+    """Tell whether a run has done all of its epochs, or `max_steps`."""
+    return state.epoch >= recipe.train.epochs or state.step == recipe.train.max_steps
+
+
+def moment(state: TrainState, data: StepData, total_steps: int | None, recipe: Recipe) -> Moment:
+    """Return how far the run is before and behind the step that `data` is for."""
+    if total_steps is not None:
+        return Moment.of_steps(state.step, total_steps, recipe.train)
+    before = share_of(state.step, state.progress, recipe.train)
+    behind = share_of(state.step + 1, data.progress, recipe.train)
+    return Moment(state.step, before, behind, state.warm)
+
+
+def _advance(state: TrainState, data: StepData, total_steps: int | None, recipe: Recipe) -> None:
+    done = moment(state, data, total_steps, recipe)
+    if in_warmup(done, recipe.train):
+        state.warm = done.behind
     state.step += 1
     state.epoch, state.window, state.pack = (
         data.position.epoch, data.position.window, data.position.pack,
     )  # fmt: skip
+    state.progress = data.progress
+    if data.epoch == 0:
+        add_report(state.rows, data.report)
     state.tokens += data.n_tokens
     state.targets += data.n_targets
 
 
-def _epoch_ends(data: StepData) -> bool:
-    return data.position.epoch > data.epoch
-
-
 def _due(every: int | str, step: int, data: StepData) -> bool:
-    return _epoch_ends(data) if isinstance(every, str) else step % every == 0
+    return data.ends_epoch if isinstance(every, str) else step % every == 0
 
 
 def _sum_over_ranks(value: torch.Tensor) -> float:

@@ -21,6 +21,7 @@ from raytune_ft.config.schema import Recipe
 from raytune_ft.data.packing import Pack, Position
 from raytune_ft.data.templating.templates import get_template
 from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
+from raytune_ft.data.windows import Placed
 from raytune_ft.errors import CheckpointError
 from raytune_ft.model import adapter, loading, side_files
 from raytune_ft.model.loss import TokenLoss
@@ -32,7 +33,7 @@ from raytune_ft.training.engine import Engine, TorchEngine, ZeroEngine, rank, wo
 from raytune_ft.training.loop import Emit, train
 from raytune_ft.training.run_folder import Event, RunFolder, RunWriter
 
-PackStream = Callable[[Position], Iterator[tuple[Position, Pack]]]
+PackStream = Callable[[Position], Iterator[Placed]]
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,10 @@ class Job:
     recipe: dict[str, Any]
     run_path: str
     model_folder: str
-    total_steps: int
+    expected_steps: int
+    """Optimizer steps of the run, as far as they can be told before it."""
+    counted: bool = False
+    """Whether that is their exact number and the learning rate goes by it."""
     sharing: int = 1
     """Training processes that share one machine's cores."""
 
@@ -70,9 +74,9 @@ def run(
     hooks = build_hooks(engine, recipe, folder, voice, validation, emit)
     start = Position(state.epoch, state.window, state.pack)
     stream = packs(start)
-    emit("stage", name="train", step=state.step, total=job.total_steps)
+    emit("stage", name="train", step=state.step, total=job.expected_steps)
     batches = steps(stream, recipe.train, rank=rank(), workers=world_size())
-    train(engine, recipe, batches, state, job.total_steps, hooks, emit)
+    train(engine, recipe, batches, state, job.expected_steps if job.counted else None, hooks, emit)
     if rank() == 0:
         emit("stage", name="export")
         _export(recipe, model, folder, job.model_folder)

@@ -218,7 +218,7 @@ def test_broken_row_is_named(call: Command, work: Path, row: str, verb: list[str
 def test_broken_row_can_be_skipped_and_is_counted(call: Command, work: Path, row: str) -> None:
     good = json.dumps(GOOD_ROW)
     (work / "chats.jsonl").write_text(f"{good}\n{row}\n{good}\n", encoding="utf-8")
-    said = call("plan", "good.yaml", "data.on_bad_row=skip", "--json")
+    said = call("plan", "good.yaml", "data.on_error=skip", "--json")
     assert said.code == 0, said.err
     rows = json.loads(said.out)["rows"]
     assert (rows["rows"], rows["used"], rows["dropped"]) == (3, 2, {"unusable": 1})

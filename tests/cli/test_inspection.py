@@ -131,7 +131,7 @@ def rows_with_faults(recipe: Recipe, tmp_path: Path) -> tuple[Path, Recipe]:
     data = recipe.data.model_copy(
         update={
             "sources": [recipe.data.sources[0].model_copy(update={"path": str(path)})],
-            "on_bad_row": "skip",
+            "on_error": "skip",
         }
     )
     return path, recipe.model_copy(update={"data": data})

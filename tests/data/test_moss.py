@@ -186,7 +186,7 @@ def test_a_file_of_rows_is_recognised_counted_and_packed(
     data = DataSection.model_validate(
         {
             "sources": [{"path": str(path)}], "fill": fill, "pack": False, "compat": compat,
-            "max_length": sizes[1], "on_bad_row": "skip",
+            "max_length": sizes[1], "on_error": "skip",
         }
     )  # fmt: skip
     source, encoder = open_sources(data, 1), Encoder(tokenizer, "tokenizer", data)

@@ -69,7 +69,7 @@ def mixed(tmp_path: Path) -> Path:
 def test_every_row_is_used_or_counted_with_its_reason(
     mixed: Path, tokenizer: TextTokenizer
 ) -> None:
-    source, encoder, _ = open_rows(mixed, tokenizer, on_bad_row="skip")
+    source, encoder, _ = open_rows(mixed, tokenizer, on_error="skip")
     got = measured(source, encoder)
     used = [True, False, False, True, False, False]
     assert (got.lengths > 0).tolist() == used * 7
@@ -87,7 +87,7 @@ def test_every_row_is_used_or_counted_with_its_reason(
 def test_reports_of_parts_add_up_to_that_of_the_whole(
     mixed: Path, tokenizer: TextTokenizer
 ) -> None:
-    source, encoder, _ = open_rows(mixed, tokenizer, on_bad_row="skip")
+    source, encoder, _ = open_rows(mixed, tokenizer, on_error="skip")
     total = new_report()
     for rows in np.array_split(np.arange(42), 5):
         add_report(total, measure_rows(source, encoder, rows).report)
@@ -95,9 +95,9 @@ def test_reports_of_parts_add_up_to_that_of_the_whole(
 
 
 def test_long_rows_are_dropped_or_refused_as_asked(mixed: Path, tokenizer: TextTokenizer) -> None:
-    source, encoder, _ = open_rows(mixed, tokenizer, on_bad_row="skip", over_length="drop")
+    source, encoder, _ = open_rows(mixed, tokenizer, on_error="skip", over_length="drop")
     assert measured(source, encoder).report["dropped"]["over max_length"] == 14
-    source, encoder, _ = open_rows(mixed, tokenizer, on_bad_row="skip", over_length="error")
+    source, encoder, _ = open_rows(mixed, tokenizer, on_error="skip", over_length="error")
     with pytest.raises(DataError, match=r"mixed\.jsonl:3: \d+ tokens, data\.max_length is 128"):
         measured(source, encoder)
 
@@ -170,7 +170,7 @@ def test_compat_packs_hold_the_rows_tokens_end_to_end_as_one_segment(
 def test_under_compat_a_row_without_a_trained_token_stays_in_the_packs(
     mixed: Path, tokenizer: TextTokenizer
 ) -> None:
-    source, encoder, _ = open_rows(mixed, tokenizer, on_bad_row="skip", compat=COMPAT)
+    source, encoder, _ = open_rows(mixed, tokenizer, on_error="skip", compat=COMPAT)
     got = measured(source, encoder)
     assert "without a trained token" not in got.report["dropped"]
     assert (got.lengths[2], got.targets[2]) == (128, 0)

@@ -44,6 +44,10 @@ class GroupReader:
         """Return the number of rows."""
         return int(self.group_ends[-1])
 
+    def chunk_ends(self) -> Offsets:
+        """Return where groups end, int64 (groups,)."""
+        return self.group_ends
+
     def where(self, row: int) -> str:
         """Return the row's file and number, from 1."""
         return f"{self.display}:{row + 1}"

@@ -37,7 +37,7 @@ class CsvReader(TextReader):
             raise DataError(
                 f"{where}: {len(fields)} fields, {len(self.columns)} columns "
                 f"({', '.join(self.columns)}); put texts with separators into quotes, or "
-                "leave the row out with data.on_bad_row: skip"
+                "leave the row out with data.on_error: skip"
             )
         return dict(zip(self.columns, fields, strict=True))
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raytune_ft.config.schema import Source
-from raytune_ft.data.files.readers import DataRow
+from raytune_ft.data.files.readers import DataRow, Offsets, even_chunks
 from raytune_ft.errors import DataError, RecipeError
 
 
@@ -25,6 +25,10 @@ class HubReader:
     def __len__(self) -> int:
         """Return the number of rows."""
         return self.n_rows
+
+    def chunk_ends(self) -> Offsets:
+        """Return where chunks of rows end, int64 (chunks,)."""
+        return even_chunks(self.n_rows)
 
     def where(self, row: int) -> str:
         """Return the data set's name and the row's number, from 1."""

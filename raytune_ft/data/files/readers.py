@@ -19,9 +19,11 @@ from raytune_ft.errors import DataError
 
 MAX_ROW_BYTES = 64 * 2**20
 """A longer row is a mistake, such as a file without line breaks."""
+CHUNK_ROWS = 1024
+"""Rows of a text file that stay together where all rows are too many to be shuffled at once."""
 CHUNK_BYTES = 16 * 2**20
 BOM = b"\xef\xbb\xbf"
-ADVICE = "correct it, or leave it out with data.on_bad_row: skip"
+ADVICE = "correct it, or leave it out with data.on_error: skip"
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
 Offsets = npt.NDArray[np.int64]
@@ -33,6 +35,10 @@ class Reader(Protocol):
 
     def __len__(self) -> int:
         """Return the number of rows."""
+        ...
+
+    def chunk_ends(self) -> Offsets:
+        """Return where chunks of rows end, int64 (chunks,): rows of a chunk are read together."""
         ...
 
     def read(self, rows: Sequence[int]) -> list[DataRow | DataError]:
@@ -57,6 +63,10 @@ class TextReader(ABC):
     def __len__(self) -> int:
         """Return the number of rows."""
         return len(self.starts)
+
+    def chunk_ends(self) -> Offsets:
+        """Return where chunks of CHUNK_ROWS rows end, int64 (chunks,)."""
+        return even_chunks(len(self))
 
     def where(self, row: int) -> str:
         """Return the row's file and line."""
@@ -84,6 +94,12 @@ class TextReader(ABC):
             return self.parse(file.read(size), where)
         except DataError as error:
             return error
+
+
+def even_chunks(n_rows: int) -> Offsets:
+    """Return where chunks of CHUNK_ROWS rows end, int64 (chunks,)."""
+    ends = np.arange(CHUNK_ROWS, n_rows + CHUNK_ROWS, CHUNK_ROWS, dtype=np.int64)
+    return np.minimum(ends, n_rows)
 
 
 def decode(raw: bytes, where: str) -> str:

@@ -143,7 +143,7 @@ def field(item: Mapping[str, Any], key: str, where: str) -> str:
     if key not in item:
         raise DataError(
             f"{where} has no '{key}'; it has: {', '.join(map(str, item)) or 'nothing'}; "
-            "correct the row, or leave it out with data.on_bad_row: skip"
+            "correct the row, or leave it out with data.on_error: skip"
         )
     return text_in(item[key], f"{where}, '{key}'")
 
@@ -168,12 +168,12 @@ def check_roles(messages: list[Message], where: str) -> list[Message]:
             raise DataError(
                 f"{where}, message {number} has {found} where {due} is due; order is "
                 "system (optional), then user and assistant in turn; "
-                "correct the row, or leave it out with data.on_bad_row: skip"
+                "correct the row, or leave it out with data.on_error: skip"
             )
         last = role
     if messages and last != "assistant":
         raise DataError(
             f"{where} ends with role '{messages[-1]['role']}', not with an answer; "
-            "add the assistant's message, or leave the row out with data.on_bad_row: skip"
+            "add the assistant's message, or leave the row out with data.on_error: skip"
         )
     return messages

@@ -10,7 +10,7 @@ from raytune_ft.errors import DataError
 
 Row = Mapping[str, Any]
 
-OR_SKIP = "or leave the row out with data.on_bad_row: skip"
+OR_SKIP = "or leave the row out with data.on_error: skip"
 
 
 def renamed(row: Row, columns: Mapping[str, str]) -> Row:
@@ -59,7 +59,7 @@ def text_in(value: Any, where: str) -> str:
         return value
     raise DataError(
         f"{where} is {describe(value)}, not text; "
-        "correct the row, or leave it out with data.on_bad_row: skip"
+        "correct the row, or leave it out with data.on_error: skip"
     )
 
 
@@ -69,13 +69,13 @@ def list_in(value: Any, where: str) -> list[Mapping[str, Any]]:
     if not isinstance(value, list):
         raise DataError(
             f"{where} is {describe(value)}, not a list of messages; "
-            "choose another data.sources[].map, or leave it out with data.on_bad_row: skip"
+            "choose another data.sources[].map, or leave it out with data.on_error: skip"
         )
     for place, item in enumerate(value, start=1):
         if not isinstance(item, Mapping):
             raise DataError(
                 f"{where}, item {place} is {describe(item)}, not an object; "
-                "correct the row, or leave it out with data.on_bad_row: skip"
+                "correct the row, or leave it out with data.on_error: skip"
             )
     return value
 
@@ -97,7 +97,7 @@ def check_text(text: str, where: str) -> None:
     except UnicodeEncodeError as error:
         raise DataError(
             f"{where} holds half a character at place {error.start} (an unpaired surrogate); "
-            "correct the row, or leave it out with data.on_bad_row: skip"
+            "correct the row, or leave it out with data.on_error: skip"
         ) from None
 
 

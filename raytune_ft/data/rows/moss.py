@@ -11,6 +11,7 @@ Ours learns what the assistant writes: Inner Thoughts, Commands, MOSS. XTuner v0
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -83,7 +84,7 @@ def are_fields(written: Sequence[Segment]) -> TypeGuard[Sequence[Field]]:
 def encode_fields(
     fields: Sequence[Field],
     tokenizer: TextTokenizer,
-    max_length: int,
+    max_length: int | None,
     loss: Loss = "assistant",
     *,
     compat: bool = False,
@@ -95,12 +96,13 @@ def encode_fields(
     The turn that would pass `max_length` and all after it are left out. Without any turn the
     example is empty; `uncut_length` counts all turns.
     """
+    room = sys.maxsize if max_length is None else max_length
     ids = list(tokenizer.text_start_ids if compat else tokenizer.bos_ids)
     trained = [False] * len(ids)
     uncut, n_turns, last_turn = len(ids), 0, 0
     for number, group in groupby(fields, key=lambda field: field.turn):
         turn_ids, turn_trained = _encode_turn(list(group), tokenizer)
-        fits = uncut == len(ids) and (number == 0 or uncut + len(turn_ids) <= max_length)
+        fits = uncut == len(ids) and (number == 0 or uncut + len(turn_ids) <= room)
         uncut += len(turn_ids)
         if fits:
             last_turn = len(ids)  # where the last turn that fits begins

@@ -80,7 +80,7 @@ def msagent_react_map_fn(row: Row, where: str) -> list[Message]:
         else:
             raise DataError(
                 f"{at} is from '{sender}'; known are system, user, assistant; "
-                "choose another data.sources[].map, or set data.on_bad_row: skip"
+                "choose another data.sources[].map, or set data.on_error: skip"
             )
     return messages
 
@@ -92,7 +92,7 @@ def _literal(row: Row, where: str) -> Any:
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         raise DataError(
             f"{where} is not the text of a Python list of {{'from', 'value'}}; "
-            "choose another data.sources[].map, or set data.on_bad_row: skip"
+            "choose another data.sources[].map, or set data.on_error: skip"
         ) from None
 
 

@@ -73,7 +73,7 @@ def _read(
         if sender not in roles:
             raise DataError(
                 f"{at} is from '{sender}'; known are {', '.join(roles)}; choose another "
-                "data.sources[].map, or leave the row out with data.on_bad_row: skip"
+                "data.sources[].map, or leave the row out with data.on_error: skip"
             )
         messages.append({"role": roles[sender], "content": field(item, keys[1], at)})
     return _turns(messages)

@@ -1,0 +1,129 @@
+"""Order: which rows an epoch visits, in which order, and which of them make a window.
+
+A function of (number of rows, chunks, seed, epoch) alone, so that any window can be made again
+from its number. Up to `shuffle_rows` rows are shuffled as a whole. Of more, chunks (rows that lie
+together in a file) are shuffled, then the rows of each pool of chunks: a window then reads from a
+few dozen places however large the files are.
+
+Shapes: n = rows of an epoch, C = chunks, w = rows of a window.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+Numbers = npt.NDArray[np.int64]
+
+_CHUNKS, _ROWS = 10, 11
+"""Keep the random choices of one recipe independent of each other."""
+
+
+@dataclass(frozen=True)
+class _Epoch:
+    """Chunks in the order of the visit; pool p is `chunks[bounds[p] : bounds[p + 1]]`.
+
+    `ends` int64 (pools,): rows of the epoch up to each pool's end.
+    """
+
+    chunks: Numbers
+    bounds: Numbers
+    ends: Numbers
+
+
+class RowOrder:
+    """The order of every epoch.
+
+    Args:
+        chunk_ends: int64 (C,), ascending; chunk c ends before row `chunk_ends[c]`.
+        seed: decides the order.
+        window: rows per window.
+        shuffle_rows: rows shuffled together, at least.
+        shuffle: if not, rows are visited by number, in every epoch.
+    """
+
+    def __init__(
+        self, chunk_ends: Numbers, seed: int, *, window: int, shuffle_rows: int, shuffle: bool
+    ) -> None:
+        self.n_rows = int(chunk_ends[-1]) if len(chunk_ends) else 0
+        self.n_windows = -(-self.n_rows // window)
+        self.window = window
+        self._chunk_ends = chunk_ends
+        self._seed, self._shuffle_rows, self._shuffle = seed, shuffle_rows, shuffle
+        self._epochs: dict[int, _Epoch] = {}
+        self._pools: dict[tuple[int, int], Numbers] = {}
+
+    def window_rows(self, epoch: int, window: int) -> Numbers:
+        """Return the rows of a window, int64 (w,), in the order of the visit."""
+        start = window * self.window
+        stop = min(start + self.window, self.n_rows)
+        if not self._shuffle:
+            return np.arange(start, stop, dtype=np.int64)
+        ends = self._epoch(epoch).ends
+        parts = []
+        for pool in range(int(np.searchsorted(ends, start, side="right")), len(ends)):
+            first = int(ends[pool - 1]) if pool else 0
+            if first >= stop:
+                break
+            parts.append(self._pool(epoch, pool)[max(0, start - first) : stop - first])
+        return np.concatenate(parts)
+
+    def places(self, epoch: int, rows: Numbers) -> Numbers:
+        """Return when an epoch visits each row, int64 of the same shape; 0 is its first visit."""
+        if not self._shuffle:
+            return np.asarray(rows, dtype=np.int64)
+        order = self._epoch(epoch)
+        chunks = np.searchsorted(self._chunk_ends, rows, side="right")
+        turn = np.empty_like(order.chunks)
+        turn[order.chunks] = np.arange(len(order.chunks))
+        pools = np.searchsorted(order.bounds, turn[chunks], side="right") - 1
+        places = np.empty(len(rows), dtype=np.int64)
+        for pool in np.unique(pools).tolist():
+            visited = self._pool(epoch, pool)
+            by_number = np.argsort(visited)
+            mine = pools == pool
+            found = by_number[np.searchsorted(visited, rows[mine], sorter=by_number)]
+            places[mine] = found + (int(order.ends[pool - 1]) if pool else 0)
+        return places
+
+    @cached_property
+    def _sizes(self) -> Numbers:
+        return np.diff(self._chunk_ends, prepend=0)
+
+    def _epoch(self, epoch: int) -> _Epoch:
+        if epoch not in self._epochs:
+            random = np.random.default_rng((self._seed, epoch, _CHUNKS))
+            chunks = random.permutation(len(self._chunk_ends))
+            ends = np.cumsum(self._sizes[chunks])
+            # a chunk belongs to the pool in which it begins
+            pools = (ends - self._sizes[chunks]) // max(self._shuffle_rows, 1)
+            if self.n_rows <= self._shuffle_rows:
+                pools[:] = 0
+            firsts = np.flatnonzero(np.diff(pools, prepend=-1))
+            bounds = np.append(firsts, len(chunks))
+            self._epochs = {epoch: _Epoch(chunks, bounds, ends[bounds[1:] - 1])}
+        return self._epochs[epoch]
+
+    def _pool(self, epoch: int, pool: int) -> Numbers:
+        """Return a pool's rows in the order of the visit; the two used last are kept."""
+        key = (epoch, pool)
+        if key not in self._pools:
+            order = self._epoch(epoch)
+            chunks = order.chunks[order.bounds[pool] : order.bounds[pool + 1]]
+            ends = self._chunk_ends[chunks]
+            parts = [
+                np.arange(end - size, end, dtype=np.int64)
+                for end, size in zip(ends.tolist(), self._sizes[chunks].tolist(), strict=True)
+            ]
+            random = np.random.default_rng((self._seed, epoch, pool, _ROWS))
+            kept = list(self._pools.items())[-1:]
+            self._pools = {**dict(kept), key: random.permutation(np.concatenate(parts))}
+        return self._pools[key]
+
+    def __getstate__(self) -> dict[str, object]:
+        """Leave out what can be computed again."""
+        kept = {key: value for key, value in self.__dict__.items() if key != "_sizes"}
+        return {**kept, "_epochs": {}, "_pools": {}}
