@@ -6,10 +6,10 @@ STAMP  := $(VENV)/.ready
 RUN    ?= runs/quickstart
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench faults serve clean
+.PHONY: help setup demo test lint bench bench-data faults mutants serve clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## make .venv with the exact versions of requirements.lock
 
@@ -37,8 +37,17 @@ lint: setup ## ruff, mypy --strict, import layers
 bench: setup ## the timings of docs/benchmarks.md
 	@$(BIN)/python -m benchmarks.quickstart
 
+bench-data: setup ## the data stream beside datasets + TRL; memory; resuming a million rows
+	@$(BIN)/python -m benchmarks.data
+	@$(BIN)/python -m benchmarks.data_resume
+	@$(BIN)/python -m benchmarks.data_memory
+
 faults: setup ## kill -9 tests, longer than those of `make test`
+	@$(BIN)/python -m pytest tests/data/test_ledger.py --kills=200
 	@$(BIN)/python -m pytest tests/faults --faults=20
+
+mutants: setup ## plant known silent bugs, one at a time; the tests must find each
+	@$(BIN)/python -m tests.mutants.run $(ARGS)
 
 serve: setup ## chat page and OpenAI endpoint of RUN (default runs/quickstart)
 	@$(BIN)/raytune-ft serve $(RUN)
