@@ -17,12 +17,14 @@ from raytune_ft import export
 from raytune_ft.config import loader
 from raytune_ft.config.schema import Recipe
 from raytune_ft.data import sources, stream
+from raytune_ft.data.counting import Estimate, estimate
 from raytune_ft.data.examples import Encoder
 from raytune_ft.data.packing import Pack, Position
+from raytune_ft.data.places import Placed
 from raytune_ft.data.report import Report, nothing_left
 from raytune_ft.data.sources import RowSource
 from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
-from raytune_ft.data.windows import Estimate, Feed, Measurement, Placed, estimate, make_feed
+from raytune_ft.data.windows import Feed, Measurement, make_feed
 from raytune_ft.errors import DataError, RecipeError
 from raytune_ft.model import loading
 from raytune_ft.screen import Screen

@@ -18,8 +18,8 @@ import numpy as np
 from raytune_ft.config import catalog
 from raytune_ft.config.cache import cache_dir
 from raytune_ft.config.schema import Recipe, Source
+from raytune_ft.data import counting, sources, windows
 from raytune_ft.data import report as reports
-from raytune_ft.data import sources, windows
 from raytune_ft.data.files import locate
 from raytune_ft.data.files.kinds import is_data_file
 from raytune_ft.data.files.remote import is_url
@@ -213,7 +213,7 @@ def counted(feed: Feed, measured: Measurement, recipe: Recipe, *, complete: bool
     report, train = measured.report, recipe.train
     if not report["used"]:
         raise DataError(reports.nothing_left(report))
-    packs = windows.count_packs(feed, measured, 0)
+    packs = counting.count_packs(feed, measured, 0)
     lost = feed.plan.lost_tokens if feed.plan else 0
     density = (report["tokens"] - lost) / (packs * recipe.data.max_length)
     steps = train.epochs * -(-packs // recipe.global_batch_size)

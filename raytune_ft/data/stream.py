@@ -22,16 +22,14 @@ import ray.data
 from raytune_ft import errors
 from raytune_ft.data.examples import Encoder
 from raytune_ft.data.packing import Position, build_pack
+from raytune_ft.data.places import Placed, placed, window_numbers
 from raytune_ft.data.report import add_report, new_report
 from raytune_ft.data.sources import RowSource
 from raytune_ft.data.windows import (
     Feed,
     Measurement,
-    Placed,
     Window,
     measure_rows,
-    placed,
-    window_numbers,
 )
 
 __all__ = ["measure", "packs"]
@@ -89,7 +87,7 @@ def packs(
 ) -> Iterator[Placed]:
     """Yield packs in the canonical order, windows being made ahead by Ray Data tasks.
 
-    Arguments and result are those of `windows.iter_packs`. Close the generator to stop the tasks.
+    Arguments and result are those of `places.iter_packs`. Close the generator to stop the tasks.
     Memory: Ray's object store holds a bounded number of windows; none is read before `start`.
     """
     start = start or Position()

@@ -13,7 +13,7 @@ from raytune_ft import survey
 from raytune_ft.chat.text import printable
 from raytune_ft.config.loader import load_recipe
 from raytune_ft.config.schema import Recipe
-from raytune_ft.data import sources, windows
+from raytune_ft.data import counting, places, sources, windows
 from raytune_ft.data.report import nothing_left
 from raytune_ft.data.rows import formats
 from raytune_ft.data.segments import Conversation
@@ -74,7 +74,7 @@ def look(recipe: Recipe, title: str, rows: int) -> View:
     if not measured.report["used"]:
         raise DataError(nothing_left(measured.report))
     feed = windows.make_feed(training, encoder, recipe.train.seed, measured)
-    first = windows.iter_packs(feed, epochs=1)
+    first = places.iter_packs(feed, epochs=1)
     packs = [np.diff(placed.pack.cu_seqlens).tolist() for placed in islice(first, PACKS_SHOWN)]
     return View(
         title=f"{title}, as {Path(recipe.model.path).name} sees it",
@@ -86,7 +86,7 @@ def look(recipe: Recipe, title: str, rows: int) -> View:
         packs=packs if recipe.data.packing != "none" else [],
         bars=bars_of(measured.lengths),
         max_length=recipe.data.max_length,
-        counts=_counts(measured, recipe, windows.count_packs(feed, measured, 0)),
+        counts=_counts(measured, recipe, counting.count_packs(feed, measured, 0)),
     )
 
 

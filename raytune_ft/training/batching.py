@@ -16,8 +16,8 @@ import torch
 
 from raytune_ft.config.schema import TrainSection
 from raytune_ft.data.packing import IGNORE_INDEX, Pack, Position, collate
+from raytune_ft.data.places import Placed
 from raytune_ft.data.report import Report, add_report, new_report
-from raytune_ft.data.windows import Placed
 
 TensorBatch = dict[str, torch.Tensor]
 

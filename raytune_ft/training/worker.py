@@ -19,9 +19,9 @@ import torch.distributed as dist
 
 from raytune_ft.config.schema import Recipe
 from raytune_ft.data.packing import Pack, Position
+from raytune_ft.data.places import Placed
 from raytune_ft.data.templating.templates import get_template
 from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
-from raytune_ft.data.windows import Placed
 from raytune_ft.errors import CheckpointError
 from raytune_ft.model import adapter, loading, side_files
 from raytune_ft.model.loss import TokenLoss

@@ -1,7 +1,7 @@
 """One real training run in this process: rows, template, packs, loop, adapter; no Ray.
 
 Rows below 2000 are counted in this process by `preparation.prepare` itself; packs come from
-`windows.iter_packs`, which is what the data tasks of Ray call.
+`places.iter_packs`, which is what the data tasks of Ray call.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rich.console import Console
 
 from raytune_ft.config import catalog
 from raytune_ft.config.schema import Recipe
-from raytune_ft.data.windows import iter_packs
+from raytune_ft.data.places import iter_packs
 from raytune_ft.preparation import Prepared, prepare
 from raytune_ft.screen import Screen
 from raytune_ft.training import worker

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from raytune_ft import export
-from raytune_ft.data.windows import iter_packs
+from raytune_ft.data.places import iter_packs
 from raytune_ft.model.adapter import load_adapter
 from raytune_ft.training.run_folder import read_jsonl
 from tests.families import short_run

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 from raytune_ft import export
 from raytune_ft.config.loader import dump_yaml
+from raytune_ft.data.places import iter_packs
 from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
-from raytune_ft.data.windows import iter_packs
 from raytune_ft.model.adapter import load_adapter
 from raytune_ft.preparation import prepare
 from raytune_ft.training.run_folder import RunFolder, read_json, read_jsonl

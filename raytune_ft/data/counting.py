@@ -1,0 +1,75 @@
+"""Counting: a run's windows in, the number of its packs and steps out.
+
+`estimate` looks at the first windows alone, so that a run starts at once; `count_packs` is exact
+and wants the sizes of all rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from raytune_ft.config.schema import Recipe
+from raytune_ft.data.packing import divide_rows, pack_pieces
+from raytune_ft.data.report import Report, add_report, new_report
+from raytune_ft.data.windows import Feed, Measurement, Window
+
+COUNTED_WINDOWS = 2
+"""Windows that are made before a run, to see the first rows and to estimate its steps."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What the first windows of a run tell of the whole."""
+
+    windows: list[Window]
+    """The first windows of epoch 0."""
+    report: Report
+    """Of the rows of these windows."""
+    packs: int
+    """Packs of an epoch."""
+    density: float
+    """Tokens over the room in the packs, 0 to 1."""
+    exact: bool
+    """Whether these are all windows of the epoch."""
+
+    def steps(self, recipe: Recipe) -> int:
+        """Optimizer steps of a run: a step never crosses an epoch's end."""
+        steps = recipe.train.epochs * -(-self.packs // recipe.global_batch_size)
+        return min(steps, recipe.train.max_steps or steps)
+
+
+def estimate(feed: Feed) -> Estimate:
+    """Make the first windows of a run and conclude from them to all of an epoch.
+
+    Raises:
+        DataError: as `Feed.window`.
+    """
+    windows = [feed.window(0, number) for number in range(min(COUNTED_WINDOWS, feed.n_windows))]
+    report = new_report()
+    for window in windows:
+        add_report(report, window.report)
+    packs = [pack for window in windows for pack in window.packs]
+    share = windows[-1].last if windows else 1.0
+    room = len(packs) * feed.encoder.data.max_length
+    density = sum(len(pack.input_ids) for pack in packs) / room if room else 0.0
+    exact = len(windows) == feed.n_windows
+    if feed.plan is not None:
+        return Estimate(windows, report, feed.plan.n_packs, density, True)
+    return Estimate(windows, report, round(len(packs) / share), density, exact)
+
+
+def count_packs(feed: Feed, measured: Measurement, epoch: int) -> int:
+    """Count an epoch's packs exactly, from the sizes of all rows.
+
+    A stretch of a split row that holds no answer is counted, though it makes no pack.
+    """
+    if feed.plan is not None:
+        return feed.plan.n_packs
+    total = 0
+    for number in range(feed.n_windows):
+        lengths = measured.lengths[feed.order.window_rows(epoch, number)]
+        pieces = divide_rows(lengths, feed.encoder.data)
+        total += len(pack_pieces(pieces, feed.encoder.data, np.random.default_rng(0)))
+    return total
