@@ -10,34 +10,17 @@ Shapes: n = rows of a data set, L = max_length, P = packs, K = pieces.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
 from raytune_ft.config.schema import DataSection
-from raytune_ft.data.packing import Ints, Numbers
+from raytune_ft.data.packing import Ints, Numbers, Pieces
 
 GROUP_ROWS = 1000
 """Rows that are joined at a time, the batch size of `datasets.Dataset.map`."""
 _ROWS, _PACKS = 14, 13
 """Keep the random choices of one recipe independent of each other."""
-
-
-@dataclass(frozen=True)
-class Pieces:
-    """Packs as slices of rows.
-
-    `pieces` int64 (K, 3): row, first token, token behind the last; `ends` int64 (P + 1,): pack p
-    is `pieces[ends[p] : ends[p + 1]]`.
-    """
-
-    pieces: Numbers
-    ends: Numbers
-
-    def pack(self, number: int) -> Numbers:
-        """Return a pack's pieces, int64 (pieces, 3)."""
-        return self.pieces[self.ends[number] : self.ends[number + 1]]
 
 
 def pack_bounds(lengths: Numbers, max_length: int, group_rows: int) -> Numbers:
@@ -88,7 +71,7 @@ class ConcatPlan:
         self._data = data
         self._used = np.flatnonzero(lengths > 0)
         self._sets = sets
-        self.n_packs = len(self._packs.ends) - 1
+        self.n_packs = len(self._packs)
         n_rows = max(1, len(self._used))
         self.window_packs = max(1, data.window * self.n_packs // n_rows)
         self.n_windows = -(-self.n_packs // self.window_packs)
@@ -97,16 +80,12 @@ class ConcatPlan:
     @property
     def lost_tokens(self) -> int:
         """Tokens of used rows that stand in no pack."""
-        sizes = self._packs.pieces[:, 2] - self._packs.pieces[:, 1]
-        return int(self.lengths.sum(dtype=np.int64) - sizes.sum())
+        return int(self.lengths.sum(dtype=np.int64) - self._packs.sizes.sum())
 
-    def window_pieces(self, epoch: int, window: int) -> list[Numbers]:
-        """Return the slices of rows of each pack of a window, in the packs' final order.
-
-        Each is int64 (pieces, 3): row, first token, token behind the last.
-        """
+    def window_pieces(self, epoch: int, window: int) -> Pieces:
+        """Return the packs of a window in their final order, as slices of rows."""
         chosen = self._order_of(epoch)[window * self.window_packs :][: self.window_packs]
-        return [self._packs.pack(number) for number in chosen.tolist()]
+        return self._packs.take(chosen)
 
     @cached_property
     def _packs(self) -> Pieces:

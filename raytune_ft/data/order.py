@@ -2,8 +2,9 @@
 
 A function of (number of rows, chunks, seed, epoch) alone, so that any window can be made again
 from its number. Up to `shuffle_rows` rows are shuffled as a whole. Of more, chunks (rows that lie
-together in a file) are shuffled, then the rows of each pool of chunks: a window then reads from a
-few dozen places however large the files are.
+together in a file, long ones divided) are shuffled, then the rows of each pool of chunks: fewer
+than 2 * `shuffle_rows` of them. So a window reads from the places of one or two pools, and takes
+the same time and memory, however many rows there are.
 
 Shapes: n = rows of an epoch, C = chunks, w = rows of a window.
 """
@@ -39,9 +40,9 @@ class RowOrder:
 
     Args:
         chunk_ends: int64 (C,), ascending; chunk c ends before row `chunk_ends[c]`.
-        seed: decides the order.
-        window: rows per window.
-        shuffle_rows: rows shuffled together, at least.
+        seed: decides the order; 0 or more.
+        window: rows per window, at least 1.
+        shuffle_rows: rows shuffled together, at least 1; a pool begins about every so many rows.
         shuffle: if not, rows are visited by number, in every epoch.
     """
 
@@ -51,7 +52,7 @@ class RowOrder:
         self.n_rows = int(chunk_ends[-1]) if len(chunk_ends) else 0
         self.n_windows = -(-self.n_rows // window)
         self.window = window
-        self._chunk_ends = chunk_ends
+        self._chunk_ends = _divided(chunk_ends, shuffle_rows)
         self._seed, self._shuffle_rows, self._shuffle = seed, shuffle_rows, shuffle
         self._epochs: dict[int, _Epoch] = {}
         self._pools: dict[tuple[int, int], Numbers] = {}
@@ -99,7 +100,7 @@ class RowOrder:
             chunks = random.permutation(len(self._chunk_ends))
             ends = np.cumsum(self._sizes[chunks])
             # a chunk belongs to the pool in which it begins
-            pools = (ends - self._sizes[chunks]) // max(self._shuffle_rows, 1)
+            pools = (ends - self._sizes[chunks]) // self._shuffle_rows
             if self.n_rows <= self._shuffle_rows:
                 pools[:] = 0
             firsts = np.flatnonzero(np.diff(pools, prepend=-1))
@@ -108,22 +109,30 @@ class RowOrder:
         return self._epochs[epoch]
 
     def _pool(self, epoch: int, pool: int) -> Numbers:
-        """Return a pool's rows in the order of the visit; the two used last are kept."""
+        """Return a pool's rows in the order of the visit; the two made last are kept."""
         key = (epoch, pool)
         if key not in self._pools:
             order = self._epoch(epoch)
             chunks = order.chunks[order.bounds[pool] : order.bounds[pool + 1]]
-            ends = self._chunk_ends[chunks]
-            parts = [
-                np.arange(end - size, end, dtype=np.int64)
-                for end, size in zip(ends.tolist(), self._sizes[chunks].tolist(), strict=True)
-            ]
+            sizes = self._sizes[chunks]
+            rows = np.arange(sizes.sum(), dtype=np.int64)
+            rows += np.repeat(self._chunk_ends[chunks] - np.cumsum(sizes), sizes)
             random = np.random.default_rng((self._seed, epoch, pool, _ROWS))
             kept = list(self._pools.items())[-1:]
-            self._pools = {**dict(kept), key: random.permutation(np.concatenate(parts))}
+            self._pools = {**dict(kept), key: random.permutation(rows)}
         return self._pools[key]
 
     def __getstate__(self) -> dict[str, object]:
         """Leave out what can be computed again."""
         kept = {key: value for key, value in self.__dict__.items() if key != "_sizes"}
         return {**kept, "_epochs": {}, "_pools": {}}
+
+
+def _divided(chunk_ends: Numbers, most: int) -> Numbers:
+    """Divide chunks of more than `most` rows evenly, so that a pool is never much larger."""
+    sizes = np.diff(chunk_ends, prepend=0)
+    parts = -(-sizes // most)
+    chunk = np.repeat(np.arange(len(sizes)), parts)
+    part = np.arange(len(chunk)) - np.repeat(np.cumsum(parts) - parts, parts) + 1
+    ends: Numbers = (chunk_ends - sizes)[chunk] + sizes[chunk] * part // parts[chunk]
+    return ends

@@ -31,9 +31,6 @@ class Placed:
     """What became of the rows of windows that this pack is the first to tell of."""
 
 
-_Held = tuple[Position, Pack, float, Report]
-
-
 def iter_packs(
     feed: Feed, start: Position | None = None, *, epochs: int | None = None
 ) -> Iterator[Placed]:
@@ -72,47 +69,63 @@ def placed(
 ) -> Iterator[Placed]:
     """Turn windows in order into packs with their places, from `start` on.
 
-    A pack waits for the next one: only then is it known whether an epoch ends behind it. A
-    window's report comes with its first pack, that of a window without packs with the pack before
-    it, so that a run that stops and goes on tells of every window once.
+    A pack waits for the next one: only then is it known what stands behind it. A window's report
+    comes with its first pack, that of a window without packs with the pack before it (with the
+    next one at an epoch's start), so that a run that stops and goes on tells of every window once.
+
+    Args:
+        made: (epoch, number, window) without a gap, from `start`'s window to an epoch's end.
+        start: the first pack to yield.
+        n_windows: windows of an epoch.
 
     Raises:
         DataError: no row of a whole epoch can be trained on.
     """
+    if not n_windows:
+        raise DataError(nothing_left(new_report()))
     held: _Held | None = None
-    untold, empty = new_report(), 0
+    untold, seen = new_report(), 0
     for epoch, number, window in made:
-        if held is not None and held[0].epoch < epoch:
-            yield _placed(held, None)
-            held = None
-        first = Position(epoch, number, 0)
+        seen += 1
         if not window.packs:
-            add_report(untold if held is None else held[3], window.report)
-            empty += 1
-            if empty == n_windows:
-                raise DataError(nothing_left(untold))
-            continue
-        empty = 0
-        ends = np.cumsum([len(pack.input_ids) for pack in window.packs])
-        shares = window.first + (window.last - window.first) * (ends / ends[-1])
-        for place, (pack, share) in enumerate(zip(window.packs, shares.tolist(), strict=True)):
-            here = replace(first, pack=place)
+            add_report(held.report if held else untold, window.report)
+        for here, pack, share in _within(Position(epoch, number), window):
             if here < start:
                 continue
             if held is not None:
-                yield _placed(held, here)
-            report = new_report()
-            if place == 0:
-                add_report(report, window.report)
-            add_report(report, untold)
+                yield held.before(here)
+            held = _Held(here, pack, epoch + share, untold)
+            if here.pack == 0:
+                add_report(held.report, window.report)
             untold = new_report()
-            held = (here, pack, epoch + share, report)
-    if held is not None:
-        yield _placed(held, None)
+        if number == n_windows - 1:
+            if held is not None:
+                yield held.at_the_end()
+            elif seen == n_windows:
+                raise DataError(nothing_left(untold))
+            held, seen = None, 0
 
 
-def _placed(held: _Held, after: Position | None) -> Placed:
-    here, pack, progress, report = held
-    if after is None:
-        return Placed(pack, Position(here.epoch + 1, 0, 0), here.epoch + 1.0, report)
-    return Placed(pack, after, progress, report)
+def _within(first: Position, window: Window) -> Iterator[tuple[Position, Pack, float]]:
+    """Yield a window's packs with their places and the share of the epoch that ends with each."""
+    tokens = np.cumsum([len(pack.input_ids) for pack in window.packs])
+    for number, pack in enumerate(window.packs):
+        share = window.first + (window.last - window.first) * float(tokens[number] / tokens[-1])
+        yield replace(first, pack=number), pack, share
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A pack that waits for the next one."""
+
+    here: Position
+    pack: Pack
+    progress: float
+    report: Report
+
+    def before(self, following: Position) -> Placed:
+        return Placed(self.pack, following, self.progress, self.report)
+
+    def at_the_end(self) -> Placed:
+        epoch = self.here.epoch + 1
+        return Placed(self.pack, Position(epoch), float(epoch), self.report)

@@ -21,7 +21,7 @@ import ray.data
 
 from raytune_ft import errors
 from raytune_ft.data.examples import Encoder
-from raytune_ft.data.packing import Position, build_pack
+from raytune_ft.data.packing import Position, build_packs
 from raytune_ft.data.places import Placed, placed, window_numbers
 from raytune_ft.data.report import add_report, new_report
 from raytune_ft.data.sources import RowSource
@@ -198,14 +198,5 @@ def _unpacked(row: dict[str, Any]) -> Window:
         for key in ("input_ids", "labels", "sizes", "rows_per_pack", "segments_per_pack")
     )
     row_ids = np.frombuffer(row["row_ids"], np.int64)
-    per_pack = np.split(sizes, np.cumsum(n_segments)[:-1])
-    token_ends = np.cumsum([part.sum() for part in per_pack]).astype(np.int64)[:-1]
-    parts = zip(
-        np.split(ids, token_ends),
-        np.split(labels, token_ends),
-        per_pack,
-        np.split(row_ids, np.cumsum(n_rows)[:-1]),
-        strict=True,
-    )
-    packs = [build_pack(*part) for part in parts] if len(n_rows) else []
+    packs = build_packs(ids, labels, sizes, n_segments, row_ids, n_rows)
     return Window(packs, json.loads(row["report"]), row["first"], row["last"])

@@ -12,18 +12,18 @@ import numpy as np
 import numpy.typing as npt
 
 from raytune_ft.data.concat_packing import ConcatPlan
-from raytune_ft.data.encode import IGNORE_INDEX, Example
+from raytune_ft.data.encode import Example
 from raytune_ft.data.examples import Encoder, encode_rows, usable_rows
 from raytune_ft.data.order import RowOrder
 from raytune_ft.data.packing import (
     Numbers,
     Pack,
-    cut_example,
+    Pieces,
+    WindowTokens,
     divide_rows,
-    join_examples,
     pack_pieces,
 )
-from raytune_ft.data.report import Report, new_report
+from raytune_ft.data.report import Report, forget, new_report
 from raytune_ft.data.sources import RowSource
 from raytune_ft.errors import DataError
 
@@ -89,54 +89,46 @@ class Feed:
         report = new_report(len(rows))
         encoded = encode_rows(self.source, self.encoder, rows)
         examples = usable_rows(self.source, self.encoder, rows, encoded, report)
-        packs = self._packed(rows, examples, report, epoch, number)
+        tokens = WindowTokens.of(examples)
+        laid = self._laid(tokens, epoch, number)
+        packs = tokens.packs(laid, rows)
+        placed = np.unique(laid.pieces[:, 0])
+        report["tokens"] = int(laid.sizes.sum())
+        report["targets"] = sum(pack.n_targets for pack in packs)
+        report["left_out"] = int(tokens.lengths[placed].sum()) - report["tokens"]
+        for place in np.setdiff1d(np.flatnonzero(tokens.lengths), placed).tolist():
+            split = bool(tokens.lengths[place] > self.encoder.data.max_length)
+            forget(report, self.source.where(int(rows[place])), split=split)
         start = number * self.order.window
         n_rows = self.order.n_rows
         return Window(packs, report, start / n_rows, (start + len(rows)) / n_rows)
 
-    def _packed(
-        self,
-        rows: Numbers,
-        examples: Sequence[Example | None],
-        report: Report,
-        epoch: int,
-        number: int,
-    ) -> list[Pack]:
+    def _laid(self, tokens: WindowTokens, epoch: int, number: int) -> Pieces:
+        """Decide which stretches of rows stand in which pack, without those that teach nothing."""
         data = self.encoder.data
-        lengths = [0 if example is None else len(example.input_ids) for example in examples]
-        pieces = divide_rows(lengths, data)
-        learned = np.array([_targets(examples, piece) > 0 for piece in pieces.tolist()], dtype=bool)
-        if data.packing != "concat" and not learned.all():  # stretches without an answer
-            report["tokens"] -= int((pieces[~learned, 2] - pieces[~learned, 1]).sum())
-            pieces = pieces[learned]
+        pieces = divide_rows(tokens.lengths, data)
+        if data.packing != "concat":
+            pieces = pieces[tokens.targets(pieces) > 0]
         random = np.random.default_rng((self.seed, epoch, number, _PACKS))
-        packs = [
-            join_examples(
-                [_part(examples[row], start, stop) for row, start, stop in part.tolist()],
-                rows[part[:, 0]],
-            )
-            for part in pack_pieces(pieces, data, random)
-        ]
-        return [pack for pack in packs if pack.n_targets]
+        laid = pack_pieces(pieces, data, random)
+        learned = np.append(0, np.cumsum(tokens.targets(laid.pieces)))[laid.ends]
+        return laid.take(np.flatnonzero(np.diff(learned)))
 
     def _planned_window(self, plan: ConcatPlan, epoch: int, number: int) -> Window:
-        pieces = plan.window_pieces(epoch, number)
-        rows = np.unique(np.concatenate(pieces)[:, 0])
+        laid = plan.window_pieces(epoch, number)
+        rows = np.unique(laid.pieces[:, 0])
         encoded = encode_rows(self.source, self.encoder, rows)
-        examples = {
-            row: _planned(example, self.source.where(row), int(plan.lengths[row]))
-            for row, example in zip(rows.tolist(), encoded, strict=True)
-        }
-        packs = [
-            join_examples(
-                [_part(examples[row], start, stop) for row, start, stop in part.tolist()],
-                part[:, 0],
-                isolated=False,
-            )
-            for part in pieces
-        ]
+        tokens = WindowTokens.of(
+            [
+                _planned(example, self.source.where(row), int(plan.lengths[row]))
+                for row, example in zip(rows.tolist(), encoded, strict=True)
+            ]
+        )
+        places = np.searchsorted(rows, laid.pieces[:, 0])
+        here = Pieces(np.column_stack([places, laid.pieces[:, 1:]]), laid.ends)
         start = number * plan.window_packs
-        last = (start + len(packs)) / plan.n_packs
+        last = (start + len(laid)) / plan.n_packs
+        packs = tokens.packs(here, rows, isolated=False)
         return Window(packs, new_report(), start / plan.n_packs, last)
 
 
@@ -182,21 +174,6 @@ def measure_rows(source: RowSource, encoder: Encoder, rows: Sequence[int] | Numb
     return Measurement(
         np.array(lengths, np.int32), np.array(targets, np.int32), source.sets_of(rows), report
     )
-
-
-def _part(example: Example | None, start: int, stop: int) -> Example:
-    if example is None:
-        raise ValueError("a row that is left out stands in a pack")
-    return cut_example(example, start, stop)
-
-
-def _targets(examples: Sequence[Example | None], piece: tuple[int, int, int]) -> int:
-    """Count the tokens of a piece that are learned; its first one has nothing before it."""
-    row, start, stop = piece
-    example = examples[row]
-    if example is None:
-        return 0
-    return int((example.labels[start + 1 : stop] != IGNORE_INDEX).sum())
 
 
 def _planned(example: Example | DataError | None, where: str, length: int) -> Example:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import settings
 
 from raytune_ft.config.schema import DataSection, Source
+from raytune_ft.data.encode import Example
+from raytune_ft.data.packing import Pack, Pieces, WindowTokens
 from raytune_ft.data.rows.formats import to_conversation
 from raytune_ft.data.segments import Conversation
 from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
@@ -69,3 +72,15 @@ def chat(*texts: str, system: str = "") -> list[dict[str, str]]:
     first = [{"role": "system", "content": system}] if system else []
     roles = ("user", "assistant")
     return [*first, *({"role": roles[i % 2], "content": t} for i, t in enumerate(texts))]
+
+
+def join_examples(
+    examples: Sequence[Example], row_ids: Sequence[int], *, isolated: bool = True
+) -> Pack:
+    """Lay whole examples end to end in one pack."""
+    tokens = WindowTokens.of(examples)
+    sizes = tokens.lengths
+    whole = np.stack([np.arange(len(sizes)), np.zeros_like(sizes), sizes], axis=1)
+    laid = Pieces(whole, np.array([0, len(sizes)]))
+    (pack,) = tokens.packs(laid, np.array(row_ids, dtype=np.int64), isolated=isolated)
+    return pack

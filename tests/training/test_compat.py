@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from raytune_ft.data.encode import IGNORE_INDEX, Example
-from raytune_ft.data.packing import Pack, collate, join_examples
+from raytune_ft.data.packing import Pack, collate
 from raytune_ft.model.loss import TokenLoss, predicted
 from raytune_ft.training.batching import count_targets, to_tensors
+from tests.data.conftest import join_examples
 
 
 def example(ids: list[int], trained: list[bool]) -> Example:
