@@ -195,8 +195,10 @@ def _concat(pieces: Numbers, max_length: int) -> Pieces:
 
 def _similar(sizes: Numbers, random: np.random.Generator) -> Numbers:
     """Order single pieces: by length in groups, the groups shuffled."""
-    groups = -(-len(sizes) // SIMILAR_ROWS)
-    starts = random.permutation(groups) * SIMILAR_ROWS
+    full = len(sizes) // SIMILAR_ROWS
+    # a short group comes last, so that it moves no border between the others
+    groups = np.append(random.permutation(full), full)
+    starts = groups * SIMILAR_ROWS
     counts = np.minimum(SIMILAR_ROWS, len(sizes) - starts)
     return np.argsort(sizes, kind="stable")[_spans(starts, counts)]
 
