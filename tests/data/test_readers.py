@@ -20,6 +20,7 @@ from pyarrow import ipc, parquet
 
 from raytune_ft.config.schema import DataSection
 from raytune_ft.data.files import kept, readers
+from raytune_ft.data.files.blobs import LocalBlob
 from raytune_ft.data.files.kinds import SUFFIXES, open_reader
 from raytune_ft.data.sources import RowSource, open_sources
 from raytune_ft.errors import DataError, RecipeError
@@ -151,7 +152,7 @@ def test_csv_rows_are_those_of_pythons_reader(
     writer.writerows([("one", "two"), *rows])
     path.write_bytes((b"\xef\xbb\xbf" if bom else b"") + text.getvalue().encode())
     oracle = csv.DictReader(io.StringIO(text.getvalue(), newline=""), delimiter=delimiter)
-    reader = open_reader(path, "a")
+    reader = open_reader(LocalBlob(path), "a")
     assert reader.read(range(len(reader))) == list(oracle)
     backwards = range(len(reader) - 1, -1, -1)
     assert reader.read(backwards) == [reader.read([row])[0] for row in backwards]
@@ -268,7 +269,7 @@ def test_the_one_list_of_an_object_is_the_rows(
     path = tmp_path_factory.mktemp("json") / "x.json"
     whole = {**before, "the rows": rows, "after": None}
     path.write_text(json.dumps(whole, indent=indent, ensure_ascii=ascii_only), encoding="utf-8")
-    reader = open_reader(path, "x")
+    reader = open_reader(LocalBlob(path), "x")
     assert reader.read(range(len(reader))) == rows
 
 
@@ -510,7 +511,7 @@ def test_real_files_are_recognised_and_every_row_is_used(path: str, rows: int, n
 def test_rows_on_one_line_are_told_apart(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text('[{"x": 1}, {"x": 2},\n{"x": 3}]')
-    reader = open_reader(path, "a.json")
+    reader = open_reader(LocalBlob(path), "a.json")
     assert [reader.where(n) for n in range(3)] == [
         "a.json:1 (row 1)",
         "a.json:1 (row 2)",

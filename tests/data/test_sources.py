@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raytune_ft.config.schema import DataSection
-from raytune_ft.data.files import hub_rows, readers
+from raytune_ft.data.files import blobs, hub_rows, readers
 from raytune_ft.data.sources import RowSource, open_sources, split_validation
 from raytune_ft.errors import DataError, RecipeError
 from tests.data.conftest import write_jsonl
@@ -86,7 +86,7 @@ def test_lines_across_reading_chunks_stay_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", ROWS)
-    monkeypatch.setattr(readers, "CHUNK_BYTES", 7)
+    monkeypatch.setattr(blobs, "CHUNK_BYTES", 7)
     assert opened({"path": str(path)}).rows(range(23)) == ROWS
 
 

@@ -16,6 +16,10 @@ CHUNK_BYTES = 16 * 2**20
 class Blob(Protocol):
     """A file that does not change while a run reads it; picklable, in a few hundred bytes."""
 
+    def __hash__(self) -> int:
+        """Be a key, by what names the file."""
+        ...
+
     @property
     def name(self) -> str:
         """The file's name, whose suffix tells its kind."""

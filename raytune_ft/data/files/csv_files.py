@@ -8,15 +8,38 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from raytune_ft.data.files import readers
-from raytune_ft.data.files.readers import ADVICE, BOM, DataRow, TextReader, decode, text_start
+from raytune_ft.data.files.blobs import Blob
+from raytune_ft.data.files.blocks import PARSED_ROWS, BlockBuilder, Blocks
+from raytune_ft.data.files.readers import ADVICE, DataRow, Span, TextReader, decode, text_start
+from raytune_ft.data.files.text_index import index_text
 from raytune_ft.errors import DataError
+
+_BATCH = 65_536
+
+
+class _Record(NamedTuple):
+    """A record with its place in the text, and the line in which it begins, from 1."""
+
+    start: int
+    end: int
+    line: int
+    fields: list[str]
+
+
+class _RecordError(ValueError):
+    """A record that cannot be read, and the line in which it begins."""
+
+    def __init__(self, line: int, reason: str) -> None:
+        super().__init__(reason)
+        self.line = line
 
 
 @dataclass(frozen=True)
@@ -41,12 +64,17 @@ class CsvReader(TextReader):
             )
         return dict(zip(self.columns, fields, strict=True))
 
+    def spans(self, raw: bytes) -> list[Span]:
+        """Find the records of a block."""
+        records = _index(io.BytesIO(raw), 0, self.separator)
+        return [Span(record.start, record.end, record.line - 1) for record in records]
 
-def open_csv(path: Path, display: str, separator: str | None = None) -> CsvReader:
-    """Find the records of a file in one pass; 24 bytes are kept per row.
+
+def open_csv(blob: Blob, display: str, separator: str | None = None) -> CsvReader:
+    """Find the records of a file in one pass.
 
     Args:
-        path: the file.
+        blob: the file.
         display: its name in messages.
         separator: between fields; None: a comma, or what a header without commas has instead
             (semicolon or tab).
@@ -54,15 +82,37 @@ def open_csv(path: Path, display: str, separator: str | None = None) -> CsvReade
     Raises:
         DataError: no header, no rows, or quotes that do not close.
     """
-    start = text_start(path, display)
-    skip = len(BOM) if start.startswith(BOM) else 0
-    separator = separator or _separator(start[skip:])
-    records = _index(path, display, skip, separator)
-    columns = _header(next(records, None), display)
-    found = np.array([span for span, _ in records], dtype=np.int64).reshape(-1, 3)
-    if not len(found):
+    start, skip = text_start(blob, display)
+    mark = separator or _separator(start[skip:])
+
+    def divide(chunks: Iterator[bytes]) -> tuple[Blocks, int]:
+        try:
+            return _divide(_index(_lines(chunks), skip, mark), blob.size, display), 0
+        except _RecordError as error:
+            raise DataError(
+                f"{display}:{error.line}: the record that begins here cannot be read ({error}); "
+                "close its quotes, and double those inside quoted texts"
+            ) from None
+
+    index = index_text(blob, display, f"csv {mark}", skip, divide)
+    header = next(_index(_lines(blob.chunks(skip)), skip, mark))
+    columns = _header(header, display)
+    return CsvReader(blob, display, index.version, index.fingerprint, index.blocks, columns, mark)
+
+
+def _divide(records: Iterator[_Record], end: int, display: str) -> Blocks:
+    """Find blocks of the rows behind the header."""
+    header = next(records, None)
+    if header is not None:
+        _header(header, display)
+    builder, n_rows = BlockBuilder(PARSED_ROWS), 0
+    while places := [(record.start, record.line) for record in itertools.islice(records, _BATCH)]:
+        found = np.array(places, dtype=np.int64)
+        builder.add(found[:, 0], found[:, 1])
+        n_rows += len(places)
+    if header is not None and not n_rows:
         raise DataError(f"{display}: only a header, no rows; write rows into it")
-    return CsvReader(path, display, found[:, 0], found[:, 1], found[:, 2], columns, separator)
+    return builder.finish(end)
 
 
 def _separator(start: bytes) -> str:
@@ -70,19 +120,17 @@ def _separator(start: bytes) -> str:
     return next((mark for mark in (",", ";", "\t") if mark.encode() in header), ",")
 
 
-def _header(record: tuple[tuple[int, int, int], list[str]] | None, display: str) -> tuple[str, ...]:
-    if record is None:
-        raise DataError(f"{display}: no rows, only blank lines; write rows into it")
-    columns = tuple(name.strip() for name in record[1])
+def _header(record: _Record, display: str) -> tuple[str, ...]:
+    columns = tuple(name.strip() for name in record.fields)
     try:
         "".join(columns).encode()
     except UnicodeEncodeError:
-        raise DataError(f"{display}:{record[0][2]}: not UTF-8; save the file as UTF-8") from None
+        raise DataError(f"{display}:{record.line}: not UTF-8; save the file as UTF-8") from None
     unnamed = [number for number, name in enumerate(columns, start=1) if not name]
     twice = sorted({name for name in columns if name and columns.count(name) > 1})
     if unnamed or twice:
         what = f"column '{twice[0]}' twice" if twice else f"column {unnamed[0]} without a name"
-        raise DataError(f"{display}:{record[0][2]}: the header has {what}; name each column")
+        raise DataError(f"{display}:{record.line}: the header has {what}; name each column")
     return columns
 
 
@@ -93,31 +141,40 @@ def _records(lines: Iterator[str] | io.StringIO, separator: str) -> Iterator[lis
     return csv.reader(lines, delimiter=separator, strict=True)
 
 
-def _index(
-    path: Path, display: str, skip: int, separator: str
-) -> Iterator[tuple[tuple[int, int, int], list[str]]]:
-    """Yield ((start, end, line from 1), fields) of each record that is not blank."""
+def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield the lines of a text with their line breaks; one over the limit without its end."""
+    rest = b""
+    for chunk in chunks:
+        *whole, rest = (rest + chunk).split(b"\n")
+        yield from (line + b"\n" for line in whole)
+        if len(rest) > readers.MAX_ROW_BYTES:
+            break
+    if rest:
+        yield rest
+
+
+def _index(lines: Iterable[bytes], skip: int, separator: str) -> Iterator[_Record]:
+    """Yield each record that is not blank.
+
+    Raises:
+        _RecordError: the quotes of a record are wrong, or a line is too long.
+    """
     done, line = skip, 0
 
-    def lines() -> Iterator[str]:
+    def decoded() -> Iterator[str]:
         nonlocal done, line
-        with path.open("rb") as file:
-            file.seek(skip)
-            while raw := file.readline(readers.MAX_ROW_BYTES + 1):
-                if len(raw) > readers.MAX_ROW_BYTES:
-                    raise csv.Error(f"a line of over {readers.MAX_ROW_BYTES // 2**20} MiB")
-                done, line = done + len(raw), line + 1
-                # other encodings are told when the row is read; the separators are ASCII
-                yield raw.decode("utf-8", "surrogateescape")
+        for raw in lines:
+            if len(raw) > readers.MAX_ROW_BYTES:
+                raise csv.Error(f"a line of over {readers.MAX_ROW_BYTES // 2**20} MiB")
+            done, line = done + len(raw), line + 1
+            # other encodings are told when the row is read; the separators are ASCII
+            yield raw.decode("utf-8", "surrogateescape")
 
     start, first = skip, 1
     try:
-        for fields in _records(lines(), separator):
+        for fields in _records(decoded(), separator):
             if fields:
-                yield (start, done, first), fields
+                yield _Record(start, done, first, fields)
             start, first = done, line + 1
     except csv.Error as error:
-        raise DataError(
-            f"{display}:{first}: the record that begins here cannot be read ({error}); close its "
-            "quotes, and double those inside quoted texts"
-        ) from None
+        raise _RecordError(first, str(error)) from None

@@ -30,6 +30,18 @@ class HubReader:
         """Return where chunks of rows end, int64 (chunks,)."""
         return even_chunks(self.n_rows)
 
+    @property
+    def fingerprint(self) -> str:
+        """The library's own hash of the rows."""
+        return str(load_hub(self.path, self.name, self.data_dir, self.split)._fingerprint)
+
+    def check_unchanged(self) -> None:
+        """Do nothing: the library's cache is written once."""
+
+    def local_file(self) -> str | None:
+        """Return None: every machine can load the data set."""
+        return None
+
     def where(self, row: int) -> str:
         """Return the data set's name and the row's number, from 1."""
         return f"{self.path}/{self.split}:{row + 1}"

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 import json
+from abc import ABC
 from collections.abc import Generator, Iterator
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 
+from raytune_ft.data.files.blobs import Blob, BlobFile
+from raytune_ft.data.files.blocks import PARSED_ROWS, BlockBuilder, Blocks, filled_lines
 from raytune_ft.data.files.readers import (
     ADVICE,
-    BOM,
+    MAX_ROW_BYTES,
     DataRow,
     Offsets,
+    Span,
     TextReader,
     decode,
     line_spans,
     text_start,
 )
+from raytune_ft.data.files.text_index import index_text
 from raytune_ft.data.rows.columns import describe
 from raytune_ft.errors import DataError
 
@@ -28,14 +35,13 @@ _ROW_LISTS = {"messages", "conversations", "conversation", "prompt", "completion
 """Lists that belong to one row, so that an object with one of them is a row."""
 
 
-class JsonReader(TextReader):
-    """Rows that are JSON objects."""
+MAX_VALUE_BYTES = 512 * 2**20
+"""A file of one JSON value is parsed as a whole, once."""
 
-    def where(self, row: int) -> str:
-        """Return the row's file and line, and its number where several stand on one line."""
-        place, line = super().where(row), self.lines[row]
-        around = self.lines[max(row - 1, 0) : row + 2]
-        return f"{place} (row {row + 1})" if (around == line).sum() > 1 else place
+
+@dataclass(frozen=True)
+class JsonReader(TextReader, ABC):
+    """Rows that are JSON objects."""
 
     def parse(self, raw: bytes, where: str) -> DataRow:
         """Parse one JSON object; DataError says what it is instead."""
@@ -51,42 +57,99 @@ class JsonReader(TextReader):
         return row
 
 
-def open_jsonl(path: Path, display: str) -> JsonReader:
+class LineReader(JsonReader):
+    """Rows that are lines."""
+
+    def spans(self, raw: bytes) -> list[Span]:
+        """Find the lines of a block."""
+        return line_spans(raw)
+
+
+class ElementReader(JsonReader):
+    """Rows inside of one JSON value."""
+
+    own_lines: ClassVar[bool] = False
+
+    def where(self, row: int) -> str:
+        """Return the row's file and line, and its number where several stand on one line."""
+        line = self.line_of(row)
+        around = [n for n in (row - 1, row + 1) if 0 <= n < len(self)]
+        place = f"{self.display}:{line}"
+        return f"{place} (row {row + 1})" if line in map(self.line_of, around) else place
+
+    def spans(self, raw: bytes) -> list[Span]:
+        """Find the elements of an array in a part of it that begins with one."""
+        text = raw.rstrip(b" \t\r\n,").decode()
+        found = np.array(list(_elements_from(text, 0)), dtype=np.int64)
+        if not text.isascii():
+            found = _byte_offsets(text, found)
+        lines = [raw.count(b"\n", 0, start) for start in found[:, 0].tolist()]
+        return [
+            Span(start, end, line) for (start, end), line in zip(found.tolist(), lines, strict=True)
+        ]
+
+
+def open_jsonl(blob: Blob, display: str) -> LineReader:
     """Find the lines of a file; DataError if it has none."""
-    start = text_start(path, display)
-    skip = len(BOM) if start.startswith(BOM) else 0
-    starts, ends, filled = line_spans(path, skip)
-    if not filled.any():
-        raise DataError(f"{display}: no rows, only blank lines; write rows into it")
-    return JsonReader(path, display, starts[filled], ends[filled], np.flatnonzero(filled) + 1)
+    _, skip = text_start(blob, display)
+
+    def divide(chunks: Iterator[bytes]) -> tuple[Blocks, int]:
+        builder = BlockBuilder()
+        for starts, lines in filled_lines(chunks, skip):
+            builder.add(starts, lines)
+        return builder.finish(blob.size), 0
+
+    index = index_text(blob, display, "lines", skip, divide)
+    return LineReader(blob, display, index.version, index.fingerprint, index.blocks)
 
 
-def open_json(path: Path, display: str) -> JsonReader:
+def open_json(blob: Blob, display: str) -> JsonReader:
     """Find the rows of a JSON file of any of the three shapes.
 
     Raises:
-        DataError: names the line where the JSON breaks, or the keys of an object without rows.
+        DataError: names the line where the JSON breaks, or the keys of an object without rows;
+            or the file is one value of over MAX_VALUE_BYTES.
     """
-    start = text_start(path, display)
-    skip = len(BOM) if start.startswith(BOM) else 0
+    start, skip = text_start(blob, display)
     first = start[skip:].lstrip()[:1]
-    if first == b"[" or (first == b"{" and not _is_lines(path, skip)):
-        return _index(path.read_bytes()[skip:], skip, path, display)
-    return open_jsonl(path, display)
+    if first != b"[" and (first != b"{" or _is_lines(blob, skip)):
+        return open_jsonl(blob, display)
+    if blob.size > MAX_VALUE_BYTES:
+        raise DataError(
+            f"{display}: one JSON value of {blob.size / 2**30:.1f} GiB, at most "
+            f"{MAX_VALUE_BYTES / 2**30:.1f} are read; write it as JSON lines (.jsonl), one row "
+            "per line"
+        )
+
+    def divide(chunks: Iterator[bytes]) -> tuple[Blocks, int]:
+        raw = bytearray()
+        for chunk in chunks:
+            raw += chunk
+        return _divide(raw, skip, display), 0
+
+    index = index_text(blob, display, "value", skip, divide)
+    return ElementReader(blob, display, index.version, index.fingerprint, index.blocks)
 
 
-def _is_lines(path: Path, skip: int) -> bool:
+def _is_lines(blob: Blob, skip: int) -> bool:
     """Tell whether a file's first line is a row of its own, rather than a part of one object."""
-    with path.open("rb") as file:
-        file.seek(skip)
-        line = next((line for line in file if line.strip()), b"")
-        more = any(line.strip() for line in file)
+    filled = (line for line in _lines(blob, skip) if not line.isspace())
+    line = next(filled, b"")
+    more = next(filled, None) is not None
     try:
         value = json.loads(line)
     except (ValueError, RecursionError):
         # with one object per line, the second line opens one too
         return more and line.rstrip().endswith(b"}")
     return more or not (isinstance(value, dict) and _row_list(value))
+
+
+def _lines(blob: Blob, skip: int) -> Iterator[bytes]:
+    """Yield lines, those that are too long in pieces."""
+    with io.BufferedReader(BlobFile(blob), 2**20) as file:
+        file.seek(skip)
+        while line := file.readline(MAX_ROW_BYTES + 1):
+            yield line
 
 
 def _row_list(members: dict[str, Any]) -> str | None:
@@ -108,8 +171,8 @@ def _is_row(members: dict[str, Any]) -> bool:
     return any(not isinstance(value, list | dict) for value in members.values())
 
 
-def _index(raw: bytes, skip: int, path: Path, display: str) -> JsonReader:
-    """Find the rows in the text of one JSON value."""
+def _divide(raw: bytearray, skip: int, display: str) -> Blocks:
+    """Find the rows in the text of one JSON value, which begins at byte `skip` of its file."""
     if b"\0" in raw:
         raise DataError(f"{display}: holds NUL bytes, the file is damaged; copy it again")
     try:
@@ -118,7 +181,8 @@ def _index(raw: bytes, skip: int, path: Path, display: str) -> JsonReader:
         line = raw.count(b"\n", 0, error.start) + 1
         raise DataError(f"{display}:{line}: not UTF-8; save the file as UTF-8") from None
     try:
-        spans = np.array(list(_rows(text, display)), dtype=np.int64).reshape(-1, 2)
+        flat = itertools.chain.from_iterable(_rows(text, display))
+        spans = np.fromiter(flat, dtype=np.int64).reshape(-1, 2)
     except json.JSONDecodeError as error:
         raise DataError(
             f"{display}:{error.lineno}: not valid JSON ({_reason(error)}); correct the file"
@@ -130,8 +194,9 @@ def _index(raw: bytes, skip: int, path: Path, display: str) -> JsonReader:
     if not text.isascii():
         spans = _byte_offsets(text, spans)
     breaks = np.flatnonzero(np.frombuffer(raw, np.uint8) == ord("\n"))
-    lines = np.searchsorted(breaks, spans[:, 0]) + 1
-    return JsonReader(path, display, spans[:, 0] + skip, spans[:, 1] + skip, lines)
+    builder = BlockBuilder(PARSED_ROWS)
+    builder.add(spans[:, 0] + skip, np.searchsorted(breaks, spans[:, 0]) + 1)
+    return builder.finish(int(spans[-1, 1]) + skip)
 
 
 def _rows(text: str, display: str) -> Iterator[tuple[int, int]]:
@@ -159,16 +224,21 @@ def _elements(text: str, start: int) -> Generator[tuple[int, int], None, int]:
     """Yield the character span of each element of the array at `start`; return its end."""
     place = _skip_space(text, start + 1)
     if text[place : place + 1] != "]":
-        while True:
-            _, end = _DECODER.raw_decode(text, place)
-            yield place, end
-            place = _skip_space(text, end)
-            if text[place : place + 1] != ",":
-                break
-            place = _skip_space(text, place + 1)
+        place = yield from _elements_from(text, place)
     if text[place : place + 1] != "]":
         raise json.JSONDecodeError("Expecting ',' or ']'", text, place)
     return place + 1
+
+
+def _elements_from(text: str, place: int) -> Generator[tuple[int, int], None, int]:
+    """Yield the character span of each element from `place` on; return where no comma follows."""
+    while True:
+        _, end = _DECODER.raw_decode(text, place)
+        yield place, end
+        place = _skip_space(text, end)
+        if text[place : place + 1] != ",":
+            return place
+        place = _skip_space(text, place + 1)
 
 
 def _members(text: str, start: int) -> tuple[dict[str, Any], dict[str, int], int]:

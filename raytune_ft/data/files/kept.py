@@ -1,19 +1,26 @@
-"""Kept files: copies that can be made again, in the cache folder, complete or not there."""
+"""Kept files: copies and numbers that can be made again, in the cache folder, or not there."""
 
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from raytune_ft.config.cache import cache_dir
 from raytune_ft.errors import DataError
 
 RESERVE_BYTES = 2**30
 """Left free on the disk, whatever is fetched or unpacked."""
+
+Arrays = dict[str, npt.NDArray[Any]]
 
 
 def kept_file(
@@ -27,8 +34,7 @@ def kept_file(
         make: writes the copy to the path given; what it raises leaves nothing behind.
         again: make it even if it is there.
     """
-    key = hashlib.sha256("\0".join(what).encode()).hexdigest()[:32]
-    folder = cache_dir() / "data" / key
+    folder = _folder(what)
     target = folder / name
     if target.is_file() and not again:
         return target
@@ -45,6 +51,27 @@ def kept_file(
     return target
 
 
+def kept_arrays(what: tuple[str, ...], make: Callable[[], Arrays]) -> Arrays:
+    """Return arrays of numbers, made if they are not there or are damaged.
+
+    Where nothing can be written they are made each time: they only save time.
+
+    Args:
+        what: decides the file, as for `kept_file`.
+        make: computes them.
+    """
+    name = "numbers.npz"
+    try:
+        return _loaded((_folder(what) / name).read_bytes())
+    except (OSError, ValueError):
+        made = make()
+    try:
+        kept_file(what, name, lambda target: _store(target, made), again=True)
+    except OSError:
+        return made
+    return made
+
+
 def check_room(size_bytes: int, display: str) -> None:
     """Raise DataError if so much more does not fit into the cache folder's disk."""
     folder = cache_dir()
@@ -56,3 +83,23 @@ def check_room(size_bytes: int, display: str) -> None:
             f"{display}: needs {max(size_bytes, 1) / 2**30:.2f} GiB more, and {folder} has "
             f"{free / 2**30:.1f} GiB free; make room, or set RAYTUNE_CACHE to another disk"
         )
+
+
+def _folder(what: tuple[str, ...]) -> Path:
+    key = hashlib.sha256("\0".join(what).encode("utf-8", "surrogateescape")).hexdigest()[:32]
+    return cache_dir() / "data" / key
+
+
+def _store(target: Path, arrays: Mapping[str, Any]) -> None:
+    raw = io.BytesIO()
+    np.savez(raw, **arrays)
+    target.write_bytes(hashlib.sha256(raw.getbuffer()).digest() + raw.getbuffer())
+
+
+def _loaded(raw: bytes) -> Arrays:
+    """Read arrays; ValueError if a byte is not as it was written."""
+    digest, body = raw[:32], raw[32:]
+    if hashlib.sha256(body).digest() != digest:
+        raise ValueError("damaged")
+    with np.load(io.BytesIO(body), allow_pickle=False) as found:
+        return {name: found[name] for name in found.files}

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import io
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from raytune_ft.data.files.arrow_files import open_arrow
+from raytune_ft.data.files.blobs import Blob, BlobFile, LocalBlob
 from raytune_ft.data.files.csv_files import open_csv
 from raytune_ft.data.files.json_files import open_json, open_jsonl
 from raytune_ft.data.files.kept import check_room, kept_file
@@ -13,12 +16,12 @@ from raytune_ft.data.files.plain_files import open_text
 from raytune_ft.data.files.readers import Reader
 from raytune_ft.errors import DataError
 
-_OPEN: Mapping[str, Callable[[Path, str], Reader]] = {
+_OPEN: Mapping[str, Callable[[Blob, str], Reader]] = {
     ".jsonl": open_jsonl,
     ".ndjson": open_jsonl,
     ".json": open_json,
     ".csv": open_csv,
-    ".tsv": lambda path, display: open_csv(path, display, "\t"),
+    ".tsv": lambda blob, display: open_csv(blob, display, "\t"),
     ".parquet": open_arrow,
     ".arrow": open_arrow,
     ".feather": open_arrow,
@@ -29,6 +32,8 @@ PACKED: Mapping[str, str] = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 """Suffix of compressed files -> Arrow's name of the method."""
 _STARTS = {"gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd", "bz2": b"BZh"}
 _CHUNK_BYTES = 8 * 2**20
+_TOGETHER = 16
+"""Files that are opened at a time, where there are that many: most of it is waiting."""
 
 
 def is_data_file(name: str) -> bool:
@@ -47,40 +52,54 @@ def kinds() -> str:
     return f"{', '.join(SUFFIXES)} (or one of them with {', '.join(PACKED)} behind)"
 
 
-def open_reader(path: Path, display: str) -> Reader:
+def open_readers(blobs: Sequence[tuple[Blob, str]]) -> list[Reader]:
+    """Open data files, each given with its name for messages, a few at a time.
+
+    Raises:
+        DataError: as `open_reader`, of the first file in this order that cannot be read.
+    """
+    if len(blobs) < _TOGETHER:
+        return [open_reader(blob, display) for blob, display in blobs]
+    pool = ThreadPoolExecutor(_TOGETHER)
+    try:
+        return list(pool.map(lambda one: open_reader(*one), blobs))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def open_reader(blob: Blob, display: str) -> Reader:
     """Open a data file by its suffix.
 
     Raises:
         DataError: it holds no rows, is damaged, or there is no room to unpack it.
     """
-    if path.suffix.lower() in PACKED:
-        path = _unpacked(path, display)
-    return _OPEN[path.suffix.lower()](path, display)
+    if Path(blob.name).suffix.lower() in PACKED:
+        blob = _unpacked(blob, display)
+    return _OPEN[Path(blob.name).suffix.lower()](blob, display)
 
 
-def _unpacked(path: Path, display: str) -> Path:
+def _unpacked(blob: Blob, display: str) -> Blob:
     """Unpack a file into the cache, once: rows in the middle of a compressed one cannot be found.
 
     A file that only has the suffix, since a server unpacked it on the way, is taken as it is.
     """
-    method = PACKED[path.suffix.lower()]
-    state = path.stat()
-    version = (str(path.resolve()), str(state.st_size), str(state.st_mtime_ns))
+    method = PACKED[Path(blob.name).suffix.lower()]
 
     def make(target: Path) -> None:
-        _unpack(path, target, method, display)
+        _unpack(blob, target, method, display)
 
-    return kept_file(("unpacked", *version), unpacked_name(path.name), make)
+    what = ("unpacked", blob.place, blob.version)
+    return LocalBlob(kept_file(what, unpacked_name(blob.name), make))
 
 
-def _unpack(path: Path, target: Path, method: str, display: str) -> None:
+def _unpack(blob: Blob, target: Path, method: str, display: str) -> None:
     import pyarrow as pa
 
-    with path.open("rb") as file:
-        packed = file.read(4).startswith(_STARTS[method])
+    packed = blob.read([(0, 4)])[0].startswith(_STARTS[method])
     compression = method if packed else None
+    file = pa.PythonFile(io.BufferedReader(BlobFile(blob), _CHUNK_BYTES), mode="r")
     try:
-        with pa.input_stream(str(path), compression=compression) as source, target.open("wb") as to:
+        with pa.input_stream(file, compression=compression) as source, target.open("wb") as to:
             while chunk := source.read(_CHUNK_BYTES):
                 check_room(len(chunk), display)
                 to.write(chunk)

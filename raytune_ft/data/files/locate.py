@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from raytune_ft.config.schema import Source
+from raytune_ft.data.files.blobs import LocalBlob
 from raytune_ft.data.files.hub_rows import open_hub
-from raytune_ft.data.files.kinds import is_data_file, kinds, open_reader
+from raytune_ft.data.files.kinds import is_data_file, kinds, open_readers
 from raytune_ft.data.files.readers import Reader
 from raytune_ft.data.files.remote import fetch, is_url, shown
 from raytune_ft.errors import RecipeError
@@ -82,16 +83,14 @@ def _name(path: str) -> str:
 def _open(source: Source, split: str, key: str) -> list[Reader]:
     path = local_path(source.path)
     if path is not None:
-        return [
-            open_reader(file, _display(file, path, source.path))
-            for file in _files(path, source, split, key)
-        ]
+        files = _files(path, source, split, key)
+        return open_readers([(LocalBlob(f), _display(f, path, source.path)) for f in files])
     given = source.path.removeprefix(_FILE_URL)
     if is_url(given):
         return _open_url(source, split, key)
     if is_pattern(given):
         files = _matching(given, key)
-        return [open_reader(file, str(file)) for file in files]
+        return open_readers([(LocalBlob(file), str(file)) for file in files])
     if not _HUB_NAME.fullmatch(given) or is_data_file(given):
         raise RecipeError(f"{key}: {given} does not exist; {_nearest(Path(given).expanduser())}")
     return [open_hub(source, split, key)]
@@ -108,7 +107,7 @@ def _open_url(source: Source, split: str, key: str) -> list[Reader]:
         known = [name for name in names if _counts(Path(name))]
         return known if is_pattern(url) else of_split(known, split, f"{key}: {shown(url)}")
 
-    return [open_reader(path, name) for path, name in fetch(url, key, choose)]
+    return open_readers([(LocalBlob(path), name) for path, name in fetch(url, key, choose)])
 
 
 def _display(file: Path, root: Path, given: str) -> str:

@@ -6,32 +6,79 @@ these divide the documents, and a document keeps its line breaks.
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
-from raytune_ft.data.files.readers import BOM, DataRow, TextReader, decode, line_spans, text_start
-from raytune_ft.errors import DataError
+from raytune_ft.data.files.blobs import Blob
+from raytune_ft.data.files.blocks import BlockBuilder, Blocks, filled_lines
+from raytune_ft.data.files.readers import (
+    DataRow,
+    Span,
+    TextReader,
+    decode,
+    line_spans,
+    text_start,
+)
+from raytune_ft.data.files.text_index import index_text
+
+_LINES, _PARAGRAPHS = 0, 1
 
 
+@dataclass(frozen=True)
 class PlainReader(TextReader):
-    """Documents of a text file."""
+    """Documents of a text file: its lines, or what blank lines divide."""
+
+    paragraphs: bool
 
     def parse(self, raw: bytes, where: str) -> DataRow:
         """Decode one document; DataError if it is not UTF-8."""
         return {"text": decode(raw, where).replace("\r\n", "\n").removesuffix("\r")}
 
+    def spans(self, raw: bytes) -> list[Span]:
+        """Find the documents of a block."""
+        lines = line_spans(raw)
+        if not self.paragraphs:
+            return lines
+        documents: list[Span] = []
+        last = -2
+        for line in lines:
+            if line.line == last + 1:
+                documents[-1] = documents[-1]._replace(end=line.end)
+            else:
+                documents.append(line)
+            last = line.line
+        return documents
 
-def open_text(path: Path, display: str) -> PlainReader:
+
+def open_text(blob: Blob, display: str) -> PlainReader:
     """Find the documents of a text file; DataError if it has none."""
-    start = text_start(path, display)
-    starts, ends, filled = line_spans(path, len(BOM) if start.startswith(BOM) else 0)
-    places = np.flatnonzero(filled)
-    if not len(places):
-        raise DataError(f"{display}: no rows, only blank lines; write rows into it")
-    if len(places) == places[-1] - places[0] + 1:
-        return PlainReader(path, display, starts[filled], ends[filled], places + 1)
-    opens = np.concatenate([[True], np.diff(places) > 1])
-    closes = np.concatenate([opens[1:], [True]])
-    first, last = places[opens], places[closes]
-    return PlainReader(path, display, starts[first], ends[last], first + 1)
+    _, skip = text_start(blob, display)
+
+    def divide(chunks: Iterator[bytes]) -> tuple[Blocks, int]:
+        return _divide(chunks, skip, blob.size)
+
+    index = index_text(blob, display, "text", skip, divide)
+    return PlainReader(
+        blob, display, index.version, index.fingerprint, index.blocks, index.kind == _PARAGRAPHS
+    )
+
+
+def _divide(chunks: Iterator[bytes], skip: int, end: int) -> tuple[Blocks, int]:
+    """Divide a text both ways, until it is known which one it has."""
+    lines, paragraphs = BlockBuilder(), BlockBuilder()
+    last = None
+    broken = False
+    for starts, numbers in filled_lines(chunks, skip):
+        if not len(numbers):
+            continue
+        opens = np.diff(numbers, prepend=numbers[0] - 2 if last is None else last) > 1
+        broken = broken or (bool(opens[1:].any()) if last is None else bool(opens.any()))
+        last = numbers[-1]
+        paragraphs.add(starts[opens], numbers[opens])
+        if not broken:
+            lines.add(starts, numbers)
+    if broken:
+        return paragraphs.finish(end), _PARAGRAPHS
+    return lines.finish(end), _LINES

@@ -1,30 +1,35 @@
 """Readers: any row of one file by its number, without reading what stands before it.
 
-Text files (JSON, JSON lines, CSV, plain text) are kept as byte ranges, 16 bytes a row; Parquet and
-Arrow files by groups of rows. A reader travels to data tasks as its path and these numbers.
+Text files (JSON, JSON lines, CSV, plain text) are known by blocks of rows, about a byte a row;
+Parquet and Arrow files by groups of rows. A reader travels to data tasks as its blob and these
+numbers.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from raytune_ft.data.files.blobs import Blob, LocalBlob
+from raytune_ft.data.files.blocks import Blocks
 from raytune_ft.errors import DataError
 
 MAX_ROW_BYTES = 64 * 2**20
 """A longer row is a mistake, such as a file without line breaks."""
 CHUNK_ROWS = 1024
 """Rows of a text file that stay together where all rows are too many to be shuffled at once."""
-CHUNK_BYTES = 16 * 2**20
+READ_BYTES = 32 * 2**20
+"""Bytes of blocks that are held at once, unless a single row has more."""
 BOM = b"\xef\xbb\xbf"
 ADVICE = "correct it, or leave it out with data.on_error: skip"
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
+_KNOWN_BLOCKS = 8192
 
 Offsets = npt.NDArray[np.int64]
 DataRow = dict[str, Any]
@@ -35,6 +40,11 @@ class Reader(Protocol):
 
     def __len__(self) -> int:
         """Return the number of rows."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """What tells these rows from others, wherever the file lies; as the reader was opened."""
         ...
 
     def chunk_ends(self) -> Offsets:
@@ -49,20 +59,68 @@ class Reader(Protocol):
         """Return the row's place, `file.jsonl:12`."""
         ...
 
+    def check_unchanged(self) -> None:
+        """Raise DataError if the file is not as it was when the reader was opened."""
+        ...
+
+    def local_file(self) -> str | None:
+        """Return the path of a file that only this machine is known to have; None if others do."""
+        ...
+
 
 @dataclass(frozen=True)
-class TextReader(ABC):
-    """Rows as byte ranges; `starts`, `ends`, `lines` (from 1) are int64 of shape (rows,)."""
+class FileReader:
+    """What readers of one file have in common.
 
-    path: Path
+    `version` is the blob's when the file was opened; `fingerprint` is the content's hash, or what
+    stands for it.
+    """
+
+    blob: Blob
     display: str
-    starts: Offsets
-    ends: Offsets
-    lines: Offsets
+    version: str
+    fingerprint: str
+
+    def check_unchanged(self) -> None:
+        """Raise DataError if the file is not as it was when the reader was opened."""
+        try:
+            changed = self.blob.version != self.version
+        except OSError:
+            changed = True
+        if changed:
+            raise self.changed()
+
+    def changed(self) -> DataError:
+        """Return what there is to say of a file that is not as it was."""
+        return DataError(
+            f"{self.display}: changed since the run began; put the file back as it was, or start "
+            "a new run"
+        )
+
+    def local_file(self) -> str | None:
+        """Return the path of a file of this machine."""
+        return self.blob.place if isinstance(self.blob, LocalBlob) else None
+
+
+class Span(NamedTuple):
+    """A row in the bytes of its block: where it begins and ends, and after how many lines."""
+
+    start: int
+    end: int
+    line: int
+
+
+@dataclass(frozen=True)
+class TextReader(FileReader, ABC):
+    """Rows as parts of a text."""
+
+    blocks: Blocks
+    own_lines: ClassVar[bool] = True
+    """Whether no two rows stand on the same line."""
 
     def __len__(self) -> int:
         """Return the number of rows."""
-        return len(self.starts)
+        return self.blocks.n_rows
 
     def chunk_ends(self) -> Offsets:
         """Return where chunks of CHUNK_ROWS rows end, int64 (chunks,)."""
@@ -70,30 +128,129 @@ class TextReader(ABC):
 
     def where(self, row: int) -> str:
         """Return the row's file and line."""
-        return f"{self.display}:{self.lines[row]}"
+        return f"{self.display}:{self.line_of(row)}"
+
+    def line_of(self, row: int) -> int:
+        """Return the line in which a row begins, from 1."""
+        block, place = self.blocks.find(row)
+        first = self.blocks.lines_of(block)[0]
+        if place == 0 or self._is_even(block):
+            return first + place
+        lines = _known_lines.get((self.blob.place, self.version, block))
+        if lines is None:
+            ((_, raw),) = self._bytes_of([block])
+            lines = [span.line for span in self._rows_in(raw, block)]
+        return first + lines[place]
 
     def read(self, rows: Sequence[int]) -> list[DataRow | DataError]:
-        """Seek to each row and parse it."""
-        with self.path.open("rb") as file:
-            return [self._read_one(file, row) for row in rows]
+        """Read the blocks that hold the rows, and parse the rows.
+
+        Raises:
+            DataError: the file is not as it was when it was opened.
+        """
+        wanted = np.asarray(rows, dtype=np.int64)
+        blocks, places = self.blocks.find_all(wanted)
+        order = np.argsort(blocks, kind="stable")
+        found: list[DataRow | DataError] = [{}] * len(wanted)
+        firsts = np.flatnonzero(np.diff(blocks[order], prepend=-1))
+        groups = np.split(order, firsts[1:])
+        for group, (block, raw) in zip(groups, self._pieces(blocks[order[firsts]]), strict=False):
+            spans = self._rows_in(raw, block)
+            for number in group.tolist():
+                span = spans[int(places[number])]
+                found[number] = self._parsed(raw, span, int(wanted[number]))
+        return found
 
     @abstractmethod
     def parse(self, raw: bytes, where: str) -> DataRow:
         """Parse one row; DataError says what it is instead."""
 
-    def _read_one(self, file: BinaryIO, row: int) -> DataRow | DataError:
-        where, start = self.where(row), int(self.starts[row])
-        size = int(self.ends[row]) - start
-        if size > MAX_ROW_BYTES:
-            return DataError(
-                f"{where}: one row of {size / 2**20:.0f} MiB, at most {MAX_ROW_BYTES // 2**20} "
-                "are read; give each row a line of its own"
-            )
-        file.seek(start)
+    @abstractmethod
+    def spans(self, raw: bytes) -> list[Span]:
+        """Find the rows in the bytes of a block; ValueError if they cannot be told apart."""
+
+    def _is_even(self, block: int) -> bool:
+        """Tell whether a block's rows begin in lines that follow each other."""
+        first, after = self.blocks.lines_of(block)
+        return self.own_lines and after - first == self.blocks.rows_of(block)
+
+    def _pieces(self, blocks: Offsets) -> Iterator[tuple[int, bytes]]:
+        """Yield blocks with their bytes, a few blocks at a time."""
+        batch: list[int] = []
+        size = 0
+        for block in blocks.tolist():
+            start, end = self._span(block)
+            if batch and size + end - start > READ_BYTES:
+                yield from self._bytes_of(batch)
+                batch, size = [], 0
+            batch.append(block)
+            size += end - start
+        yield from self._bytes_of(batch)
+
+    def _bytes_of(self, blocks: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+        joined: list[tuple[int, int]] = []
+        for start, end in map(self._span, blocks):
+            if joined and joined[-1][1] == start:
+                joined[-1] = (joined[-1][0], end)
+            else:
+                joined.append((start, end))
+        ranges = zip(joined, self.blob.read(joined), strict=True)
+        (first, last), raw = next(ranges, ((0, 0), b""))
+        for block in blocks:
+            start, end = self._span(block)
+            if start >= last:
+                (first, last), raw = next(ranges)
+            yield block, raw[start - first : end - first]
+
+    def _span(self, block: int) -> tuple[int, int]:
+        start, end = self.blocks.span(block)
+        # a longer block is a single row: it is shown to be too long, or ends in blank lines
+        return start, min(end, start + MAX_ROW_BYTES + 1)
+
+    def _rows_in(self, raw: bytes, block: int) -> list[Span]:
+        """Find the rows of a block; keep their lines where these are not to be computed."""
+        if len(raw) > MAX_ROW_BYTES:
+            return [*self._first(raw)]
         try:
-            return self.parse(file.read(size), where)
+            spans = self.spans(raw)
+        except ValueError:
+            raise self.changed() from None
+        if len(spans) != self.blocks.rows_of(block):
+            raise self.changed()
+        if not self._is_even(block):
+            key = (self.blob.place, self.version, block)
+            _known_lines[key] = [span.line for span in spans]
+            if len(_known_lines) > _KNOWN_BLOCKS:
+                _known_lines.popitem(last=False)
+        return spans
+
+    def _first(self, raw: bytes) -> list[Span]:
+        try:
+            return self.spans(raw)[:1]
+        except ValueError:
+            return [Span(0, len(raw), 0)]
+
+    def _parsed(self, raw: bytes, span: Span, row: int) -> DataRow | DataError:
+        where = self.where(row)
+        if span.end - span.start > MAX_ROW_BYTES:
+            start, end = self.blocks.span(self.blocks.find(row)[0])
+            return too_long(where, end - start)
+        try:
+            return self.parse(raw[span.start : span.end], where)
         except DataError as error:
             return error
+
+
+_known_lines: OrderedDict[tuple[str, str, int], list[int]] = OrderedDict()
+"""(place, version, block) -> lines before each row, of blocks that were read lately."""
+
+
+def too_long(where: str, size_bytes: int) -> DataError:
+    """Return what there is to say of a row over MAX_ROW_BYTES."""
+    return DataError(
+        f"{where}: one row of {size_bytes / 2**20:.0f} MiB, at most {MAX_ROW_BYTES // 2**20} are "
+        "read; give each row a line of its own"
+    )
 
 
 def even_chunks(n_rows: int) -> Offsets:
@@ -112,38 +269,26 @@ def decode(raw: bytes, where: str) -> str:
         raise DataError(f"{where}: not UTF-8 at byte {error.start}; {ADVICE}") from None
 
 
-def text_start(path: Path, display: str) -> bytes:
-    """Return a text file's first bytes; DataError if it is empty or in another encoding."""
-    with path.open("rb") as file:
-        start = file.read(4096)
+def text_start(blob: Blob, display: str) -> tuple[bytes, int]:
+    """Return a text file's first bytes and how many of them are a byte order mark.
+
+    Raises:
+        DataError: it is empty or in another encoding.
+    """
+    (start,) = blob.read([(0, 4096)])
     if not start:
         raise DataError(f"{display}: the file is empty; remove it or write rows into it")
     if start.startswith(_UTF16):
         raise DataError(f"{display}: the text is UTF-16; save it as UTF-8")
-    return start
+    return start, len(BOM) if start.startswith(BOM) else 0
 
 
-def line_spans(path: Path, skip: int) -> tuple[Offsets, Offsets, npt.NDArray[np.bool_]]:
-    """Find the lines of a file in one pass.
-
-    Args:
-        path: a text file.
-        skip: bytes before the first line.
-
-    Returns:
-        starts and ends (without the line break), int64, and which lines hold more than spaces,
-        all of shape (lines,).
-    """
-    offset = 0
-    breaks: list[Offsets] = []
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            breaks.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")) + offset)
-            offset += len(chunk)
-        ends = np.concatenate([*breaks, [offset]]).astype(np.int64)
-        starts = np.concatenate([[skip], ends[:-1] + 1]).astype(np.int64)
-        filled = ends > starts
-        for line in np.flatnonzero(filled & (ends - starts < 16)):  # it may be all spaces
-            file.seek(int(starts[line]))
-            filled[line] = bool(file.read(int(ends[line] - starts[line])).strip())
-    return starts, ends, filled
+def line_spans(raw: bytes) -> list[Span]:
+    """Find the lines of a text that hold more than white space, without their line breaks."""
+    spans: list[Span] = []
+    start = 0
+    for line, text in enumerate(raw.split(b"\n")):
+        if text and not text.isspace():
+            spans.append(Span(start, start + len(text), line))
+        start += len(text) + 1
+    return spans
