@@ -15,7 +15,9 @@ from rich.live import Live
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
+from raytune_ft.training.data_record import loss_line
 from raytune_ft.training.report import Summary, moments
 
 Event = dict[str, Any]
@@ -41,8 +43,9 @@ class Screen:
     def __init__(self, log_every: int, *, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True, highlight=False)
         self.log_every = log_every
-        self.total_steps = 0
         self.started = time.monotonic()
+        self._begun = 0.0
+        self._spent = 0.0
         self._stage = ""
         self._live: Live | None = None
         self._bars = Progress(
@@ -83,7 +86,7 @@ class Screen:
         name, total = str(event["name"]), int(event.get("total") or 0)
         label = STAGES.get(name, name)
         if name == "train":
-            self.total_steps = total
+            self._begun, self._spent = float(event.get("share") or 0.0), 0.0
         if self._live is None:
             if name != self._stage and name not in ("checkpoint", "train"):
                 self.line(f"[{time.monotonic() - self.started:6.1f} s] {label}")
@@ -100,11 +103,21 @@ class Screen:
         self._bars.update(self._tasks[name], completed=done, total=total or None)
 
     def _on_step(self, event: Event) -> None:
-        note = step_line(event, self.total_steps)
+        self._spent += event["seconds"]
+        ahead = 1.0 - event["share"]
+        left = self._spent / (event["share"] - self._begun) * ahead if ahead else 0.0
         if self._live is not None and "train" in self._tasks:
-            self._bars.update(self._tasks["train"], completed=event["step"], note=_short(event))
-        if event["step"] % self.log_every == 0 or event["step"] in (1, self.total_steps):
-            self.line(note)
+            self._bars.update(
+                self._tasks["train"],
+                completed=event["step"],
+                total=event["total"],
+                note=_short(event),
+            )
+        if event["step"] % self.log_every == 0 or event["step"] == 1 or not ahead:
+            self.line(step_line(event, left))
+
+    def _on_rows(self, event: Event) -> None:
+        self.console.print(Text(event["text"], style="yellow"), soft_wrap=True)
 
     def _on_mmlu(self, event: Event) -> None:
         self.line(mmlu_line(event))
@@ -122,18 +135,18 @@ class Screen:
         self.console.print(_panel(summary, folder, next_commands))
 
 
-def step_line(event: Event, total: int) -> str:
-    """Format one step: always the same order, always with units."""
-    left = (total - event["step"]) * event["seconds"]
+def step_line(event: Event, seconds_left: float) -> str:
+    """Format one step: always the same order, always with units; `~` marks an estimate."""
+    about = "" if event["exact"] else "~"
     parts = [
-        f"step {event['step']}/{total}",
+        f"step {event['step']}/{about}{event['total']}",
         f"loss {event['loss']:.4f}",
         f"grad {event['grad_norm']:.2f}",
         f"lr {event['lr']:.2e}",
         f"{event['seconds']:.2f} s",
         f"{event['tokens_per_s']:,.0f} tok/s",
         f"mem {event['memory_gib']:.1f} GiB",
-        f"eta {_clock(left)}",
+        f"eta {_clock(seconds_left)}",
     ]
     if event.get("val_loss") is not None:
         parts.insert(2, f"held-out {event['val_loss']:.4f}")
@@ -178,11 +191,17 @@ def _shorten(text: str, limit: int = 160) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
+def rows_text(rows: Event) -> str:
+    """Say what became of the rows of an epoch, or of its part that was visited."""
+    text = f"{rows['used']:,} of {rows['rows']:,} used"
+    lost = loss_line(rows)
+    whole = rows.get("exact", True)
+    return text + (f"; {lost}" if lost else "") + ("" if whole else " (not a whole epoch)")
+
+
 def _panel(summary: Summary, folder: str, next_commands: list[str]) -> Panel:
     grid = Table.grid(padding=(0, 2))
-    rows = summary.rows
-    dropped = ", ".join(f"{n} {why}" for why, n in rows["dropped"].items() if n) or "none"
-    grid.add_row("rows", f"{rows['used']:,} used, dropped: {dropped}")
+    grid.add_row("rows", Text(rows_text(summary.rows)))
     grid.add_row("tokens", f"{summary.tokens:,} read, {summary.targets:,} trained")
     grid.add_row(
         "loss", f"{summary.first_loss:.3f} → {summary.last_loss:.3f}, {summary.steps} steps"

@@ -46,6 +46,8 @@ class TokenLoss(nn.Module):
         labels: torch.Tensor,
         position_ids: torch.Tensor,
         segment_ids: torch.Tensor,
+        cu_seqlens: torch.Tensor | None = None,
+        max_seqlen: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Sum the loss over labelled tokens.
 
@@ -54,6 +56,9 @@ class TokenLoss(nn.Module):
             labels: (B, L), unshifted; -100 where the loss does not count.
             position_ids: (B, L), from 0 in each segment.
             segment_ids: (B, L); -1 is padding.
+            cu_seqlens: (S + 1,), bounds of all segments, padding included, in the B * L tokens
+                end to end. They and `max_seqlen` spare a look at `segment_ids` on the device.
+            max_seqlen: scalar on the host, the longest segment's tokens.
 
         Returns:
             (loss sum, float32 scalar; number of predicted labels, int64 scalar). Without any
@@ -64,7 +69,7 @@ class TokenLoss(nn.Module):
         inputs = {
             "input_ids": input_ids.long(),
             "position_ids": position_ids.long(),
-            "attention_mask": self._attention.mask(segment_ids),
+            "attention_mask": self._attention.mask(segment_ids, cu_seqlens, max_seqlen),
             "use_cache": False,
         }
         model = causal_model(self.model)
@@ -92,20 +97,31 @@ class Attention:
         self.window = None if uniform else getattr(config, "sliding_window", None)
         self.additive = config._attn_implementation == "eager"
 
-    def mask(self, segment_ids: torch.Tensor) -> Mask:
+    def mask(
+        self,
+        segment_ids: torch.Tensor,
+        cu_seqlens: torch.Tensor | None = None,
+        max_seqlen: torch.Tensor | None = None,
+    ) -> Mask:
         """Return masks (B, 1, L, L), True where attention is allowed.
 
         None, for the faster causal kernel, if each row is one segment without padding; a dict
         by layer type for models whose layers differ.
         """
-        length = segment_ids.shape[1]
-        if bool((segment_ids == 0).all()):
+        n_rows, length = segment_ids.shape
+        if cu_seqlens is None:
+            whole_rows = bool((segment_ids == 0).all())
+        else:
+            whole_rows = len(cu_seqlens) == n_rows + 1
+        if whole_rows:
             return None
         steps = torch.arange(length, device=segment_ids.device)
         distance = steps.unsqueeze(1) - steps  # query minus key
         # padding is a segment as well: a row that sees nothing would be NaN
         full = (segment_ids.unsqueeze(2) == segment_ids.unsqueeze(1)) & (distance >= 0)
-        near = full if self.window is None else full & (distance < self.window)
+        longest = length if max_seqlen is None else int(max_seqlen)
+        window = longest if self.window is None else self.window
+        near = full & (distance < window) if window < longest else full
         if self.by_kind:
             return {
                 "full_attention": self._finish(full),

@@ -26,10 +26,11 @@ TensorBatch = dict[str, torch.Tensor]
 class StepData:
     """What one rank needs for one optimizer step.
 
-    `n_targets`, `n_tokens` and `row_ids` are those of all ranks together.
+    `n_packs`, `n_targets`, `n_tokens` and `row_ids` are those of all ranks together.
     """
 
     micro_batches: list[TensorBatch]
+    n_packs: int
     n_targets: int
     n_tokens: int
     row_ids: list[int]
@@ -83,6 +84,7 @@ def _step(group: list[Placed], train: TrainSection, rank: int, workers: int) -> 
         add_report(report, placed.report)
     return StepData(
         micro_batches=[to_tensors(collate(chunk)) if chunk else empty_batch() for chunk in chunks],
+        n_packs=len(group),
         n_targets=sum(count_targets(placed.pack) for placed in group),
         n_tokens=sum(len(placed.pack.input_ids) for placed in group),
         row_ids=[int(row) for placed in group for row in placed.pack.row_ids],
@@ -94,15 +96,27 @@ def _step(group: list[Placed], train: TrainSection, rank: int, workers: int) -> 
 
 
 def to_tensors(batch: dict[str, np.ndarray]) -> TensorBatch:
-    """Turn a collated batch, arrays of shape (B, L), into int64 tensors."""
-    return {key: torch.from_numpy(value.astype(np.int64)) for key, value in batch.items()}
+    """Turn a collated batch, arrays of shape (B, L), into int64 tensors, with its bounds.
+
+    For kernels that take the B * L tokens end to end it has `cu_seqlens` int32 (S + 1,), where
+    segments begin and end in them, from 0 to B * L, and `max_seqlen`, a scalar, the longest
+    segment's tokens. The padding of a row is a segment as well.
+    """
+    tensors = {key: torch.from_numpy(value.astype(np.int64)) for key, value in batch.items()}
+    segments = batch["segment_ids"]
+    begins = np.ones(segments.shape, dtype=bool)
+    begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    bounds = np.append(np.flatnonzero(begins), segments.size).astype(np.int32)
+    tensors["cu_seqlens"] = torch.from_numpy(bounds)
+    tensors["max_seqlen"] = torch.tensor(int(np.diff(bounds).max()), dtype=torch.int32)
+    return tensors
 
 
 def empty_batch() -> TensorBatch:
     """Make a batch of two tokens without a label, so that every rank runs every micro-step."""
-    return {
-        "input_ids": torch.zeros(1, 2, dtype=torch.int64),
-        "labels": torch.full((1, 2), IGNORE_INDEX, dtype=torch.int64),
-        "position_ids": torch.arange(2).unsqueeze(0),
-        "segment_ids": torch.zeros(1, 2, dtype=torch.int64),
-    }
+    row = np.zeros((1, 2), np.int32)
+    labels = np.full((1, 2), IGNORE_INDEX, np.int32)
+    positions = np.arange(2, dtype=np.int32)[None]
+    return to_tensors(
+        {"input_ids": row, "labels": labels, "position_ids": positions, "segment_ids": row}
+    )

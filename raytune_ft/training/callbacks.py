@@ -16,7 +16,7 @@ from raytune_ft.data.rows.formats import fill_text
 from raytune_ft.data.templating.templates import Template
 from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
 from raytune_ft.model.generate import stream_ids
-from raytune_ft.training import checkpoint, mmlu
+from raytune_ft.training import checkpoint, data_record, mmlu
 from raytune_ft.training.batching import to_tensors
 from raytune_ft.training.checkpoint import TrainState
 from raytune_ft.training.engine import Engine, rank, world_size
@@ -64,6 +64,10 @@ def build_hooks(
     def validate(_step: int) -> float | None:
         return held_out_loss(engine, validation()) if validation else None
 
+    def record(state: TrainState, steps: int) -> None:
+        if rank() == 0:
+            data_record.write(folder, state, recipe.data.max_length, steps)
+
     def save(state: TrainState) -> None:
         weights, optimizer = engine.weights(), engine.optimizer_state()
         if rank() == 0:
@@ -80,7 +84,7 @@ def build_hooks(
         for questions in benchmarks:
             _benchmark(engine, recipe, voice, questions, step, emit)
 
-    return Hooks(sample=sample, validate=validate, benchmark=benchmark, save=save)
+    return Hooks(sample=sample, validate=validate, benchmark=benchmark, record=record, save=save)
 
 
 def held_out_loss(engine: Engine, packs: Iterable[Pack]) -> float:

@@ -43,11 +43,18 @@ class TrainState:
     """Share of the run at which the warm-up ended."""
     rows: Report = field(default_factory=new_report)
     """What became of the rows of the first epoch, so far."""
+    packs: int = 0
+    """Packs of the first epoch, so far."""
+    pack_tokens: int = 0
+    """Tokens in them."""
     tokens: int = 0
     """Tokens seen so far, all ranks."""
     targets: int = 0
     """Labelled tokens among them."""
     recipe_hash: str = ""
+    packs_per_step: int = 0
+    data_fingerprint: str = ""
+    """Of the rows that the position counts in."""
 
 
 @dataclass(frozen=True)

@@ -65,8 +65,11 @@ class Engine(ABC):
         """Gather trained weights in the precision that the optimizer keeps, by name."""
 
     def put(self, batch: TensorBatch) -> TensorBatch:
-        """Move a batch to the engine's device."""
-        return {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
+        """Move a batch to the engine's device; scalars stay here, where kernels want them."""
+        return {
+            key: value.to(self.device, non_blocking=True) if value.ndim else value
+            for key, value in batch.items()
+        }
 
 
 class TorchEngine(Engine):

@@ -15,10 +15,11 @@ import torch.distributed as dist
 from raytune_ft.config.schema import Recipe
 from raytune_ft.data.report import add_report
 from raytune_ft.errors import TrainingError
+from raytune_ft.training import data_record
 from raytune_ft.training.batching import StepData
 from raytune_ft.training.checkpoint import TrainState
 from raytune_ft.training.engine import Engine, rank, world_size
-from raytune_ft.training.schedule import Moment, in_warmup, lr_at, share_of
+from raytune_ft.training.schedule import Moment, expected_steps, in_warmup, lr_at, share_of
 
 
 class Emit(Protocol):
@@ -37,6 +38,8 @@ class Hooks:
     """step -> loss on the held-out rows, if there are any."""
     benchmark: Callable[[int], None]
     """step -> answers to the recipe's MMLU questions."""
+    record: Callable[[TrainState, int], None]
+    """(state, steps of the run) -> what became of the rows, written down."""
     save: Callable[[TrainState], None]
 
 
@@ -90,11 +93,14 @@ def train(
         seconds = time.perf_counter() - started
         _advance(state, data, total_steps, recipe)
         last = ended(state, recipe)
+        first_epoch_ends = data.ends_epoch and data.epoch == 0
+        _tell_of_rows(state, data, first_epoch_ends, emit)
         val_loss = hooks.validate(state.step) if last or data.ends_epoch else None
+        share, total, exact = progress(state, total_steps, recipe)
         emit(
-            "step", step=state.step, epoch=data.epoch, progress=state.progress, loss=loss,
-            val_loss=val_loss, lr=lr, grad_norm=grad_norm, tokens=data.n_tokens,
-            targets=data.n_targets, seconds=seconds,
+            "step", step=state.step, epoch=data.epoch, progress=state.progress, share=share,
+            total=total, exact=exact, loss=loss, val_loss=val_loss, lr=lr, grad_norm=grad_norm,
+            tokens=data.n_tokens, targets=data.n_targets, seconds=seconds,
             tokens_per_s=data.n_tokens / seconds, data_seconds=waited, rows=data.row_ids,
             memory_gib=memory_gib(engine.device),
         )  # fmt: skip
@@ -103,7 +109,10 @@ def train(
             hooks.sample(state.step, "step")
         if last or data.ends_epoch:
             hooks.benchmark(state.step)
-        if last or _due(recipe.checkpoint.every, state.step, data):
+        due = last or _due(recipe.checkpoint.every, state.step, data)
+        if due or first_epoch_ends:
+            hooks.record(state, total)
+        if due:
             hooks.save(state)
     hooks.sample(state.step, "after")
     return state
@@ -117,6 +126,14 @@ def seed_step(seed: int, step: int) -> None:
 def ended(state: TrainState, recipe: Recipe) -> bool:
     """Tell whether a run has done all of its epochs, or `max_steps`."""
     return state.epoch >= recipe.train.epochs or state.step == recipe.train.max_steps
+
+
+def progress(state: TrainState, total_steps: int | None, recipe: Recipe) -> tuple[float, int, bool]:
+    """Return how far a run is behind its steps so far: share of it, its steps, whether exactly."""
+    if total_steps is not None:
+        return state.step / total_steps, total_steps, True
+    share = share_of(state.step, state.progress, recipe.train)
+    return share, *expected_steps(state.step, state.progress, recipe.train)
 
 
 def moment(state: TrainState, data: StepData, total_steps: int | None, recipe: Recipe) -> Moment:
@@ -137,10 +154,21 @@ def _advance(state: TrainState, data: StepData, total_steps: int | None, recipe:
         data.position.epoch, data.position.window, data.position.pack,
     )  # fmt: skip
     state.progress = data.progress
-    if data.epoch == 0:
-        add_report(state.rows, data.report)
     state.tokens += data.n_tokens
     state.targets += data.n_targets
+
+
+def _tell_of_rows(state: TrainState, data: StepData, ends: bool, emit: Emit) -> None:
+    """Count what became of the first epoch's rows; say so when a new kind of loss comes up."""
+    if data.epoch > 0:
+        return
+    known = data_record.kinds(state.rows)
+    add_report(state.rows, data.report)
+    state.packs += data.n_packs
+    state.pack_tokens += data.n_tokens
+    found = data_record.kinds(state.rows)
+    if found - known or (ends and found):
+        emit("rows", step=state.step, text=data_record.loss_line(state.rows))
 
 
 def _due(every: int | str, step: int, data: StepData) -> bool:

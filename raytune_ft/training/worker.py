@@ -6,10 +6,9 @@ worker, inside a Ray Tune trial and in a plain test alike.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,15 +21,14 @@ from raytune_ft.data.packing import Pack, Position
 from raytune_ft.data.places import Placed
 from raytune_ft.data.templating.templates import get_template
 from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
-from raytune_ft.errors import CheckpointError
 from raytune_ft.model import adapter, loading, side_files
 from raytune_ft.model.loss import TokenLoss
-from raytune_ft.training import checkpoint, presets
+from raytune_ft.training import checkpoint, identity, presets
 from raytune_ft.training.batching import steps
 from raytune_ft.training.callbacks import Voice, build_hooks
 from raytune_ft.training.checkpoint import TrainState
 from raytune_ft.training.engine import Engine, TorchEngine, ZeroEngine, rank, world_size
-from raytune_ft.training.loop import Emit, train
+from raytune_ft.training.loop import Emit, progress, train
 from raytune_ft.training.run_folder import Event, RunFolder, RunWriter
 
 PackStream = Callable[[Position], Iterator[Placed]]
@@ -49,6 +47,8 @@ class Job:
     """Whether that is their exact number and the learning rate goes by it."""
     sharing: int = 1
     """Training processes that share one machine's cores."""
+    data_fingerprint: str = ""
+    """Of the training rows; a checkpoint goes on with the same ones only."""
 
 
 def run(
@@ -69,14 +69,18 @@ def run(
     engine, model = build_engine(recipe, Path(job.model_folder), device)
     tokenizer = TextTokenizer.from_folder(job.model_folder, recipe.model.eos_token)
     voice = Voice(model, tokenizer, get_template(recipe.model.template, tokenizer))
-    state = _resume(engine, folder, recipe, emit)
+    state = _resume(engine, folder, recipe, job.data_fingerprint, emit)
 
     hooks = build_hooks(engine, recipe, folder, voice, validation, emit)
-    start = Position(state.epoch, state.window, state.pack)
-    stream = packs(start)
-    emit("stage", name="train", step=state.step, total=job.expected_steps)
-    batches = steps(stream, recipe.train, rank=rank(), workers=world_size())
-    train(engine, recipe, batches, state, job.expected_steps if job.counted else None, hooks, emit)
+    counted = job.expected_steps if job.counted else None
+    share, total, exact = 0.0, job.expected_steps, job.counted
+    if state.step:
+        share, total, exact = progress(state, counted, recipe)
+        hooks.record(state, total)  # what is known by now goes before what was estimated again
+    emit("stage", name="train", step=state.step, total=total, exact=exact, share=share)
+    with _closing(packs(Position(state.epoch, state.window, state.pack))) as stream:
+        batches = steps(stream, recipe.train, rank=rank(), workers=world_size())
+        train(engine, recipe, batches, state, counted, hooks, emit)
     if rank() == 0:
         emit("stage", name="export")
         _export(recipe, model, folder, job.model_folder)
@@ -105,34 +109,33 @@ def build_engine(
     return ZeroEngine(module, device, recipe.train, config), model
 
 
-def recipe_hash(recipe: Recipe) -> str:
-    """Hash what decides the numbers of a run: not its name, storage, workers or logging."""
-    content = recipe.model_dump(mode="json", exclude={"run", "tune", "checkpoint", "chat_eval"})
-    train_section = content["train"]
-    per_step = recipe.global_batch_size
-    for key in ("micro_batch_size", "accumulation", "log_every", "deepspeed"):
-        del train_section[key]
-    train_section["packs_per_step"] = per_step
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _resume(engine: Engine, folder: RunFolder, recipe: Recipe, emit: Emit) -> TrainState:
+def _resume(
+    engine: Engine, folder: RunFolder, recipe: Recipe, data_fingerprint: str, emit: Emit
+) -> TrainState:
     newest = checkpoint.latest(folder.checkpoints) if rank() == 0 else None
     step = _from_rank_0(int(newest.name.removeprefix(checkpoint.STEP_PREFIX)) if newest else 0)
-    fingerprint = recipe_hash(recipe)
+    if step == 0:
+        if rank() == 0:
+            folder.cut_after(0)
+        return identity.new_state(recipe, data_fingerprint)
+    loaded = checkpoint.load(folder.checkpoints / f"{checkpoint.STEP_PREFIX}{step:06d}")
+    identity.check(loaded.state, recipe, data_fingerprint, str(folder.path))
     if rank() == 0:
         folder.cut_after(step)
-    if step == 0:
-        return TrainState(recipe_hash=fingerprint)
-    loaded = checkpoint.load(folder.checkpoints / f"{checkpoint.STEP_PREFIX}{step:06d}")
-    if loaded.state.recipe_hash != fingerprint:
-        raise CheckpointError(
-            f"{folder.path}: its checkpoint belongs to other values of model, lora, data or train; "
-            "resume with the same recipe, or train under another run.name"
-        )
     engine.load(loaded.weights, loaded.optimizer)
     emit("resumed", step=step)
     return loaded.state
+
+
+@contextmanager
+def _closing(stream: Iterator[Placed]) -> Iterator[Iterator[Placed]]:
+    """End what makes packs ahead when training ends, however it ends."""
+    try:
+        yield stream
+    finally:
+        close = getattr(stream, "close", None)
+        if close is not None:
+            close()
 
 
 def _from_rank_0(number: int) -> int:
