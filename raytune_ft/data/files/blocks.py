@@ -44,12 +44,14 @@ class Blocks:
 
     def find(self, row: int) -> tuple[int, int]:
         """Return a row's block and its place in there, from 0."""
-        block = int(np.searchsorted(self.rows, row, side="right")) - 1
+        # a number of another type would make NumPy copy all of them
+        number = self.rows.dtype.type(row)
+        block = int(np.searchsorted(self.rows, number, side="right")) - 1
         return block, row - int(self.rows[block])
 
     def find_all(self, rows: Offsets) -> tuple[Offsets, Offsets]:
         """Return the rows' blocks and places in there, int64 of the same shape."""
-        blocks = np.searchsorted(self.rows, rows, side="right") - 1
+        blocks = np.searchsorted(self.rows, rows.astype(self.rows.dtype), side="right") - 1
         return blocks, rows - self.rows[blocks].astype(np.int64)
 
     def span(self, block: int) -> tuple[int, int]:

@@ -18,7 +18,7 @@ import numpy as np
 from raytune_ft.data.files import readers
 from raytune_ft.data.files.blobs import Blob
 from raytune_ft.data.files.blocks import PARSED_ROWS, BlockBuilder, Blocks
-from raytune_ft.data.files.readers import ADVICE, DataRow, Span, TextReader, decode, text_start
+from raytune_ft.data.files.readers import ADVICE, DataRow, Part, TextReader, decode, text_start
 from raytune_ft.data.files.text_index import index_text
 from raytune_ft.errors import DataError
 
@@ -64,10 +64,10 @@ class CsvReader(TextReader):
             )
         return dict(zip(self.columns, fields, strict=True))
 
-    def spans(self, raw: bytes) -> list[Span]:
-        """Find the records of a block."""
+    def divide(self, raw: bytes) -> list[Part]:
+        """Divide a block into its records."""
         records = _index(io.BytesIO(raw), 0, self.separator)
-        return [Span(record.start, record.end, record.line - 1) for record in records]
+        return [(raw[record.start : record.end], record.line - 1) for record in records]
 
 
 def open_csv(blob: Blob, display: str, separator: str | None = None) -> CsvReader:

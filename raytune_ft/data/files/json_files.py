@@ -19,10 +19,10 @@ from raytune_ft.data.files.readers import (
     MAX_ROW_BYTES,
     DataRow,
     Offsets,
-    Span,
+    Part,
     TextReader,
     decode,
-    line_spans,
+    filled_parts,
     text_start,
 )
 from raytune_ft.data.files.text_index import index_text
@@ -60,9 +60,9 @@ class JsonReader(TextReader, ABC):
 class LineReader(JsonReader):
     """Rows that are lines."""
 
-    def spans(self, raw: bytes) -> list[Span]:
-        """Find the lines of a block."""
-        return line_spans(raw)
+    def divide(self, raw: bytes) -> list[Part]:
+        """Divide a block at its line breaks."""
+        return filled_parts(raw)
 
 
 class ElementReader(JsonReader):
@@ -77,15 +77,12 @@ class ElementReader(JsonReader):
         place = f"{self.display}:{line}"
         return f"{place} (row {row + 1})" if line in map(self.line_of, around) else place
 
-    def spans(self, raw: bytes) -> list[Span]:
-        """Find the elements of an array in a part of it that begins with one."""
+    def divide(self, raw: bytes) -> list[Part]:
+        """Divide a part of an array that begins with an element."""
         text = raw.rstrip(b" \t\r\n,").decode()
-        found = np.array(list(_elements_from(text, 0)), dtype=np.int64)
-        if not text.isascii():
-            found = _byte_offsets(text, found)
-        lines = [raw.count(b"\n", 0, start) for start in found[:, 0].tolist()]
         return [
-            Span(start, end, line) for (start, end), line in zip(found.tolist(), lines, strict=True)
+            (text[start:end].encode(), text.count("\n", 0, start))
+            for start, end in _elements_from(text, 0)
         ]
 
 

@@ -15,10 +15,10 @@ from raytune_ft.data.files.blobs import Blob
 from raytune_ft.data.files.blocks import BlockBuilder, Blocks, filled_lines
 from raytune_ft.data.files.readers import (
     DataRow,
-    Span,
+    Part,
     TextReader,
     decode,
-    line_spans,
+    filled_parts,
     text_start,
 )
 from raytune_ft.data.files.text_index import index_text
@@ -36,20 +36,21 @@ class PlainReader(TextReader):
         """Decode one document; DataError if it is not UTF-8."""
         return {"text": decode(raw, where).replace("\r\n", "\n").removesuffix("\r")}
 
-    def spans(self, raw: bytes) -> list[Span]:
-        """Find the documents of a block."""
-        lines = line_spans(raw)
+    def divide(self, raw: bytes) -> list[Part]:
+        """Divide a block into its documents."""
+        lines = filled_parts(raw)
         if not self.paragraphs:
             return lines
-        documents: list[Span] = []
+        documents: list[list[bytes]] = []
+        opens: list[int] = []
         last = -2
-        for line in lines:
-            if line.line == last + 1:
-                documents[-1] = documents[-1]._replace(end=line.end)
-            else:
-                documents.append(line)
-            last = line.line
-        return documents
+        for text, line in lines:
+            if line > last + 1:
+                documents.append([])
+                opens.append(line)
+            documents[-1].append(text)
+            last = line
+        return list(zip((b"\n".join(lines) for lines in documents), opens, strict=True))
 
 
 def open_text(blob: Blob, display: str) -> PlainReader:

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -102,12 +102,8 @@ class FileReader:
         return self.blob.place if isinstance(self.blob, LocalBlob) else None
 
 
-class Span(NamedTuple):
-    """A row in the bytes of its block: where it begins and ends, and after how many lines."""
-
-    start: int
-    end: int
-    line: int
+Part = tuple[bytes, int]
+"""A row's bytes, and the line breaks before it in its block."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +135,7 @@ class TextReader(FileReader, ABC):
         lines = _known_lines.get((self.blob.place, self.version, block))
         if lines is None:
             ((_, raw),) = self._bytes_of([block])
-            lines = [span.line for span in self._rows_in(raw, block)]
+            lines = [line for _, line in self._rows_in(raw, block)]
         return first + lines[place]
 
     def read(self, rows: Sequence[int]) -> list[DataRow | DataError]:
@@ -155,10 +151,10 @@ class TextReader(FileReader, ABC):
         firsts = np.flatnonzero(np.diff(blocks[order], prepend=-1))
         groups = np.split(order, firsts[1:])
         for group, (block, raw) in zip(groups, self._pieces(blocks[order[firsts]]), strict=False):
-            spans = self._rows_in(raw, block)
+            parts = self._rows_in(raw, block)
             for number in group.tolist():
-                span = spans[int(places[number])]
-                found[number] = self._parsed(raw, span, int(wanted[number]))
+                text, _ = parts[places[number]]
+                found[number] = self._parsed(text, int(wanted[number]), block)
         return found
 
     @abstractmethod
@@ -166,8 +162,8 @@ class TextReader(FileReader, ABC):
         """Parse one row; DataError says what it is instead."""
 
     @abstractmethod
-    def spans(self, raw: bytes) -> list[Span]:
-        """Find the rows in the bytes of a block; ValueError if they cannot be told apart."""
+    def divide(self, raw: bytes) -> list[Part]:
+        """Divide a block's bytes into rows; ValueError if they cannot be told apart."""
 
     def _is_even(self, block: int) -> bool:
         """Tell whether a block's rows begin in lines that follow each other."""
@@ -207,36 +203,36 @@ class TextReader(FileReader, ABC):
         # a longer block is a single row: it is shown to be too long, or ends in blank lines
         return start, min(end, start + MAX_ROW_BYTES + 1)
 
-    def _rows_in(self, raw: bytes, block: int) -> list[Span]:
+    def _rows_in(self, raw: bytes, block: int) -> list[Part]:
         """Find the rows of a block; keep their lines where these are not to be computed."""
         if len(raw) > MAX_ROW_BYTES:
-            return [*self._first(raw)]
+            return self._first(raw)
         try:
-            spans = self.spans(raw)
+            parts = self.divide(raw)
         except ValueError:
             raise self.changed() from None
-        if len(spans) != self.blocks.rows_of(block):
+        if len(parts) != self.blocks.rows_of(block):
             raise self.changed()
         if not self._is_even(block):
             key = (self.blob.place, self.version, block)
-            _known_lines[key] = [span.line for span in spans]
+            _known_lines[key] = [line for _, line in parts]
             if len(_known_lines) > _KNOWN_BLOCKS:
                 _known_lines.popitem(last=False)
-        return spans
+        return parts
 
-    def _first(self, raw: bytes) -> list[Span]:
+    def _first(self, raw: bytes) -> list[Part]:
         try:
-            return self.spans(raw)[:1]
+            return self.divide(raw)[:1]
         except ValueError:
-            return [Span(0, len(raw), 0)]
+            return [(raw, 0)]
 
-    def _parsed(self, raw: bytes, span: Span, row: int) -> DataRow | DataError:
+    def _parsed(self, raw: bytes, row: int, block: int) -> DataRow | DataError:
         where = self.where(row)
-        if span.end - span.start > MAX_ROW_BYTES:
-            start, end = self.blocks.span(self.blocks.find(row)[0])
+        if len(raw) > MAX_ROW_BYTES:
+            start, end = self.blocks.span(block)
             return too_long(where, end - start)
         try:
-            return self.parse(raw[span.start : span.end], where)
+            return self.parse(raw, where)
         except DataError as error:
             return error
 
@@ -283,12 +279,7 @@ def text_start(blob: Blob, display: str) -> tuple[bytes, int]:
     return start, len(BOM) if start.startswith(BOM) else 0
 
 
-def line_spans(raw: bytes) -> list[Span]:
-    """Find the lines of a text that hold more than white space, without their line breaks."""
-    spans: list[Span] = []
-    start = 0
-    for line, text in enumerate(raw.split(b"\n")):
-        if text and not text.isspace():
-            spans.append(Span(start, start + len(text), line))
-        start += len(text) + 1
-    return spans
+def filled_parts(raw: bytes) -> list[Part]:
+    """Divide a text into the lines that hold more than white space, without their line breaks."""
+    lines = enumerate(raw.split(b"\n"))
+    return [(text, line) for line, text in lines if text and not text.isspace()]
