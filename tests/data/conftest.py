@@ -17,7 +17,7 @@ from raytune_ft.data.packing import Pack, Pieces, WindowTokens
 from raytune_ft.data.rows.formats import to_conversation
 from raytune_ft.data.segments import Conversation
 from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
-from tests.conftest import make_tokenizer
+from tests.conftest import WORDS, make_tokenizer
 
 # Timings on a shared machine say nothing about correctness.
 settings.register_profile("data", deadline=None, max_examples=50)
@@ -84,3 +84,35 @@ def join_examples(
     laid = Pieces(whole, np.array([0, len(sizes)]))
     (pack,) = tokens.packs(laid, np.array(row_ids, dtype=np.int64), isolated=isolated)
     return pack
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Path:
+    """Rows of every fate."""
+    long_question, long_answer = "stone " * 160, "river " * 160
+    rows: list[dict[str, Any]] = [
+        {"messages": chat("Q", "A")},
+        {"messages": chat("Q", " ")},
+        {"messages": chat(long_question, "A")},
+        {"messages": chat("Q", long_answer)},
+        {"messages": chat("Q")},
+        {"texts": "x"},
+    ]
+    return write_jsonl(tmp_path / "mixed.jsonl", rows * 7)
+
+
+@pytest.fixture(scope="session")
+def varied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty conversations of all lengths; no two rows share a question, a few are very long."""
+    random = np.random.default_rng(4)
+
+    def words(most: int) -> str:
+        return " ".join(random.choice(WORDS, int(random.integers(1, most))).tolist())
+
+    def turns(number: int) -> list[dict[str, str]]:
+        most = 250 if number % 5 == 0 else 8
+        texts = [words(most) for _ in range(2 * int(random.integers(1, 4)))]
+        return chat(f"{number}: {texts[0]}", *texts[1:])
+
+    path = tmp_path_factory.mktemp("varied") / "varied.jsonl"
+    return write_jsonl(path, [{"messages": turns(number)} for number in range(40)])

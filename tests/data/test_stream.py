@@ -14,7 +14,7 @@ from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
 from raytune_ft.data.windows import make_plan
 from raytune_ft.errors import DataError
 from tests.conftest import write_chats
-from tests.data.test_windows import COMPAT, fingerprint, measured, open_rows
+from tests.data.feeds import COMPAT, fingerprint, measured, open_rows
 
 pytestmark = pytest.mark.ray
 

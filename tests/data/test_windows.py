@@ -1,69 +1,31 @@
-"""Windows: what is counted, what is dropped and why, and one pack sequence from any position."""
+"""Windows: every row used or counted with its reason, every token in a pack or counted."""
 
 from __future__ import annotations
 
-from collections import Counter
-from itertools import islice
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
-from raytune_ft.config.schema import DataSection
-from raytune_ft.data.encode import IGNORE_INDEX
-from raytune_ft.data.packing import Pack, Plan, Position
-from raytune_ft.data.sources import RowSource, open_sources
+from raytune_ft.data import windows
+from raytune_ft.data.encode import IGNORE_INDEX, Example
+from raytune_ft.data.places import iter_packs
+from raytune_ft.data.report import add_report, new_report
 from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
-from raytune_ft.data.windows import (
-    Encoder,
-    Measurement,
-    add_report,
-    iter_packs,
-    make_plan,
-    measure_rows,
-    new_report,
-)
+from raytune_ft.data.windows import measure_rows
 from raytune_ft.errors import DataError
-from tests.conftest import ROOT, write_chats
+from raytune_ft.training.batching import count_targets
 from tests.data.conftest import chat, write_jsonl
-
-COMPAT = "xtuner-0.1.9"
-REAL = ROOT.parent / "shared" / "data" / "openassistant-guanaco"
-
-
-def open_rows(
-    path: Path, tokenizer: TextTokenizer, **data: Any
-) -> tuple[RowSource, Encoder, DataSection]:
-    source = {"path": str(path), **data.pop("source", {})}
-    section = DataSection.model_validate({"sources": [source], "max_length": 128, **data})
-    return open_sources(section, 1), Encoder(tokenizer, "tokenizer", section), section
-
-
-def measured(source: RowSource, encoder: Encoder) -> Measurement:
-    return measure_rows(source, encoder, np.arange(len(source)))
-
-
-def fingerprint(item: tuple[Position, Pack]) -> tuple[object, ...]:
-    """Compare packs by all their values."""
-    position, pack = item
-    arrays = (pack.input_ids, pack.labels, pack.position_ids, pack.cu_seqlens, pack.row_ids)
-    return (position, *(array.tobytes() for array in arrays))
-
-
-@pytest.fixture
-def mixed(tmp_path: Path) -> Path:
-    """Rows of every fate."""
-    long_question, long_answer = "stone " * 160, "river " * 160
-    rows: list[dict[str, Any]] = [
-        {"messages": chat("Q", "A")},
-        {"messages": chat("Q", " ")},
-        {"messages": chat(long_question, "A")},
-        {"messages": chat("Q", long_answer)},
-        {"messages": chat("Q")},
-        {"texts": "x"},
-    ]
-    return write_jsonl(tmp_path / "mixed.jsonl", rows * 7)
+from tests.data.feeds import (
+    LONG_ROWS,
+    PACKINGS,
+    feed_of,
+    lone_examples,
+    measured,
+    open_rows,
+    total,
+)
 
 
 def test_every_row_is_used_or_counted_with_its_reason(
@@ -94,12 +56,39 @@ def test_reports_of_parts_add_up_to_that_of_the_whole(
     assert total == measured(source, encoder).report
 
 
-def test_long_rows_are_dropped_or_refused_as_asked(mixed: Path, tokenizer: TextTokenizer) -> None:
-    source, encoder, _ = open_rows(mixed, tokenizer, on_error="skip", over_length="drop")
-    assert measured(source, encoder).report["dropped"]["over max_length"] == 14
-    source, encoder, _ = open_rows(mixed, tokenizer, on_error="skip", over_length="error")
+@pytest.mark.parametrize(
+    ("over_length", "used", "dropped", "named"),
+    [
+        ("cut", 14, {"without a trained token": 7}, ("cut", [4, 10, 16, 22, 28])),
+        ("split", 21, {}, ("split", [3, 4, 9, 10, 15])),
+        ("drop", 7, {"over max_length": 14}, ("over max_length", [3, 4, 9, 10, 15])),
+    ],
+)
+def test_long_rows_are_cut_split_or_dropped_as_asked_and_named(
+    mixed: Path,
+    tokenizer: TextTokenizer,
+    over_length: str,
+    used: int,
+    dropped: dict[str, int],
+    named: tuple[str, list[int]],
+) -> None:
+    feed = feed_of(mixed, tokenizer, on_error="skip", over_length=over_length,
+                   shuffle_before_pack=False)  # fmt: skip
+    report = feed.window(0, 0).report
+    assert (report["rows"], report["used"]) == (42, used)
+    assert report["dropped"] == {"empty": 7, "unusable": 14, **dropped}
+    reason, lines = named
+    assert report["places"][reason] == [f"{mixed}:{line}" for line in lines]
+    assert report["cut"] == (7 if over_length == "cut" else 0)
+    assert report["split"] == (14 if over_length == "split" else 0)
+
+
+@pytest.mark.parametrize("pack", PACKINGS)
+def test_a_long_row_ends_the_run_if_asked(mixed: Path, tokenizer: TextTokenizer, pack: str) -> None:
+    feed = feed_of(mixed, tokenizer, on_error="skip", over_length="error", pack=pack,
+                   shuffle_before_pack=False)  # fmt: skip
     with pytest.raises(DataError, match=r"mixed\.jsonl:3: \d+ tokens, data\.max_length is 128"):
-        measured(source, encoder)
+        feed.window(0, 0)
 
 
 def test_the_first_bad_row_stops_by_default(mixed: Path, tokenizer: TextTokenizer) -> None:
@@ -108,126 +97,81 @@ def test_the_first_bad_row_stops_by_default(mixed: Path, tokenizer: TextTokenize
         measured(source, encoder)
 
 
-@pytest.mark.parametrize("changes", [{}, {"pack": False}, {"shuffle_before_pack": False}])
-def test_two_epochs_hold_every_row_twice_with_its_own_tokens(
-    chats: Path, tokenizer: TextTokenizer, changes: dict[str, Any]
+@pytest.mark.parametrize("pack", PACKINGS)
+@pytest.mark.parametrize("over_length", LONG_ROWS)
+@pytest.mark.parametrize("window", [5, 64])
+def test_the_report_counts_exactly_what_stands_in_packs(
+    varied: Path, tokenizer: TextTokenizer, pack: str, over_length: str, window: int
 ) -> None:
-    source, encoder, section = open_rows(chats, tokenizer, window=16, **changes)
-    plan = Plan(measured(source, encoder).lengths, section, 5)
-    packs = [pack for _, pack in iter_packs(source, encoder, plan, epochs=2)]
-    assert len(packs) == plan.total_packs(2)
-    seen = Counter(int(row) for pack in packs for row in pack.row_ids)
-    assert seen == dict.fromkeys(range(40), 2)
-    for pack in packs:
-        for sample, row in enumerate(pack.row_ids):
-            start, end = pack.cu_seqlens[sample : sample + 2]
-            alone = encoder.encode(source.rows([row])[0], source.source_of(row), "row")
-            assert alone is not None
-            assert pack.input_ids[start:end].tolist() == alone.input_ids.tolist()
-            assert pack.labels[start:end].tolist() == alone.labels.tolist()
-            assert pack.labels[start] == IGNORE_INDEX
-
-
-@pytest.mark.parametrize("compat", [None, COMPAT])
-def test_any_position_goes_on_as_the_whole_would(
-    chats: Path, tokenizer: TextTokenizer, compat: str | None
-) -> None:
-    source, encoder, section = open_rows(chats, tokenizer, window=16, compat=compat)
-    plan = make_plan(measured(source, encoder), section, 5)
-    whole = [fingerprint(item) for item in iter_packs(source, encoder, plan, epochs=3)]
-    assert whole[-1][0] == Position(3, 0, 0)
-    for done, (position, *_) in enumerate(whole, start=1):
-        assert isinstance(position, Position)
-        rest = iter_packs(source, encoder, plan, position, epochs=3)
-        assert [fingerprint(item) for item in rest] == whole[done:]
-
-
-def test_compat_packs_hold_the_rows_tokens_end_to_end_as_one_segment(
-    chats: Path, tokenizer: TextTokenizer
-) -> None:
-    source, encoder, section = open_rows(
-        chats, tokenizer, window=16, compat=COMPAT, shuffle_before_pack=False
+    """Every row is in a pack or counted as left out, and so is every token of it."""
+    feed = feed_of(varied, tokenizer, max_length=64, window=window, pack=pack,
+                   over_length=over_length)  # fmt: skip
+    alone = lone_examples(feed)
+    placed = list(iter_packs(feed, epochs=1))
+    report = total(placed)
+    rows = {int(row) for one in placed for row in one.pack.row_ids}
+    assert (report["rows"], report["used"]) == (40, len(rows))
+    assert report["used"] + sum(report["dropped"].values()) == 40
+    assert report["tokens"] == sum(len(one.pack.input_ids) for one in placed)
+    assert report["targets"] == sum(count_targets(one.pack) for one in placed)
+    limit = None if "concat" in pack or over_length == "split" else 64
+    assert report["tokens"] + report["left_out"] == sum(len(alone[row][:limit]) for row in rows)
+    over = [row for row in range(40) if len(alone[row]) > 64]
+    kept = sum(row in rows for row in over)
+    assert len(over) > 5
+    assert (report["cut"], report["split"]) == ((kept, 0) if limit else (0, kept))
+    untrained = {"without a trained token": len(over) - kept} if kept < len(over) else {}
+    assert report["dropped"] == (
+        {"over max_length": len(over)} if over_length == "drop" else untrained
     )
-    plan = make_plan(measured(source, encoder), section, 5)
-    alone = [encoder.encode(row, source.source_of(0), "row") for row in source.rows(range(40))]
-    examples = [example for example in alone if example is not None]
-    ids, labels = (
-        np.concatenate([getattr(example, key) for example in examples])
-        for key in ("input_ids", "labels")
-    )
-    packs = [pack for _, pack in iter_packs(source, encoder, plan, epochs=1)]
-    packs.sort(key=lambda pack: int(pack.row_ids[0]))
-    used = len(packs) * 128
-    assert len(ids) - used == plan.lost_tokens < 128
-    assert np.concatenate([pack.input_ids for pack in packs]).tolist() == ids[:used].tolist()
-    assert np.concatenate([pack.labels for pack in packs]).tolist() == labels[:used].tolist()
-    for pack in packs:
-        assert pack.cu_seqlens.tolist() == [0, 128]
-        assert pack.position_ids.tolist() == list(range(128))
-    assert any(pack.input_ids[0] not in tokenizer.bos_ids for pack in packs)  # a row was cut
 
 
-def test_under_compat_a_row_without_a_trained_token_stays_in_the_packs(
-    mixed: Path, tokenizer: TextTokenizer
-) -> None:
-    source, encoder, _ = open_rows(mixed, tokenizer, on_error="skip", compat=COMPAT)
-    got = measured(source, encoder)
-    assert "without a trained token" not in got.report["dropped"]
-    assert (got.lengths[2], got.targets[2]) == (128, 0)
-
-
-def test_rows_know_their_data_set(chats: Path, tmp_path: Path, tokenizer: TextTokenizer) -> None:
-    other = write_chats(tmp_path / "b.jsonl", 3)
-    section = DataSection.model_validate(
-        {"sources": [{"path": str(chats)}, {"path": str(other)}, {"path": str(other)}]}
-    )
-    source = open_sources(section, 1)
-    got = measure_rows(source, Encoder(tokenizer, "tokenizer", section), np.arange(46))
-    assert got.sets.tolist() == [0] * 40 + [1] * 3 + [2] * 3
-    assert source.subset(np.array([45, 0, 41])).sets_of(range(3)).tolist() == [2, 0, 1]
-    assert [source.source_of(row).path for row in (0, 41, 45)] == [str(chats), *[str(other)] * 2]
-
-
-def test_a_source_s_own_system_text_goes_before_the_recipe_s(
-    chats: Path, tokenizer: TextTokenizer
-) -> None:
-    systems = [{"path": str(chats), "system": text} for text in ("Be Ada.", None, "")]
-    section = DataSection.model_validate({"sources": systems, "system": "Be Bob."})
-    source, encoder = open_sources(section, 1), Encoder(tokenizer, "tokenizer", section)
-    for row, said in ((0, "Be Ada."), (40, "Be Bob."), (80, None)):
-        example = encoder.encode(source.rows([row])[0], source.source_of(row), "row")
-        assert example is not None
-        text = tokenizer.decode(example.input_ids.tolist(), skip_special_tokens=False)
-        assert text.startswith("<|im_start|>system\n" + said if said else "<|im_start|>user")
-
-
-def test_without_an_end_the_epochs_go_on(chats: Path, tokenizer: TextTokenizer) -> None:
-    source, encoder, section = open_rows(chats, tokenizer)
-    plan = Plan(measured(source, encoder).lengths, section, 5)
-    count = plan.total_packs(4) + 1
-    last = list(islice(iter_packs(source, encoder, plan), count))[-1]
-    assert last[0].epoch == 4
-
-
-def test_a_file_that_changed_since_it_was_counted_is_noticed(
+def test_stretches_without_an_answer_are_left_out_and_counted(
     tmp_path: Path, tokenizer: TextTokenizer
 ) -> None:
-    path = write_chats(tmp_path / "a.jsonl", 5)
-    source, encoder, section = open_rows(path, tokenizer)
-    plan = Plan(measured(source, encoder).lengths, section, 5)
-    path.write_text(path.read_text().replace("red", "ten", 1).replace("question 0", "question"))
-    with pytest.raises(DataError, match="changed since the rows were counted"):
-        list(iter_packs(source, encoder, plan, epochs=1))
+    """A question that is longer than two packs."""
+    questions = ["stone " * 300, "stone"]
+    rows = [{"messages": chat(question, "red")} for question in questions]
+    path = write_jsonl(tmp_path / "long.jsonl", rows)
+    feed = feed_of(path, tokenizer, over_length="split")
+    window = feed.window(0, 0)
+    whole = lone_examples(feed)
+    (long_row,) = [pack for pack in window.packs if 0 in pack.row_ids]
+    assert len(whole[0]) > 2 * 128
+    assert window.report["left_out"] == len(whole[0]) // 128 * 128
+    assert window.report["tokens"] == sum(map(len, whole)) - window.report["left_out"]
+    assert window.report["split"] == 1
+    segment = long_row.row_ids.tolist().index(0)
+    start, stop = long_row.cu_seqlens[segment : segment + 2]
+    assert long_row.input_ids[start:stop].tolist() == whole[0][-(stop - start) :].tolist()
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="the real data set is not on this machine")
-def test_real_dialogues_are_used_whole(tokenizer: TextTokenizer) -> None:
-    source, encoder, section = open_rows(
-        REAL, tokenizer, source={"map": "oasst1_map_fn", "limit": 200}, max_length=8192
-    )
-    got = measured(source, encoder)
-    assert got.report["rows"] == 200
-    assert got.report["used"] >= 198
-    plan = Plan(got.lengths, section, 1)
-    packed = [pack for _, pack in iter_packs(source, encoder, plan, epochs=1)]
-    assert sum(len(pack.input_ids) for pack in packed) == got.report["tokens"]
+@pytest.mark.parametrize("pack", ["best_fit", "concat"])
+def test_a_row_whose_only_label_is_lost_at_a_cut_is_left_out_and_named(
+    chats: Path, tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch, pack: str
+) -> None:
+    """Rows of 12 tokens, cut at 8: the one label of the first row has nothing before it."""
+
+    def encoded(_source: object, _encoder: object, rows: Iterable[int]) -> list[Example]:
+        return [labelled_at(8 if row == 0 else 3) for row in rows]
+
+    monkeypatch.setattr(windows, "encode_rows", encoded)
+    feed = feed_of(chats, tokenizer, max_length=8, pack=pack, over_length="split", window=1,
+                   shuffle_before_pack=False)  # fmt: skip
+    lost, kept = feed.window(0, 0), feed.window(0, 1)
+    assert lost.packs == []
+    assert lost.report == {
+        **new_report(1), "dropped": {"without a trained token": 1},
+        "places": {"split": [], "without a trained token": [f"{chats}:1"]},
+    }  # fmt: skip
+    assert [pack.row_ids.tolist() for pack in kept.packs] == [[1]]
+    assert kept.report == {
+        **new_report(1), "used": 1, "tokens": 8, "targets": 1, "left_out": 4, "split": 1,
+        "places": {"split": [f"{chats}:2"]},
+    }  # fmt: skip
+
+
+def labelled_at(place: int) -> Example:
+    labels = np.full(12, IGNORE_INDEX, np.int32)
+    labels[place] = place
+    return Example(np.arange(12, dtype=np.int32), labels, 12)
