@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
 from raytune_ft.config.schema import DataSection, Source
+from raytune_ft.data.content_hashes import content_hashes
 from raytune_ft.data.files.kinds import is_data_file
 from raytune_ft.data.files.locate import (
     folder_names,
@@ -29,74 +30,97 @@ from raytune_ft.data.files.readers import DataRow, Reader
 from raytune_ft.data.files.remote import is_url
 from raytune_ft.data.rows.formats import decide
 from raytune_ft.data.rows.recognition import SAMPLE_ROWS, Recognition
+from raytune_ft.data.selection import Listed, Mask, Numbers, Part, Run, Selection, Some
 from raytune_ft.errors import DataError, RecipeError
 
-Numbers = npt.NDArray[np.int64]
+__all__ = ["Numbers", "RowSource", "is_data", "open_sources", "split_validation"]
 
-_LIMIT, _WEIGHT, _SPLIT = 1, 2, 3
+_LIMIT, _WEIGHT = 1, 2
 """Keep the random choices of one recipe independent of each other."""
-_HASH_ROWS = 4096
 
 
 @dataclass(frozen=True)
 class RowSource:
-    """Rows by number; picklable, a few bytes per row.
+    """Rows by number; picklable, about a byte per row.
 
     `sources` has one entry per reader: the same object for all files of one data set, with its
     `map` set where the rows were recognised. `recognised` has one entry per data set.
-    `selection` int64 (n,): for each row, its number in all readers laid end to end. A row that a
-    weight repeats stands there several times.
+    `selection`: for each row, its number in all readers laid end to end; None is all, in order. A
+    row that a weight repeats stands there several times.
     """
 
     readers: tuple[Reader, ...]
     sources: tuple[Source, ...]
-    selection: Numbers
+    selection: Selection | None = None
     recognised: tuple[Recognition, ...] = ()
-    _ends: Numbers = field(init=False, repr=False)
-    _sets: npt.NDArray[np.int32] = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        sizes = [len(reader) for reader in self.readers]
-        object.__setattr__(self, "_ends", np.cumsum(sizes, dtype=np.int64))
-        changes = [a is not b for a, b in zip(self.sources, self.sources[1:], strict=False)]
-        object.__setattr__(self, "_sets", np.cumsum([False, *changes], dtype=np.int32))
 
     def __len__(self) -> int:
         """Return the number of rows."""
-        return len(self.selection)
+        return self._file_rows if self.selection is None else len(self.selection)
 
     def where(self, row: int) -> str:
         """Return a row's place, `file.jsonl:12`."""
-        reader, place = self._find(row)
-        return self.readers[reader].where(place)
+        return self.places([row])[0]
+
+    def places(self, indices: Sequence[int] | Numbers) -> list[str]:
+        """Return the places of rows, `file.jsonl:12`."""
+        readers, rows = self._find(indices)
+        return [
+            self.readers[reader].where(row)
+            for reader, row in zip(readers.tolist(), rows.tolist(), strict=True)
+        ]
 
     def source_of(self, row: int) -> Source:
         """Return the data set that a row comes from."""
-        return self.sources[self._find(row)[0]]
+        return self.sources_of([row])[0]
+
+    def sources_of(self, indices: Sequence[int] | Numbers) -> list[Source]:
+        """Return the data sets that rows come from."""
+        return [self.sources[reader] for reader in self._find(indices)[0].tolist()]
 
     def sets_of(self, indices: Sequence[int] | Numbers) -> npt.NDArray[np.int32]:
         """Return the number of each row's data set, int32 of the same shape."""
-        numbers = self.selection[np.asarray(indices, dtype=np.int64)]
-        return self._sets[np.searchsorted(self._ends, numbers, side="right")]
+        return self._sets[self._find(indices)[0]]
 
     def chunk_ends(self) -> Numbers:
         """Return where chunks end, int64 (chunks,): rows of a chunk lie together in one file."""
-        edges = np.concatenate([np.zeros(1, np.int64), *self._chunks()])
-        again = np.flatnonzero(np.diff(self.selection) <= 0) + 1  # a copy of the same rows begins
-        bounds = [0, *again.tolist(), len(self.selection)]
-        ends = [
-            start + np.searchsorted(self.selection[start:stop], edges)
-            for start, stop in itertools.pairwise(bounds)
-        ]
-        found = np.unique(np.concatenate([*ends, [len(self.selection)]]))
-        return found[found > 0].astype(np.int64)
-
-    def _chunks(self) -> list[Numbers]:
-        """List the ends of each reader's chunks, in row numbers over all readers."""
         starts = self._ends - [len(reader) for reader in self.readers]
-        return [
+        edges = [
             start + reader.chunk_ends() for start, reader in zip(starts, self.readers, strict=True)
         ]
+        all_edges = np.concatenate([np.zeros(1, np.int64), *edges])
+        return all_edges[1:] if self.selection is None else self.selection.cuts(all_edges)
+
+    @property
+    def fingerprint(self) -> str:
+        """What tells these rows from others: the files' contents and the selection, not paths.
+
+        Text files count by the hash of their content, Parquet and Arrow files by size and time of
+        change (or ETag).
+        """
+        found = hashlib.sha256()
+        for reader in self.readers:
+            found.update(f"{reader.fingerprint} {len(reader)}\n".encode())
+        if self.selection is not None:
+            found.update(self.selection.key)
+        return found.hexdigest()
+
+    def check_unchanged(self, indices: Sequence[int] | Numbers | None = None) -> None:
+        """Look whether files are as they were when they were opened; one look-up per file.
+
+        Args:
+            indices: only the files of these rows; None looks at all.
+
+        Raises:
+            DataError: names the first file that changed.
+        """
+        used = range(len(self.readers)) if indices is None else np.unique(self._find(indices)[0])
+        for reader in used:
+            self.readers[reader].check_unchanged()
+
+    def local_files(self) -> list[str]:
+        """Return the paths of files that only this machine is known to have."""
+        return [path for reader in self.readers if (path := reader.local_file()) is not None]
 
     def rows(self, indices: Sequence[int] | Numbers) -> list[DataRow]:
         """Read rows, in the order asked for; DataError for the first that cannot be read."""
@@ -109,25 +133,55 @@ class RowSource:
 
     def try_rows(self, indices: Sequence[int] | Numbers) -> list[DataRow | DataError]:
         """Read rows, in the order asked for, each as its columns or as what is wrong with it."""
-        numbers = self.selection[np.asarray(indices, dtype=np.int64)]
-        readers = np.searchsorted(self._ends, numbers, side="right")
-        found: list[DataRow | DataError] = [{}] * len(numbers)
-        for reader in np.unique(readers):
+        readers, rows = self._find(indices)
+        found: list[DataRow | DataError] = [{}] * len(rows)
+        for reader in np.unique(readers).tolist():
             places = np.flatnonzero(readers == reader)
-            first = int(self._ends[reader - 1]) if reader else 0
-            read = self.readers[reader].read((numbers[places] - first).tolist())
-            for place, row in zip(places, read, strict=True):
+            read = self.readers[reader].read(rows[places].tolist())
+            for place, row in zip(places.tolist(), read, strict=True):
                 found[place] = row
         return found
 
+    def used(self) -> Mask:
+        """Return which of the files' rows are used, bool (rows of all files,)."""
+        if self.selection is None:
+            return np.ones(self._file_rows, dtype=np.bool_)
+        return self.selection.used(self._file_rows)
+
+    def only(self, mask: Mask) -> RowSource:
+        """Return a source of the rows that are set in a mask over the files' rows."""
+        selection = self.selection or Selection((Run(0, self._file_rows),))
+        return replace(self, selection=selection.only(mask))
+
     def subset(self, rows: Numbers) -> RowSource:
         """Return a source of some of the rows."""
-        return replace(self, selection=self.selection[rows])
+        return replace(self, selection=Selection((Listed(self._numbers(rows)),)))
 
-    def _find(self, row: int) -> tuple[int, int]:
-        number = int(self.selection[row])
-        reader = int(np.searchsorted(self._ends, number, side="right"))
-        return reader, number - (int(self._ends[reader - 1]) if reader else 0)
+    def _numbers(self, indices: Sequence[int] | Numbers) -> Numbers:
+        """Return rows' numbers in all readers laid end to end."""
+        places = np.asarray(indices, dtype=np.int64)
+        if len(places) and not 0 <= places.min() <= places.max() < len(self):
+            raise IndexError(f"no row {places.max()} among {len(self)}")
+        return places if self.selection is None else self.selection.numbers(places)
+
+    def _find(self, indices: Sequence[int] | Numbers) -> tuple[Numbers, Numbers]:
+        """Return each row's reader, and its number in there."""
+        numbers = self._numbers(indices)
+        readers = np.searchsorted(self._ends, numbers, side="right")
+        return readers, numbers - np.append(0, self._ends)[readers]
+
+    @property
+    def _file_rows(self) -> int:
+        return int(self._ends[-1]) if self.readers else 0
+
+    @cached_property
+    def _ends(self) -> Numbers:
+        return np.cumsum([len(reader) for reader in self.readers], dtype=np.int64)
+
+    @cached_property
+    def _sets(self) -> npt.NDArray[np.int32]:
+        changes = [a is not b for a, b in itertools.pairwise(self.sources)]
+        return np.cumsum([False, *changes], dtype=np.int32)
 
 
 def open_sources(data: DataSection, seed: int) -> RowSource:
@@ -143,20 +197,21 @@ def open_sources(data: DataSection, seed: int) -> RowSource:
     """
     readers: list[Reader] = []
     sources: list[Source] = []
-    parts: list[Numbers] = []
+    parts: list[Part] = []
     recognised: list[Recognition] = []
     rows_before = 0
     for index, source in enumerate(data.sources):
         opened = open_all(source, f"data.sources[{index}].path")
         decided, found = decide(source, _first_rows(opened), f"data.sources[{index}]")
         n_rows = sum(len(reader) for reader in opened)
-        parts.append(rows_before + _sampled(n_rows, source, (seed, index)))
+        parts += _sampled(rows_before, n_rows, source, (seed, index))
         rows_before += n_rows
         readers += opened
         sources += [decided] * len(opened)
         recognised.append(found)
-    numbers = np.concatenate(parts)
-    return RowSource(tuple(readers), tuple(sources), numbers, tuple(recognised))
+    plain = all(isinstance(part, Run) for part in parts) and len(parts) == len(data.sources)
+    selection = None if plain else Selection(tuple(parts))
+    return RowSource(tuple(readers), tuple(sources), selection, tuple(recognised))
 
 
 def _first_rows(readers: Sequence[Reader]) -> list[DataRow]:
@@ -186,6 +241,10 @@ def split_validation(
     A fraction is taken by content, so that equal rows never stand on both sides; weights do not
     repeat held-out rows. A name is a file, or a split of the sources.
 
+    A fraction has to read and hash every row that is used before the run starts: about half a
+    minute per million rows of 2 KB on one core, and 25 bytes of memory per row meanwhile. The
+    hashes are kept in the cache folder, for the next run with these files. A name costs nothing.
+
     Returns:
         Rows to train on, and held-out rows or None.
     """
@@ -193,51 +252,38 @@ def split_validation(
         return source, None
     if isinstance(data.validation, str):
         return source, _named_validation(data, data.validation)
-    hashes = _content_hashes(source, seed)
-    distinct = np.unique(hashes)
+    used = source.used()
+    hashes = content_hashes(source.readers, used, seed)
+    distinct = np.unique(hashes[used])
     wanted = max(1, round(data.validation * len(distinct)))
     if wanted >= len(distinct):
         raise RecipeError(
             f"data.validation {data.validation} of {len(distinct)} different rows leaves none to "
             "train on; choose a smaller fraction"
         )
-    held_out = hashes < distinct[wanted]
-    _, first_copies = np.unique(source.selection, return_index=True)
-    validation = np.intersect1d(np.flatnonzero(held_out), first_copies)
-    return source.subset(np.flatnonzero(~held_out)), source.subset(validation)
+    held_out = used & (hashes < distinct[wanted])
+    return source.only(~held_out), replace(source, selection=Selection((Some.of(0, held_out),)))
 
 
-def _sampled(n_rows: int, source: Source, seed: tuple[int, int]) -> Numbers:
-    """Choose row numbers, int64, by a source's limit and weight."""
-    chosen = np.arange(n_rows, dtype=np.int64)
+def _sampled(first: int, n_rows: int, source: Source, seed: tuple[int, int]) -> list[Part]:
+    """Choose rows of a data set by its limit and weight; its rows begin with number `first`."""
+    chosen: Part = Run(first, n_rows)
     if source.limit is not None and source.limit < n_rows:
-        chosen = _sample(chosen, source.limit, (*seed, _LIMIT))
+        chosen = _sample(chosen, source.limit, first, (*seed, _LIMIT))
     copies, fraction = divmod(source.weight, 1.0)
-    part = _sample(chosen, round(fraction * len(chosen)), (*seed, _WEIGHT))
-    return np.concatenate([*[chosen] * int(copies), part])
+    part = _sample(chosen, round(fraction * len(chosen)), first, (*seed, _WEIGHT))
+    return [*[chosen] * int(copies), *([part] if len(part) else [])]
 
 
-def _sample(numbers: Numbers, size: int, seed: tuple[int, ...]) -> Numbers:
-    """Take `size` numbers at random, in their order."""
-    taken = np.random.default_rng(seed).permutation(len(numbers))[:size]
-    return numbers[np.sort(taken)]
-
-
-def _content_hashes(source: RowSource, seed: int) -> npt.NDArray[np.uint64]:
-    """Hash every row's content to a number, uint64 of shape (n,); equal rows, equal numbers."""
-    key = hashlib.blake2b(repr((seed, _SPLIT)).encode(), digest_size=16).digest()
-    hashes = np.empty(len(source), dtype=np.uint64)
-    for start in range(0, len(source), _HASH_ROWS):
-        places = np.arange(start, min(start + _HASH_ROWS, len(source)))
-        for place, row in zip(places, source.try_rows(places), strict=True):
-            text = str(row) if isinstance(row, DataError) else _canonical(row)
-            digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8, key=key)
-            hashes[place] = int.from_bytes(digest.digest(), "big")
-    return hashes
-
-
-def _canonical(row: DataRow) -> str:
-    return json.dumps(row, sort_keys=True, ensure_ascii=False, default=str)
+def _sample(chosen: Part, size: int, first: int, seed: tuple[int, ...]) -> Part:
+    """Take `size` rows at random, in their order."""
+    if not size:
+        return Run(first, 0)
+    places = np.sort(np.random.default_rng(seed).permutation(len(chosen))[:size])
+    numbers = chosen.numbers(places) - first
+    mask = np.zeros(int(numbers[-1]) + 1, dtype=np.bool_)
+    mask[numbers] = True
+    return Some.of(first, mask)
 
 
 def _named_validation(data: DataSection, name: str) -> RowSource:
@@ -255,6 +301,4 @@ def _named_validation(data: DataSection, name: str) -> RowSource:
         readers += found
         sources += [decided] * len(found)
         recognised.append(why)
-    n_rows = sum(len(reader) for reader in readers)
-    numbers = np.arange(n_rows, dtype=np.int64)
-    return RowSource(tuple(readers), tuple(sources), numbers, tuple(recognised))
+    return RowSource(tuple(readers), tuple(sources), None, tuple(recognised))
