@@ -172,7 +172,7 @@ def test_ragged_rows_stay_near_the_rates_of_steps(settings: dict[str, Any]) -> N
     """Steps of 16 packs, whose rows spread lognormally; the last step of an epoch is short.
 
     Where rates fall, a step's share strays by a random walk: under 1 % of `lr` in 600 steps. Where
-    they rise, a step weighs 1/18 of `lr` and more, so that a larger one shows as such.
+    they rise, `lr` is at most one and a half steps early or late.
     """
     train = TrainSection(lr=1e-3, epochs=3, **settings)
     sizes = np.random.default_rng(1).lognormal(0.0, 0.5, (3, 200, 16)).sum(axis=2)
@@ -185,7 +185,7 @@ def test_ragged_rows_stay_near_the_rates_of_steps(settings: dict[str, Any]) -> N
     rising, falling = away[:warm].max(initial=0.0), away[warm:].max()
     print(f"{settings}: from the rates by steps {rising:.2%} of lr in warm-up, {falling:.2%} later")
     assert 0 < falling < 0.01
-    assert rising <= 0.5 / max(1, warm)
+    assert rising <= 1.5 / max(1, warm)
     assert rows[:-1].min() > 0.0
 
 

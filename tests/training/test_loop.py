@@ -1,0 +1,436 @@
+"""The loop: rates by rows visited, the run's end, and what became of rows, over any resume.
+
+`Recorder` stands for the engine alone: it notes rates and batches and trains nothing, so that a
+hundred runs take a second. `test_worker.py` has the same with a real model.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from raytune_ft.config.schema import Recipe
+from raytune_ft.data import sources
+from raytune_ft.data.examples import Encoder
+from raytune_ft.data.packing import Position
+from raytune_ft.data.places import iter_packs
+from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
+from raytune_ft.data.windows import Feed, Window, make_feed
+from raytune_ft.errors import TrainingError
+from raytune_ft.training.batching import StepData, TensorBatch, steps
+from raytune_ft.training.checkpoint import TrainState
+from raytune_ft.training.engine import Engine, State
+from raytune_ft.training.loop import Hooks, train
+from tests.conftest import write_chats
+
+EPOCHS = 3
+
+
+class Recorder(Engine):
+    """Notes what the loop asks of an engine."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Module(), torch.device("cpu"))
+        self.rates: list[float] = []
+
+    def forward_backward(self, batch: TensorBatch, n_targets: int) -> torch.Tensor:
+        return torch.tensor(float((batch["labels"] >= 0).sum()))
+
+    def step(self, lr: float) -> float:
+        self.rates.append(lr)
+        return 1.0
+
+    def optimizer_state(self) -> State:
+        return {}
+
+    def load(self, weights: Any, state: Any) -> None:
+        raise AssertionError("nothing is loaded here")
+
+    def weights(self) -> State:
+        return {}
+
+
+@dataclass
+class Run:
+    """What happened in one run of the loop."""
+
+    rates: list[float] = field(default_factory=list)
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    lines: list[str] = field(default_factory=list)
+    calls: list[tuple[str, int]] = field(default_factory=list)
+    saved: dict[int, TrainState] = field(default_factory=dict)
+    state: TrainState = field(default_factory=TrainState)
+
+
+def recipe_of(path: Path, tokenizer: Path, data: dict[str, Any], **train: Any) -> Recipe:
+    return Recipe.model_validate({
+        "model": {"path": str(tokenizer)},
+        "data": {"sources": [{"path": str(path)}], "max_length": 64, "window": 16, **data},
+        "train": {"epochs": EPOCHS, "accumulation": 4, "lr": 1e-3, **train},
+        "chat_eval": {"every": None},
+    })  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model: Path) -> TextTokenizer:
+    return TextTokenizer.from_folder(tiny_model)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ninety ragged chats: six windows of 16 rows."""
+    return write_chats(tmp_path_factory.mktemp("loop") / "rows.jsonl", 90)
+
+
+class Kept(Feed):
+    """Keeps its windows, which a run that is taken up thirty times makes as often."""
+
+    def window(self, epoch: int, number: int) -> Window:
+        made: dict[tuple[int, int], Window] = self.__dict__.setdefault("made", {})
+        if (epoch, number) not in made:
+            made[epoch, number] = super().window(epoch, number)
+        return copy.deepcopy(made[epoch, number])
+
+
+def feed_of(recipe: Recipe, tokenizer: TextTokenizer) -> Feed:
+    source = sources.open_sources(recipe.data, recipe.train.seed)
+    feed = make_feed(source, Encoder.of(recipe, tokenizer), recipe.train.seed)
+    return Kept(feed.source, feed.encoder, feed.seed, feed.order)
+
+
+def go(
+    recipe: Recipe,
+    feed: Feed,
+    *,
+    rank: int = 0,
+    workers: int = 1,
+    start: TrainState | None = None,
+    total: int | None = None,
+) -> Run:
+    """Run the loop from a state on, as this rank of so many workers."""
+    run, engine = Run(), Recorder()
+    run.state = copy.deepcopy(start) if start else TrainState()
+
+    def emit(kind: str, **fields: Any) -> None:
+        if kind == "step":
+            run.steps.append(fields)
+        elif kind == "rows":
+            run.lines.append(fields["text"])
+
+    def note(name: str) -> Any:
+        return lambda step, *_: run.calls.append((name, step))
+
+    def save(state: TrainState) -> None:
+        run.calls.append(("save", state.step))
+        # as it stands in a file
+        run.saved[state.step] = TrainState(**json.loads(json.dumps(vars(state))))
+
+    hooks = Hooks(
+        sample=lambda step, when: run.calls.append((when, step)),
+        validate=note("validate"),
+        benchmark=note("benchmark"),
+        record=lambda state, _: run.calls.append(("record", state.step)),
+        save=save,
+    )
+    position = Position(run.state.epoch, run.state.window, run.state.pack)
+    packs = iter_packs(feed, position, epochs=recipe.train.epochs)
+    batches = steps(packs, recipe.train, rank=rank, workers=workers)
+    train(engine, recipe, batches, run.state, total, hooks, emit)
+    run.rates = engine.rates
+    return run
+
+
+def shares_by_hand(feed: Feed, packs_per_step: int) -> list[float]:
+    """Epochs of rows visited behind each step, from the windows: within one, by tokens."""
+    found = []
+    for epoch in range(EPOCHS):
+        done = []
+        for number in range(feed.n_windows):
+            sizes = [len(pack.input_ids) for pack in feed.window(epoch, number).packs]
+            n_rows = len(feed.order.window_rows(epoch, number))
+            before = number * feed.order.window
+            done += [
+                (before + n_rows * sum(sizes[: i + 1]) / sum(sizes)) / feed.order.n_rows
+                for i in range(len(sizes))
+            ]
+        done[-1] = 1.0
+        ends = [*range(packs_per_step - 1, len(done), packs_per_step), len(done) - 1]
+        found += [epoch + done[i] for i in sorted(set(ends))]
+    return found
+
+
+def closed_formula(ends: list[float], train: Any) -> list[float]:
+    """Rates of a cosine with a warm-up, written down again from the docs."""
+    ends = [end / EPOCHS for end in ends]
+    begins = [0.0, *ends[:-1]]
+    if train.max_steps:
+        begins = [max(b, i / train.max_steps) for i, b in enumerate(begins)][: train.max_steps]
+        ends = [max(e, (i + 1) / train.max_steps) for i, e in enumerate(ends)][: train.max_steps]
+    if train.warmup_steps is not None:
+        rising = [(i + 1) / train.warmup_steps for i in range(train.warmup_steps)]
+    elif train.warmup_ratio:
+        rising = [
+            min(1.0, end / train.warmup_ratio)
+            for begin, end in zip(begins, ends, strict=True)
+            if begin < train.warmup_ratio
+        ]
+    else:
+        rising = []
+    rising = rising[: len(ends)]
+    warm = ends[len(rising) - 1] if rising else 0.0
+    falling = [
+        (1 + math.cos(math.pi * (begin - warm) / (1 - warm))) / 2 for begin in begins[len(rising) :]
+    ]
+    return [train.lr * share for share in rising] + [
+        train.min_lr + (train.lr - train.min_lr) * share for share in falling
+    ]
+
+
+SCHEDULES: list[dict[str, Any]] = [
+    {},
+    {"warmup_ratio": 0.13, "min_lr": 1e-5},
+    {"warmup_steps": 5},
+    {"warmup_steps": 3, "max_steps": 11},
+    {"warmup_ratio": 0.2, "max_steps": 7},
+]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+@pytest.mark.parametrize("packing", ["best_fit", "concat", "none"])
+def test_rates_are_the_closed_formula_for_all_ranks_and_accumulations(
+    rows: Path, tokenizer: TextTokenizer, tiny_model: Path, schedule: dict[str, Any], packing: str
+) -> None:
+    """Steps of 4 packs by 1, 2 and 4 ranks, accumulated 4, 2 and 1 times or in one micro-batch."""
+    recipe = recipe_of(rows, tiny_model, {"pack": packing}, **schedule)
+    feed = feed_of(recipe, tokenizer)
+    expected = closed_formula(shares_by_hand(feed, 4), recipe.train)
+    for workers, micro, accumulation in [(1, 1, 4), (1, 4, 1), (2, 1, 2), (2, 2, 1), (4, 1, 1)]:
+        split = {"micro_batch_size": micro, "accumulation": accumulation}
+        divided = recipe.model_copy(update={"train": recipe.train.model_copy(update=split)})
+        for rank in {0, workers - 1}:
+            found = go(divided, feed, rank=rank, workers=workers)
+            assert found.rates == pytest.approx(expected, rel=1e-12)
+            assert found.rates[0] > 0.0
+            assert [event["lr"] for event in found.steps] == found.rates
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+def test_resume_at_any_step_goes_on_with_the_same_rates_and_counts(
+    rows: Path, tokenizer: TextTokenizer, tiny_model: Path, schedule: dict[str, Any]
+) -> None:
+    recipe = recipe_of(rows, tiny_model, {}, **schedule)
+    recipe = recipe.model_copy(
+        update={"checkpoint": recipe.checkpoint.model_copy(update={"every": 1})}
+    )
+    feed = feed_of(recipe, tokenizer)
+    whole = go(recipe, feed)
+    assert len(whole.saved) == len(whole.rates)
+    for step, saved in whole.saved.items():
+        rest = go(recipe, feed, start=saved)
+        assert rest.rates == whole.rates[step:]
+        assert rest.state == whole.state
+        assert [e["rows"] for e in rest.steps] == [e["rows"] for e in whole.steps[step:]]
+
+
+def test_the_number_of_ranks_may_change_on_resume(
+    rows: Path, tokenizer: TextTokenizer, tiny_model: Path
+) -> None:
+    """2 -> 1 -> 2 ranks at steps of 4 packs: the ledger of rows is that of one whole run."""
+    recipe = recipe_of(rows, tiny_model, {}, warmup_ratio=0.1)
+    recipe = recipe.model_copy(
+        update={"checkpoint": recipe.checkpoint.model_copy(update={"every": 1})}
+    )
+    feed = feed_of(recipe, tokenizer)
+    whole = go(recipe, feed)
+    halves = recipe.model_copy(
+        update={"train": recipe.train.model_copy(update={"accumulation": 2})}
+    )
+    first = go(halves, feed, rank=1, workers=2)
+    second = go(recipe, feed, start=first.saved[5])
+    third = go(halves, feed, rank=0, workers=2, start=second.saved[11])
+    ledger = [*first.steps[:5], *second.steps[: 11 - 5], *third.steps]
+    for key in ("step", "rows", "lr", "tokens", "targets", "progress"):
+        assert [e[key] for e in ledger] == [e[key] for e in whole.steps], key
+    assert third.state == whole.state
+
+
+def test_what_ends_a_run_happens_once(
+    rows: Path, tokenizer: TextTokenizer, tiny_model: Path
+) -> None:
+    recipe = recipe_of(rows, tiny_model, {})
+    feed = feed_of(recipe, tokenizer)
+    run = go(recipe, feed)
+    last = len(run.rates)
+    ends = [e["step"] for e in run.steps if float(e["progress"]).is_integer()]
+    assert len(ends) == EPOCHS and ends[-1] == last
+    for name in ("validate", "benchmark", "save"):
+        assert [step for kind, step in run.calls if kind == name] == ends, name
+    assert run.calls[0] == ("before", 0)
+    assert run.calls[-1] == ("after", last)
+    assert [kind for kind, _ in run.calls].count("after") == 1
+    assert [e["share"] for e in run.steps if e["share"] == 1.0] == [1.0], "the last one alone"
+    assert run.steps[-1]["total"] == last and run.steps[-1]["exact"]
+    assert not any(e["exact"] for e in run.steps[:-1])
+    told = [e["total"] for e in run.steps[2:]]
+    assert max(abs(total - last) for total in told) <= 2, told
+
+
+def test_a_finished_run_does_nothing_but_answer_again(
+    rows: Path, tokenizer: TextTokenizer, tiny_model: Path
+) -> None:
+    recipe = recipe_of(rows, tiny_model, {})
+    feed = feed_of(recipe, tokenizer)
+    run = go(recipe, feed)
+    again = go(recipe, feed, start=run.saved[len(run.rates)])
+    assert again.calls == [("after", len(run.rates))]
+    assert again.state == run.state
+
+
+def test_max_steps_ends_a_run_inside_an_epoch(
+    rows: Path, tokenizer: TextTokenizer, tiny_model: Path
+) -> None:
+    recipe = recipe_of(rows, tiny_model, {}, max_steps=2)
+    run = go(recipe, feed_of(recipe, tokenizer))
+    assert [e["step"] for e in run.steps] == [1, 2]
+    assert run.calls == [
+        ("before", 0), ("validate", 2), ("benchmark", 2), ("record", 2), ("save", 2), ("after", 2),
+    ]  # fmt: skip
+    assert run.state.epoch == 0 and run.state.progress < 1
+    assert [(e["total"], e["exact"]) for e in run.steps] == [(2, True), (2, True)]
+
+
+def test_steps_that_were_counted_decide_rates_and_totals(
+    rows: Path, tokenizer: TextTokenizer, tiny_model: Path
+) -> None:
+    recipe = recipe_of(rows, tiny_model, {})
+    feed = feed_of(recipe, tokenizer)
+    total = len(go(recipe, feed).rates)
+    run = go(recipe, feed, total=total)
+    expected = [1e-3 * (1 + math.cos(math.pi * step / total)) / 2 for step in range(total)]
+    assert run.rates == pytest.approx(expected, rel=1e-12)
+    assert {(e["total"], e["exact"]) for e in run.steps} == {(total, True)}
+
+
+@pytest.fixture
+def faulty(tmp_path: Path) -> Path:
+    """Whole windows of rows that cannot be used, at the end and in between, and long rows."""
+    good = write_chats(tmp_path / "good.jsonl", 40).read_text().splitlines()
+    bad = json.dumps({"messages": [{"role": "robot", "content": "\x1b[2J"}]})
+    empty = json.dumps({"messages": []})
+    long = json.loads(good[0])
+    long["messages"][1]["content"] = "red blue " * 90
+    lines = [*good[:8], *[bad] * 9, *good[8:20], json.dumps(long), *good[20:], *[empty] * 11]
+    path = tmp_path / "faulty.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_rows_are_counted_once_and_told_when_a_kind_of_loss_comes_up(
+    faulty: Path, tokenizer: TextTokenizer, tiny_model: Path
+) -> None:
+    """Windows of 4 rows, in the file's order; the last two hold nothing to train on."""
+    data = {"on_error": "skip", "window": 4, "shuffle_before_pack": False}
+    recipe = recipe_of(faulty, tiny_model, data, accumulation=3)
+    recipe = recipe.model_copy(
+        update={"checkpoint": recipe.checkpoint.model_copy(update={"every": 1})}
+    )
+    feed = feed_of(recipe, tokenizer)
+    run = go(recipe, feed)
+    counted = run.state.rows
+    assert (counted["rows"], counted["used"], counted["cut"]) == (61, 41, 1)
+    assert counted["dropped"] == {"unusable": 9, "empty": 11}
+    assert [place.rpartition(":")[2] for place in counted["places"]["empty"]] == [
+        "51", "52", "53", "54", "55",
+    ]  # fmt: skip
+    assert run.state.pack_tokens == sum(e["tokens"] for e in run.steps if e["epoch"] == 0)
+    assert run.state.epoch == EPOCHS
+
+    assert [line.partition(" rows")[0] for line in run.lines[:1]] == ["dropped 9 of 20"]
+    assert "\x1b" not in "".join(run.lines)
+    assert "cut 1 of" in run.lines[-1]
+    last = run.lines[-1]
+    assert last.startswith("dropped 20 of 61 rows: 9 unusable (first: ")
+    assert f"11 empty (first: {faulty}:51)" in last
+    assert len(run.lines) <= 4
+
+    for saved in run.saved.values():
+        assert go(recipe, feed, start=saved).state.rows == counted
+
+
+def test_an_epoch_of_rows_to_skip_alone_ends_with_one_line(
+    tmp_path: Path, tokenizer: TextTokenizer, tiny_model: Path
+) -> None:
+    from raytune_ft.errors import DataError
+
+    path = tmp_path / "rows.jsonl"
+    question = {"messages": [{"role": "user", "content": "and?"}]}
+    answered = [*question["messages"], {"role": "assistant", "content": "yes"}]
+    lines = [question] * 3
+    path.write_text("".join(json.dumps(line) + "\n" for line in [{"messages": answered}, *lines]))
+    recipe = recipe_of(path, tiny_model, {"on_error": "skip", "max_length": 8})
+    with pytest.raises(DataError, match="none of 4 rows can be trained on"):
+        go(recipe, feed_of(recipe, tokenizer))
+
+
+def one_step(n_targets: int) -> Iterator[StepData]:
+    from raytune_ft.data.report import new_report
+    from raytune_ft.training.batching import empty_batch
+
+    yield StepData(
+        micro_batches=[empty_batch()], n_packs=1, n_targets=n_targets, n_tokens=2, row_ids=[7, 8],
+        position=Position(1), epoch=0, progress=1.0, report=new_report(2),
+    )  # fmt: skip
+
+
+class Sick(Recorder):
+    """An engine whose loss or gradient is no number."""
+
+    def __init__(self, loss: float, norm: float) -> None:
+        super().__init__()
+        self.loss, self.norm = loss, norm
+
+    def forward_backward(self, batch: TensorBatch, n_targets: int) -> torch.Tensor:
+        return torch.tensor(self.loss)
+
+    def step(self, lr: float) -> float:
+        self.rates.append(lr)
+        return self.norm
+
+
+@pytest.mark.parametrize(
+    ("n_targets", "loss", "norm", "words", "stepped"),
+    [
+        (0, 1.0, 1.0, r"step 1: no token of rows \[7, 8\] is trained", 0),
+        (2, math.nan, 1.0, r"step 1: loss is nan on rows \[7, 8\]", 0),
+        (2, math.inf, 1.0, r"step 1: loss is inf on rows \[7, 8\]", 0),
+        (2, 1.0, math.nan, r"step 1: gradient norm is nan on rows \[7, 8\]", 1),
+    ],
+)
+def test_what_is_no_number_ends_the_run_and_is_never_written_down(
+    rows: Path, tiny_model: Path, n_targets: int, loss: float, norm: float, words: str, stepped: int
+) -> None:
+    """An all-masked step as well: no loss is made up for it, and no checkpoint is written."""
+    seen: list[str] = []
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("nothing is saved, validated or counted after it")
+
+    hooks = Hooks(
+        sample=lambda _, when: seen.append(when),
+        validate=refuse, benchmark=refuse, record=refuse, save=refuse,
+    )  # fmt: skip
+    engine, state = Sick(loss, norm), TrainState()
+    recipe = recipe_of(rows, tiny_model, {})
+    with pytest.raises(TrainingError, match=words):
+        train(engine, recipe, one_step(n_targets), state, None, hooks, refuse)
+    assert seen == ["before"]
+    assert (state.step, len(engine.rates)) == (0, stepped)
