@@ -12,13 +12,10 @@ from typing import Any
 
 import pytest
 
-from raytune_ft.config.schema import TrainSection
-from raytune_ft.data.encode import IGNORE_INDEX
 from raytune_ft.data.packing import Position
 from raytune_ft.data.places import Placed, iter_packs, placed, window_numbers
 from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
 from raytune_ft.data.windows import Feed
-from raytune_ft.training.batching import StepData, steps
 from tests.data.feeds import (
     COMPAT,
     LONG_ROWS,
@@ -26,36 +23,9 @@ from tests.data.feeds import (
     content,
     feed_of,
     fingerprint,
+    over_ranks,
+    packs_of,
 )
-
-
-def by_ranks(
-    placed: Iterable[Placed], train: TrainSection, workers: int
-) -> list[tuple[tuple[bytes, ...], ...]]:
-    """Each step's packs in their order, put together from what every rank was given."""
-    copies = itertools.tee(placed, workers)
-    ranks = [steps(copy, train, rank=rank, workers=workers) for rank, copy in enumerate(copies)]
-    return [tuple(in_order(shares)) for shares in zip(*ranks, strict=True)]
-
-
-def in_order(shares: tuple[StepData, ...]) -> Iterator[tuple[bytes, ...]]:
-    """Take packs from each rank in turn; a rank without one has rows without labels."""
-    rows = [rows_of(share) for share in shares]
-    for turn in itertools.zip_longest(*rows):
-        yield from (row for row in turn if row is not None)
-
-
-def rows_of(share: StepData) -> list[tuple[bytes, ...]]:
-    """Take the packs out of a rank's batches, without padding."""
-    keys = ("input_ids", "labels", "position_ids", "segment_ids")
-    found = []
-    for batch in share.micro_batches:
-        for row in range(len(batch["labels"])):
-            if bool((batch["labels"][row] != IGNORE_INDEX).any()):
-                real = batch["segment_ids"][row] >= 0
-                found.append(tuple(batch[key][row][real].numpy().tobytes() for key in keys))
-    return found
-
 
 ORDERS = list(itertools.product(PACKINGS, LONG_ROWS, [True, False]))
 
@@ -69,8 +39,8 @@ def test_the_sequence_is_one_for_any_number_of_ranks_and_after_any_restart(
     whole = list(iter_packs(feed, epochs=2))
     sizes = [(1, 8, 1), (2, 2, 2), (1, 2, 4), (1, 1, 8)]  # micro, accumulation, workers
     split = [
-        by_ranks(whole, TrainSection(micro_batch_size=micro, accumulation=count), workers)
-        for micro, count, workers in sizes
+        [packs_of(shares) for shares in over_ranks(whole, micro, accumulation, workers)]
+        for micro, accumulation, workers in sizes
     ]
     assert max(map(len, split[0])) == 8
     assert sum(map(len, split[0])) == len(whole)
