@@ -66,11 +66,11 @@ def train(recipe: Recipe) -> tuple[RunFolder, Prepared]:
     """Run a recipe to the end; return its folder and what it was prepared with."""
     folder = RunFolder(Path(recipe.run.storage) / str(recipe.run.name))
     prepared = prepare(recipe, folder, "family test", silent_screen())
-    rows = prepared.train
+    feed = prepared.train.feed
     worker.run(
         # one thread: for matrices this small, threads that wait for each other cost most
         replace(prepared.job, sharing=os.cpu_count() or 1),
-        lambda start: iter_packs(rows.source, rows.encoder, rows.plan, start),
+        lambda start: iter_packs(feed, start),
         None,
         lambda _event: None,
     )

@@ -49,10 +49,9 @@ def test_five_steps_with_the_original_tokenizer(family: str, tmp_path: Path) -> 
     (base / "generation_config.json").unlink(missing_ok=True)  # its ids are the tiny one's
     run, prepared = short_run.train(short_run.recipe_of(family, base, tmp_path))
 
-    rows = prepared.train
     seen: set[int] = set()
-    for _, pack in iter_packs(rows.source, rows.encoder, rows.plan, epochs=1):
-        seen |= set(pack.input_ids.tolist())
+    for placed in iter_packs(prepared.train.feed, epochs=1):
+        seen |= set(placed.pack.input_ids.tolist())
     assert wanted <= seen
     losses = [line["loss"] for line in read_jsonl(run.metrics)]
     assert len(losses) == short_run.STEPS

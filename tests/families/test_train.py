@@ -92,10 +92,11 @@ def test_rows_are_tokenised_with_the_cards_template(
     """What is trained is each answer and its end, nothing of the question."""
     recipe = short_run.recipe_of(family, checkpoint(family), tmp_path)
     prepared = prepare(recipe, RunFolder(tmp_path / "run"), "test", short_run.silent_screen())
-    rows, tokenizer = prepared.train, prepared.train.encoder.tokenizer
+    tokenizer = prepared.train.feed.encoder.tokenizer
     words = SPECS[family].config.get("padded_vocab_size") or SPECS[family].config["vocab_size"]
     seen: dict[str, str] = {}
-    for _, pack in iter_packs(rows.source, rows.encoder, rows.plan, epochs=1):
+    for placed in iter_packs(prepared.train.feed, epochs=1):
+        pack = placed.pack
         assert pack.input_ids.max() < words
         for start, end in zip(pack.cu_seqlens[:-1], pack.cu_seqlens[1:], strict=True):
             ids, labels = pack.input_ids[start:end].tolist(), pack.labels[start:end].tolist()
@@ -154,7 +155,7 @@ def test_a_native_export_brings_a_tokenizer_for_plain_transformers(
     )
     native = export.merge(str(run.path), str(tmp_path / "native"), layout="native")
     theirs = AutoTokenizer.from_pretrained(native, trust_remote_code=False)
-    ours = prepared.train.encoder.tokenizer
+    ours = prepared.train.feed.encoder.tokenizer
     for text in TEXTS:
         assert theirs.encode(text, add_special_tokens=False) == ours.encode(text), text
     assert theirs.eos_token_id == ours.eos_id

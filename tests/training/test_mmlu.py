@@ -254,8 +254,11 @@ def test_a_run_answers_after_every_epoch_and_at_its_end(
 ) -> None:
     """Two epochs and a third cut short: the questions come back after each, in order."""
     from raytune_ft.data import sources
-    from raytune_ft.data.packing import Position, count_steps
-    from raytune_ft.data.windows import Encoder, iter_packs, make_plan, measure_rows
+    from raytune_ft.data.counting import estimate
+    from raytune_ft.data.examples import Encoder
+    from raytune_ft.data.packing import Position
+    from raytune_ft.data.places import iter_packs
+    from raytune_ft.data.windows import make_feed, measure_rows
     from raytune_ft.training.worker import Job, run
 
     recipe = Recipe.model_validate({
@@ -268,14 +271,18 @@ def test_a_run_answers_after_every_epoch_and_at_its_end(
     })  # fmt: skip
     source = sources.open_sources(recipe.data, 1)
     encoder = Encoder.of(recipe, TextTokenizer.from_folder(tiny_model))
-    plan = make_plan(measure_rows(source, encoder, range(40)), recipe.data, 1)
-    per_epoch = count_steps(plan, recipe) // 3
+    feed = make_feed(source, encoder, 1, measure_rows(source, encoder, range(40)))
+    per_epoch = estimate(feed).steps(recipe) // 3
     total = 2 * per_epoch + 1
+    train = recipe.train.model_copy(update={"max_steps": total})
     events: list[dict[str, Any]] = []
-    job = Job(recipe.model_dump(mode="json"), str(tmp_path), str(tiny_model), total, sharing=64)
+    job = Job(
+        recipe.model_copy(update={"train": train}).model_dump(mode="json"),
+        str(tmp_path), str(tiny_model), total, counted=True, sharing=64,
+    )  # fmt: skip
 
     def packs(start: Position) -> Any:
-        return iter_packs(source, encoder, plan, start)
+        return iter_packs(feed, start)
 
     run(job, packs, None, events.append)
     lines = list(read_jsonl(RunFolder(tmp_path).mmlu))
