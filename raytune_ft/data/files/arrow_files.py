@@ -38,6 +38,7 @@ STRETCH_BYTES = 64 * 2**20
 _BATCH_ROWS = 1024
 _TAKEN_BYTES = 2**30
 """Arrow takes rows of text columns up to twice as large."""
+_PAGE_BYTES = 2**20
 _FILES_OPEN = 16
 
 
@@ -221,7 +222,7 @@ def _parquet_batches(blob: Blob, version: str, group: int) -> Iterator[Any]:
     metadata = _metadata(blob, version)
     # a large group is decoded page by page, another one is fetched at once
     large = metadata.row_group(group).total_byte_size > STRETCH_BYTES
-    options = {"buffer_size": 2**20} if large else {"pre_buffer": True}
+    options = {"buffer_size": _PAGE_BYTES, "pre_buffer": False} if large else {}
     with parquet.ParquetFile(_source(blob), metadata=metadata, **options) as file:
         yield from file.iter_batches(_BATCH_ROWS, row_groups=[group])
 
