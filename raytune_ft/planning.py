@@ -12,13 +12,21 @@ from rich.text import Text
 
 from raytune_ft import survey
 from raytune_ft.config.schema import Recipe
-from raytune_ft.data.report import Report
+from raytune_ft.data.report import CUT, SPLIT, Report
 from raytune_ft.errors import MemoryPlanError
+from raytune_ft.row_counts import Counted
 
 if TYPE_CHECKING:
     from raytune_ft.model.memory import MemoryPlan
 
 GIB = 2**30
+PACKINGS = {
+    "best_fit": "by best fit, rows apart",
+    "concat": "end to end and cut, rows apart",
+    "none": "a row each",
+    "compat": "as XTuner packs",
+}
+"""What `inspect` and `plan` say of a way of packing."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +35,9 @@ class PlanReport:
 
     memory: MemoryPlan | None
     rows: Report | None
+    """Of all rows; estimated from `rows_read` of them unless `exact`, as packs and steps are."""
+    rows_read: int
+    exact: bool
     packs: int | None
     """Packs of the first epoch."""
     density: float | None
@@ -61,8 +72,10 @@ def plan_recipe(recipe: Recipe, gpu_memory: str | None = None) -> PlanReport:
         notes.append("memory: not predicted, since the model's config.json is not here")
     rows = found.counted
     if rows is None:
-        return PlanReport(memory, None, None, None, None, notes)
-    return PlanReport(memory, rows.report, rows.packs, rows.density, rows.steps, notes)
+        return PlanReport(memory, None, 0, False, None, None, None, notes)
+    return PlanReport(
+        memory, rows.report, rows.read, rows.exact, rows.packs, rows.density, rows.steps, notes
+    )
 
 
 def print_plan(recipe: Recipe, gpu_memory: str | None = None, *, as_json: bool = False) -> int:
@@ -91,7 +104,10 @@ def _plan_rows(recipe: Recipe, report: PlanReport) -> Iterator[tuple[str, str]]:
     yield "model", f"{model.path}, {model.method}{weights}, template {model.template}"
     yield "data", ", ".join(source.path for source in recipe.data.sources)
     if report.rows is not None:
-        yield from count_rows(report.rows, recipe.data.max_length, report.packs, report.density)
+        counted = Counted(
+            report.rows, report.rows_read, report.exact, report.packs, report.steps, report.density
+        )
+        yield from count_rows(counted, recipe)
     yield (
         "batch",
         (
@@ -102,7 +118,8 @@ def _plan_rows(recipe: Recipe, report: PlanReport) -> Iterator[tuple[str, str]]:
     if report.steps is None:
         yield "steps", f"{train.epochs} epochs; steps are known when model and rows are here"
     else:
-        yield "steps", f"{report.steps:,} in {train.epochs} epochs"
+        about = "" if report.exact and train.epochs == 1 else "~"
+        yield "steps", f"{about}{report.steps:,} in {train.epochs} epochs"
     if report.memory is not None:
         yield from memory_rows(report.memory)
 
@@ -130,21 +147,35 @@ def shortage(memory: MemoryPlan) -> str:
     return f"needs about {memory.total / GIB:.1f} GiB, more than there is: {advice}"
 
 
-def count_rows(
-    report: Report, max_length: int, packs: int | None, density: float | None
-) -> Iterator[tuple[str, str]]:
-    """Yield a line per figure: rows used and dropped with places, tokens, packs."""
+def count_rows(counted: Counted, recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Yield a line per figure: rows used, dropped, cut and split with places, tokens, packs.
+
+    `~` marks what is an estimate.
+    """
+    report, about = counted.report, "" if counted.exact else "~"
     dropped = sum(report["dropped"].values())
-    yield "rows", f"{report['used']:,} used of {report['rows']:,}, {dropped:,} dropped"
+    yield (
+        "rows",
+        f"{about}{report['used']:,} used of {report['rows']:,}, {about}{dropped:,} dropped",
+    )
     for reason, count in report["dropped"].items():
-        yield f"  {reason}", f"{count:,}: {_places(report, reason, count)}"
+        yield f"  {reason}", f"{about}{count:,}: {_places(report, reason, count)}"
+    limit = recipe.data.max_length
     if report["cut"]:
-        yield "  cut at max_length", f"{report['cut']:,}: {_places(report, 'cut', report['cut'])}"
+        places = _places(report, CUT, report["cut"])
+        yield "  cut at max_length", f"{about}{report['cut']:,}: {places}"
+    if report["split"]:
+        places = _places(report, SPLIT, report["split"])
+        yield "  split at max_length", f"{about}{report['split']:,}: {places}"
     if report["tokens"]:
         share = report["targets"] / report["tokens"]
-        yield "tokens", f"{report['tokens']:,} per epoch, {share:.0%} of them trained"
-    if packs is not None and density is not None:
-        yield "packs", f"{packs:,} per epoch of {max_length} tokens, {density:.0%} full"
+        yield "tokens", f"{about}{report['tokens']:,} per epoch, {share:.0%} of them trained"
+    if counted.packs is not None and counted.density is not None:
+        yield (
+            "packs",
+            f"{about}{counted.packs:,} per epoch of {limit} tokens, {counted.density:.0%} full, "
+            f"{PACKINGS[recipe.data.packing if recipe.data.compat is None else 'compat']}",
+        )
 
 
 def _places(report: Report, reason: str, count: int) -> str:

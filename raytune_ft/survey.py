@@ -9,27 +9,23 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from raytune_ft import row_counts
 from raytune_ft.config import catalog
 from raytune_ft.config.cache import cache_dir
 from raytune_ft.config.schema import Recipe, Source
-from raytune_ft.data import counting, sources, windows
-from raytune_ft.data import report as reports
+from raytune_ft.data import sources
+from raytune_ft.data.examples import Encoder
 from raytune_ft.data.files import locate
 from raytune_ft.data.files.kinds import is_data_file
 from raytune_ft.data.files.remote import is_url
-from raytune_ft.data.report import Report
 from raytune_ft.data.rows import formats
-from raytune_ft.data.sources import RowSource
 from raytune_ft.data.templating import templates
 from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
-from raytune_ft.data.windows import Encoder, Feed, Measurement
-from raytune_ft.errors import DataError, ModelError, RecipeError
+from raytune_ft.errors import ModelError, RecipeError
 from raytune_ft.model.default_model import NAME as DEFAULT_MODEL
 
 if TYPE_CHECKING:
@@ -38,17 +34,6 @@ if TYPE_CHECKING:
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _FEW_STEPS = 5
-
-
-@dataclass(frozen=True)
-class Counted:
-    """Rows that were read; steps and packs are of the whole run and of its first epoch."""
-
-    report: Report
-    packs: int | None = None
-    steps: int | None = None
-    density: float | None = None
-    """Tokens over the room in the packs, 0 to 1."""
 
 
 @dataclass
@@ -60,7 +45,7 @@ class Survey:
     tokenizer: TextTokenizer | None
     config: dict[str, Any] | None
     """The model's config.json, or its card's numbers."""
-    counted: Counted | None = None
+    counted: row_counts.Counted | None = None
     notes: list[str] = field(default_factory=list)
 
 
@@ -152,7 +137,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def count_rows(found: Survey) -> None:
-    """Read every row that is on this machine, and tokenise it if the tokenizer is."""
+    """Read the rows that are on this machine, and tokenise them if the tokenizer is."""
     recipe = found.recipe
     here = [s for s in recipe.data.sources if not is_elsewhere(s)]
     absent = [s.path for s in recipe.data.sources if is_elsewhere(s)]
@@ -165,12 +150,16 @@ def count_rows(found: Survey) -> None:
     if not absent:
         opened, _ = sources.split_validation(opened, data, recipe.train.seed)
     if found.tokenizer is None:
-        found.counted = Counted(read_rows(opened, recipe))
-        return
-    encoder = Encoder.of(recipe, found.tokenizer)
-    measured = windows.measure_rows(opened, encoder, np.arange(len(opened)))
-    feed = windows.make_feed(opened, encoder, recipe.train.seed, measured)
-    found.counted = counted(feed, measured, recipe, complete=not absent)
+        found.counted = row_counts.count_rows(opened, recipe)
+    else:
+        encoder = Encoder.of(recipe, found.tokenizer)
+        counted = row_counts.count_tokens(opened, encoder, recipe).counted
+        found.counted = replace(counted, steps=None) if absent else counted
+    if not found.counted.exact:
+        found.notes.append(
+            f"data: {found.counted.read:,} of {len(opened):,} rows were read; figures with ~ are "
+            "estimates"
+        )
 
 
 def is_elsewhere(source: Source) -> bool:
@@ -184,41 +173,6 @@ def is_elsewhere(source: Source) -> bool:
     if source.path in known or name in {path.rpartition("/")[2] for path in known}:
         return True
     return bool(_HUB_NAME.fullmatch(source.path)) and not is_data_file(source.path)
-
-
-def read_rows(rows: RowSource, recipe: Recipe) -> Report:
-    """Turn rows into conversations alone, since there is no tokenizer; DataError for a bad one."""
-    data, report = recipe.data, reports.new_report(len(rows))
-    for number, row in enumerate(rows.try_rows(np.arange(len(rows)))):
-        where = rows.where(number)
-        try:
-            if isinstance(row, DataError):
-                raise row
-            found = formats.to_conversation(row, rows.source_of(number), data, where)
-        except DataError as error:
-            if data.on_error == "stop":
-                raise
-            found = None
-            report["places"].setdefault(reports.UNUSABLE, []).append(str(error))
-            report["dropped"][reports.UNUSABLE] = report["dropped"].get(reports.UNUSABLE, 0) + 1
-        else:
-            if found is None:
-                report["dropped"][reports.EMPTY] = report["dropped"].get(reports.EMPTY, 0) + 1
-        report["used"] += found is not None
-    return report
-
-
-def counted(feed: Feed, measured: Measurement, recipe: Recipe, *, complete: bool) -> Counted:
-    """Compute packs and steps; without all sources (`complete`) the steps stay unknown."""
-    report, train = measured.report, recipe.train
-    if not report["used"]:
-        raise DataError(reports.nothing_left(report))
-    packs = counting.count_packs(feed, measured, 0)
-    lost = feed.plan.lost_tokens if feed.plan else 0
-    density = (report["tokens"] - lost) / (packs * recipe.data.max_length)
-    steps = train.epochs * -(-packs // recipe.global_batch_size)
-    steps = min(steps, train.max_steps or steps)
-    return Counted(report, packs, steps if complete else None, density)
 
 
 def remarks(found: Survey) -> list[str]:

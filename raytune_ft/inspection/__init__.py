@@ -9,17 +9,17 @@ from pathlib import Path
 
 import numpy as np
 
-from raytune_ft import survey
+from raytune_ft import row_counts, survey
 from raytune_ft.chat.text import printable
 from raytune_ft.config.loader import load_recipe
 from raytune_ft.config.schema import Recipe
-from raytune_ft.data import counting, places, sources, windows
-from raytune_ft.data.report import nothing_left
+from raytune_ft.data import places, sources
+from raytune_ft.data.examples import Encoder
 from raytune_ft.data.rows import formats
 from raytune_ft.data.segments import Conversation
 from raytune_ft.data.sources import RowSource
 from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
-from raytune_ft.data.windows import Encoder, Measurement
+from raytune_ft.data.windows import make_feed
 from raytune_ft.errors import DataError
 from raytune_ft.inspection import page, terminal
 from raytune_ft.inspection.view import RowView, View, bars_of, pieces_of
@@ -70,10 +70,10 @@ def look(recipe: Recipe, title: str, rows: int) -> View:
     opened = sources.open_sources(recipe.data, recipe.train.seed)
     shown = _first_rows(opened, encoder, rows)
     training, _ = sources.split_validation(opened, recipe.data, recipe.train.seed)
-    measured = windows.measure_rows(training, encoder, range(len(training)))
-    if not measured.report["used"]:
-        raise DataError(nothing_left(measured.report))
-    feed = windows.make_feed(training, encoder, recipe.train.seed, measured)
+    found = row_counts.count_tokens(training, encoder, recipe)
+    counted, feed = found.counted, found.feed
+    if recipe.data.compat is None:  # its first packs are computed from the sizes of all rows
+        feed = make_feed(training, encoder, recipe.train.seed)
     first = places.iter_packs(feed, epochs=1)
     packs = [np.diff(placed.pack.cu_seqlens).tolist() for placed in islice(first, PACKS_SHOWN)]
     return View(
@@ -84,15 +84,11 @@ def look(recipe: Recipe, title: str, rows: int) -> View:
         ],
         rows=shown,
         packs=packs if recipe.data.packing != "none" else [],
-        bars=bars_of(measured.lengths),
+        bars=bars_of(found.measured.lengths),
         max_length=recipe.data.max_length,
-        counts=_counts(measured, recipe, counting.count_packs(feed, measured, 0)),
+        counts=list(count_rows(counted, recipe)),
+        sampled="" if counted.exact else f"{counted.read:,} of {len(training):,} rows",
     )
-
-
-def _counts(measured: Measurement, recipe: Recipe, packs: int) -> list[tuple[str, str]]:
-    density = measured.report["tokens"] / (packs * recipe.data.max_length) if packs else 0.0
-    return list(count_rows(measured.report, recipe.data.max_length, packs, density))
 
 
 def _first_rows(opened: RowSource, encoder: Encoder, rows: int) -> list[RowView]:

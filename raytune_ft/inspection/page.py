@@ -63,7 +63,7 @@ def page_lines(view: View) -> Iterator[str]:
     yield "<p class=dim>Green is trained; framed are special tokens.</p>"
     for row in view.rows:
         yield from _row(row)
-    yield from _titled("Tokens per row", _bars(view.bars))
+    yield from _titled(view.lengths_title, _bars(view.bars))
     yield from _titled(
         f"First packs, {view.max_length} tokens wide",
         (_pack(pack, view.max_length) for pack in view.packs),
@@ -71,7 +71,10 @@ def page_lines(view: View) -> Iterator[str]:
     yield "<h2>All rows</h2><table>"
     for name, value in view.counts:
         yield f"<tr><td>{html.escape(name)}<td>{html.escape(value)}"
-    yield "</table></html>"
+    yield "</table>"
+    if view.sampled:
+        yield f"<p class=dim>{view.sampled} were read; figures with ~ are estimates.</p>"
+    yield "</html>"
 
 
 def _titled(title: str, lines: Iterable[str]) -> Iterator[str]:

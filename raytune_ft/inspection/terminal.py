@@ -30,10 +30,12 @@ def show(view: View, console: Console | None = None) -> None:
         for line in row_lines(row):
             console.print(line)
         console.print()
-    _section(console, "Tokens per row", bar_lines(view.bars))
+    _section(console, view.lengths_title, bar_lines(view.bars))
     title = f"First packs, {view.max_length} tokens wide, a shade per sample"
     _section(console, title, (pack_line(pack, view.max_length) for pack in view.packs))
     print_pairs(view.counts)
+    if view.sampled:
+        console.print(f"{view.sampled} were read; figures with ~ are estimates", style="dim")
 
 
 def _section(console: Console, title: str, lines: Iterator[Text]) -> None:

@@ -78,6 +78,13 @@ class View:
     max_length: int
     counts: list[tuple[str, str]]
     """Names and figures: rows, drops with their places, tokens, packs."""
+    sampled: str = ""
+    """Which rows lengths and figures come from, if not from all: `4,096 of 1,000,000 rows`."""
+
+    @property
+    def lengths_title(self) -> str:
+        """Head the histogram."""
+        return f"Tokens per row, {self.sampled}" if self.sampled else "Tokens per row"
 
 
 def pieces_of(input_ids: Ints, labels: Ints, tokenizer: TextTokenizer) -> list[Piece]:
