@@ -269,7 +269,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "an image": (
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
-        "part of type image_url; only text is learned",
+        "part of type 'image_url', and only text is learned",
     ),
     "a message with weight 0": (
         {"messages": [USER, {"role": "assistant", "content": "b", "weight": 0}]},

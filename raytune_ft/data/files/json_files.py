@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 from abc import ABC
+from collections import Counter
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -26,7 +27,7 @@ from raytune_ft.data.files.readers import (
     text_start,
 )
 from raytune_ft.data.files.text_index import index_text
-from raytune_ft.data.rows.columns import describe
+from raytune_ft.data.rows.columns import describe, shown
 from raytune_ft.errors import DataError
 
 _SPACE = " \t\r\n"
@@ -35,6 +36,16 @@ _ROW_LISTS = {"messages", "conversations", "conversation", "prompt", "completion
 """Lists that belong to one row, so that an object with one of them is a row."""
 
 
+def _once(members: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build an object; ValueError for a key that stands there twice: one value would be lost."""
+    found = dict(members)
+    if len(found) < len(members):
+        ((twice, _),) = Counter(key for key, _ in members).most_common(1)
+        raise ValueError(f"key '{shown(twice)}' stands in one object twice")
+    return found
+
+
+_ROW_DECODER = json.JSONDecoder(object_pairs_hook=_once)
 MAX_VALUE_BYTES = 512 * 2**20
 """A file of one JSON value is parsed as a whole, once."""
 
@@ -47,7 +58,7 @@ class JsonReader(TextReader, ABC):
         """Parse one JSON object; DataError says what it is instead."""
         text = decode(raw, where)
         try:
-            row = json.loads(text)
+            row = _ROW_DECODER.decode(text)
         except json.JSONDecodeError as error:
             raise DataError(f"{where}: not valid JSON ({_reason(error)}); {ADVICE}") from None
         except (ValueError, RecursionError) as error:

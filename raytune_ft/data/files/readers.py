@@ -245,7 +245,7 @@ def too_long(where: str, size_bytes: int) -> DataError:
     """Return what there is to say of a row over MAX_ROW_BYTES."""
     return DataError(
         f"{where}: one row of {size_bytes / 2**20:.0f} MiB, at most {MAX_ROW_BYTES // 2**20} are "
-        "read; give each row a line of its own"
+        "read; give each row a line of its own, or leave it out with data.on_error: skip"
     )
 
 

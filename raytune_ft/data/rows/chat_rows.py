@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from raytune_ft.data.rows.columns import OR_SKIP, describe, list_in, text_in
+from raytune_ft.data.rows.columns import OR_SKIP, describe, list_in, names, shown, text_in
 from raytune_ft.data.rows.tool_rows import calls_in
 from raytune_ft.data.segments import Message
 from raytune_ft.errors import DataError
@@ -95,9 +95,18 @@ def _content(item: Mapping[str, Any], where: str, *, optional: bool) -> str:
         return field(item, "content", where)
     texts = []
     for part in content:
-        kind = part.get("type", "text") if isinstance(part, Mapping) else describe(part)
-        if kind != "text" or not isinstance(part, Mapping):
-            raise DataError(f"{where} holds a part of type {kind}; only text is learned; {OR_SKIP}")
+        if not isinstance(part, Mapping):
+            raise DataError(
+                f"{where} holds a part that is {describe(part)}, not an object; "
+                f"correct the row, {OR_SKIP}"
+            )
+        kind = part.get("type", "text")
+        if kind != "text":
+            kind = f"'{shown(kind)}'" if isinstance(kind, str) else describe(kind)
+            raise DataError(
+                f"{where} holds a part of type {kind}, and only text is learned; "
+                f"correct the row, {OR_SKIP}"
+            )
         texts.append(field(part, "text", where))
     return "".join(texts)
 
@@ -142,8 +151,7 @@ def field(item: Mapping[str, Any], key: str, where: str) -> str:
     """Return a text field of one message; DataError if it is missing or no text."""
     if key not in item:
         raise DataError(
-            f"{where} has no '{key}'; it has: {', '.join(map(str, item)) or 'nothing'}; "
-            "correct the row, or leave it out with data.on_error: skip"
+            f"{where} has no '{key}'; it has: {names(item)}; correct the row, {OR_SKIP}"
         )
     return text_in(item[key], f"{where}, '{key}'")
 
@@ -164,7 +172,7 @@ def check_roles(messages: list[Message], where: str) -> list[Message]:
             continue
         if role not in _FOLLOWS[last]:
             due = " or ".join(f"'{expected}'" for expected in _FOLLOWS[last])
-            found = f"role '{role}'" if role in ROLES.values() else f"unknown role '{role}'"
+            found = f"role '{role}'" if role in ROLES.values() else f"unknown role '{shown(role)}'"
             raise DataError(
                 f"{where}, message {number} has {found} where {due} is due; order is "
                 "system (optional), then user and assistant in turn; "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from raytune_ft.errors import DataError
@@ -11,6 +11,8 @@ from raytune_ft.errors import DataError
 Row = Mapping[str, Any]
 
 OR_SKIP = "or leave the row out with data.on_error: skip"
+_SHOWN_CHARACTERS = 60
+_SHOWN_NAMES = 20
 
 
 def renamed(row: Row, columns: Mapping[str, str]) -> Row:
@@ -32,7 +34,7 @@ def column_of(row: Row, column: str, where: str) -> Any:
     if column in row:
         return row[column]
     raise DataError(
-        f"{where}: no column '{column}'; columns: {', '.join(map(str, row)) or 'none'}; "
+        f"{where}: no column '{column}'; columns: {names(row)}; "
         f"choose another data.sources[].map, name the column in data.sources[].columns, {OR_SKIP}"
     )
 
@@ -90,6 +92,36 @@ def from_json(value: Any) -> Any:
         return value
 
 
+def shown(text: object) -> str:
+    """Write what a row holds so that it can stand in a message: short, on one line, harmless."""
+    whole = str(text)
+    start = "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+        for letter in whole[:_SHOWN_CHARACTERS]
+    )
+    return f"{start}..." if len(whole) > _SHOWN_CHARACTERS else start
+
+
+def names(keys: Iterable[object]) -> str:
+    """List the names of columns or keys for a message; `none` if there are none."""
+    known = list(keys)
+    more = [f"and {len(known) - _SHOWN_NAMES} more"] if len(known) > _SHOWN_NAMES else []
+    return ", ".join([*map(shown, known[:_SHOWN_NAMES]), *more]) or "none"
+
+
+def check_texts(value: Any, where: str) -> None:
+    """Raise DataError if some text inside of a JSON value cannot be tokenised."""
+    waiting = [value]
+    while waiting:
+        found = waiting.pop()
+        if isinstance(found, str):
+            check_text(found, where)
+        elif isinstance(found, Mapping):
+            waiting += [*found.keys(), *found.values()]
+        elif isinstance(found, list):
+            waiting += found
+
+
 def check_text(text: str, where: str) -> None:
     """Raise DataError for text that no tokenizer can take."""
     try:
@@ -106,7 +138,7 @@ def describe(value: Any) -> str:
     if value is None:
         return "null"
     if isinstance(value, bool | int | float):
-        return f"{'the value' if isinstance(value, bool) else 'the number'} {value}"
+        return f"{'the value' if isinstance(value, bool) else 'the number'} {shown(value)}"
     names = {"str": "text", "list": "a list", "dict": "an object"}
     kind = type(value).__name__
     return names.get(kind, f"a {kind}")

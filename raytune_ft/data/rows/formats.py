@@ -16,10 +16,13 @@ from raytune_ft.data.rows.columns import (
     OR_SKIP,
     Row,
     check_text,
+    check_texts,
     column_of,
     describe,
     from_json,
+    names,
     renamed,
+    shown,
     text_if_any,
     text_in,
     text_of,
@@ -60,7 +63,9 @@ def _history(row: Row, where: str) -> list[Message]:
         return []
     where = f"{where}: column 'history'"
     if not isinstance(pairs, list):
-        raise DataError(f"{where} is {describe(pairs)}, not a list of pairs; {OR_SKIP}")
+        raise DataError(
+            f"{where} is {describe(pairs)}, not a list of pairs; correct the row, {OR_SKIP}"
+        )
     messages: list[Message] = []
     for place, pair in enumerate(pairs, start=1):
         at = f"{where}, turn {place}"
@@ -112,7 +117,7 @@ def _moss(row: Row, where: str) -> list[Message]:
 def _preference(row: Row, where: str) -> list[Message]:
     found = recognise([row])
     why = found.why if found.name == "preference" else "preferences need another method"
-    raise DataError(f"{where}: {why}")
+    raise DataError(f"{where}: {why}, {OR_SKIP}")
 
 
 TODAY: Mapping[str, Format] = {
@@ -160,7 +165,7 @@ def to_conversation(
     if name is None:
         found = recognise([row], columns)
         if found.name is None:
-            raise DataError(f"{where}: {found.why}")
+            raise DataError(f"{where}: {found.why}, {OR_SKIP}")
         name, columns = found.name, dict(found.columns)
     format_, row = format_of(name), renamed(row, columns)
     if name == MOSS:
@@ -171,6 +176,7 @@ def to_conversation(
     if not messages or not (data.compat or any(map(_answers, messages))):
         return None
     tools = tools_of(row, where) if "tools" in format_.optional else ()
+    check_texts(list(tools), f"{where}: column 'tools'")
     system = data.system if source.system is None else source.system
     has_system = any(message["role"] == "system" for message in messages)
     if system and not has_system and len(messages) > 1:
@@ -189,6 +195,7 @@ def _finished(messages: list[Message], fill: Mapping[str, str], where: str) -> l
         }
         for text in texts.values():
             check_text(text, f"{where}: {message['role']} text")
+        check_texts(message.get("tool_calls"), f"{where}: a tool call")
         done.append({**message, **texts})
     return done
 
@@ -248,7 +255,7 @@ def _check_columns(source: Source, rows: Sequence[Row], key: str) -> None:
         if rows and not any(own in row for row in rows):
             known = dict.fromkeys(str(name) for row in rows for name in row)
             near = difflib.get_close_matches(own, known, n=1, cutoff=0.6)
-            hint = f"did you mean '{near[0]}'?" if near else f"columns: {', '.join(known)}"
+            hint = f"did you mean '{shown(near[0])}'?" if near else f"columns: {names(known)}"
             raise RecipeError(f"{key}: no column '{own}' in {source.path}; {hint}")
 
 

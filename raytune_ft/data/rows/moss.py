@@ -20,7 +20,16 @@ from typing import Any, TypeGuard
 import numpy as np
 
 from raytune_ft.data.encode import IGNORE_INDEX, Example
-from raytune_ft.data.rows.columns import Row, check_text, column_of, describe, text_in, text_of
+from raytune_ft.data.rows.columns import (
+    OR_SKIP,
+    Row,
+    check_text,
+    column_of,
+    describe,
+    shown,
+    text_in,
+    text_of,
+)
 from raytune_ft.data.segments import Loss, Segment
 from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
 from raytune_ft.errors import DataError
@@ -122,15 +131,23 @@ def _turn_fields(row: Row, where: str) -> Iterator[tuple[int, tuple[str, str]]]:
     """Yield (turn, (field's name, text)) in the row's order; fields without a value are none."""
     chat = column_of(row, "chat", where)
     if not isinstance(chat, Mapping):
-        raise DataError(f"{where}: column 'chat' is {describe(chat)}, not an object of turns")
+        raise DataError(
+            f"{where}: column 'chat' is {describe(chat)}, not an object of turns; "
+            f"correct the row, {OR_SKIP}"
+        )
     for number in range(1, _count_turns(row, chat, where) + 1):
         turn = chat.get(f"turn_{number}")
         if not isinstance(turn, Mapping):
-            raise DataError(f"{where}: column 'chat' has no turn_{number}; correct the row")
+            raise DataError(
+                f"{where}: column 'chat' has no turn_{number}; correct the row, {OR_SKIP}"
+            )
         for name, value in turn.items():
             if name not in FIELDS:
                 known = ", ".join(FIELDS)
-                raise DataError(f"{where}: turn_{number} has a field '{name}'; known: {known}")
+                raise DataError(
+                    f"{where}: turn_{number} has a field '{shown(name)}'; known: {known}; "
+                    f"correct the row, {OR_SKIP}"
+                )
             if value is not None:
                 yield number, (name, text_in(value, f"{where}: turn_{number}, '{name}'"))
 
@@ -141,8 +158,11 @@ def _count_turns(row: Row, chat: Mapping[str, Any], where: str) -> int:
         return sum(key.startswith("turn_") and value is not None for key, value in chat.items())
     try:
         return int(given)
-    except (TypeError, ValueError):
-        raise DataError(f"{where}: column 'num_turns' is {describe(given)}, not a number") from None
+    except (TypeError, ValueError, OverflowError):
+        raise DataError(
+            f"{where}: column 'num_turns' is {describe(given)}, not a count; "
+            f"correct the row, {OR_SKIP}"
+        ) from None
 
 
 def _finished(field: Field, where: str, bot_name: str | None, compat: str | None) -> Field:

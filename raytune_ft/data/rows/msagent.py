@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from raytune_ft.data.rows.chat_rows import field
-from raytune_ft.data.rows.columns import Row, list_in, text_of
+from raytune_ft.data.rows.columns import Row, list_in, shown, text_of
 from raytune_ft.data.segments import Message
 from raytune_ft.errors import DataError
 
@@ -79,8 +79,8 @@ def msagent_react_map_fn(row: Row, where: str) -> list[Message]:
             system, question = "", ""
         else:
             raise DataError(
-                f"{at} is from '{sender}'; known are system, user, assistant; "
-                "choose another data.sources[].map, or set data.on_error: skip"
+                f"{at} is from '{shown(sender)}'; known are system, user, assistant; "
+                "choose another data.sources[].map, or leave the row out with data.on_error: skip"
             )
     return messages
 
@@ -92,7 +92,7 @@ def _literal(row: Row, where: str) -> Any:
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         raise DataError(
             f"{where} is not the text of a Python list of {{'from', 'value'}}; "
-            "choose another data.sources[].map, or set data.on_error: skip"
+            "choose another data.sources[].map, or leave the row out with data.on_error: skip"
         ) from None
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from itertools import dropwhile
 
 from raytune_ft.data.rows.chat_rows import field
-from raytune_ft.data.rows.columns import Row, column_of, list_in, text_of
+from raytune_ft.data.rows.columns import Row, column_of, list_in, shown, text_of
 from raytune_ft.data.segments import Message
 from raytune_ft.errors import DataError
 
@@ -72,7 +72,7 @@ def _read(
         sender = field(item, keys[0], at)
         if sender not in roles:
             raise DataError(
-                f"{at} is from '{sender}'; known are {', '.join(roles)}; choose another "
+                f"{at} is from '{shown(sender)}'; known are {', '.join(roles)}; choose another "
                 "data.sources[].map, or leave the row out with data.on_error: skip"
             )
         messages.append({"role": roles[sender], "content": field(item, keys[1], at)})

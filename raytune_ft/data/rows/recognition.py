@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from raytune_ft.data.rows.columns import Row, from_json, renamed
+from raytune_ft.data.rows.columns import Row, from_json, names, renamed, shown
 
 SAMPLE_ROWS = 32
 """First rows of a data set that decide on its format."""
@@ -42,10 +42,10 @@ class Recognition:
         """Write the format, what told, renamed and unread columns."""
         parts = [self.why]
         if self.columns:
-            pairs = (f"{expected} from '{own}'" for expected, own in self.columns.items())
+            pairs = (f"{expected} from '{shown(own)}'" for expected, own in self.columns.items())
             parts.append(", ".join(pairs))
         if self.unused:
-            parts.append(f"not read: {', '.join(self.unused)}")
+            parts.append(f"not read: {names(self.unused)}")
         return f"{self.name or 'not recognised'} ({'; '.join(parts)})"
 
 
@@ -136,7 +136,7 @@ def _fit(row: Row) -> Recognition:
     hint = next((f"they fit {name}; " for columns, name in _HINTS if columns <= present), "")
     return Recognition(
         None,
-        f"no format fits the columns: {', '.join(map(str, row)) or 'none'}; {hint}{_SET_MAP} to "
+        f"no format fits the columns: {names(row)}; {hint}{_SET_MAP} to "
         "alpaca, sharegpt, openai, prompt_completion, text or another, and data.sources[].columns "
         "to the columns that it reads, or write rows as {'messages': [...]}",
     )
@@ -145,7 +145,7 @@ def _fit(row: Row) -> Recognition:
 def _found(
     name: str, row: Row, used: Collection[str], columns: Mapping[str, str] | None = None
 ) -> Recognition:
-    told = ", ".join(column for column in row if column in used)
+    told = names(column for column in row if column in used)
     unused = tuple(str(column) for column in row if column not in used)
     word = "column" if len(used) == 1 else "columns"
     return Recognition(name, f"by {word} {told}", columns or {}, unused)
@@ -249,8 +249,7 @@ def _pair(row: Row, present: set[str]) -> Recognition | None:
 def _either(row: Row, columns: Sequence[str]) -> Recognition:
     return Recognition(
         None,
-        f"several of the columns {', '.join(map(str, row))} could be learned "
-        f"({', '.join(columns)}); {_SET_MAP}",
+        f"several of the columns {names(row)} could be learned ({names(columns)}); {_SET_MAP}",
     )
 
 
