@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from raytune_ft.data.cache.tokens import TokenCache, bind
 from raytune_ft.data.concat_packing import ConcatPlan
 from raytune_ft.data.encode import Example
 from raytune_ft.data.examples import Encoder, encode_rows, usable_rows
@@ -62,7 +63,8 @@ class Measurement:
 class Feed:
     """All windows of a run's rows; picklable, so that it travels to data tasks.
 
-    `plan` is `data.compat`'s, whose packs reach over all rows; None otherwise.
+    `plan` is `data.compat`'s, whose packs reach over all rows; None otherwise. `cache` is
+    `data.cache`'s.
     """
 
     source: RowSource
@@ -70,6 +72,7 @@ class Feed:
     seed: int
     order: RowOrder
     plan: ConcatPlan | None = None
+    cache: TokenCache | None = None
 
     @property
     def n_windows(self) -> int:
@@ -87,7 +90,10 @@ class Feed:
             return self._planned_window(self.plan, epoch, number)
         rows = self.order.window_rows(epoch, number)
         report = new_report(len(rows))
-        encoded = encode_rows(self.source, self.encoder, rows)
+        if self.cache is None:
+            encoded = encode_rows(self.source, self.encoder, rows)
+        else:
+            encoded = self.cache.encode(epoch, number, rows)
         examples = usable_rows(self.source, self.encoder, rows, encoded, report)
         tokens = WindowTokens.of(examples)
         laid = self._laid(tokens, epoch, number)
@@ -152,7 +158,7 @@ def make_feed(
         shuffle=data.shuffle_before_pack,
     )
     if data.compat is None:
-        return Feed(source, encoder, seed, order)
+        return Feed(source, encoder, seed, order, cache=bind(source, encoder, seed, order))
     if measured is None:
         raise ValueError("data.compat packs rows by the sizes of all of them: measure them first")
     return Feed(

@@ -1,0 +1,1 @@
+"""Token cache: what rows were tokenised to, on disk, for later epochs and other runs."""
