@@ -171,6 +171,24 @@ def test_a_row_whose_only_label_is_lost_at_a_cut_is_left_out_and_named(
     }  # fmt: skip
 
 
+def test_a_stretch_without_an_answer_takes_no_room_in_another_row_s_pack(
+    chats: Path, tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first row's last 4 tokens would fit beside the second row, and teach nothing there."""
+
+    def encoded(_source: object, _encoder: object, rows: Iterable[int]) -> list[Example]:
+        short = labelled_at(2)
+        brief = Example(short.input_ids[:4], short.labels[:4], 4)
+        return [labelled_at(3) if row == 0 else brief for row in rows]
+
+    monkeypatch.setattr(windows, "encode_rows", encoded)
+    feed = feed_of(chats, tokenizer, max_length=8, over_length="split", window=2,
+                   shuffle_before_pack=False)  # fmt: skip
+    window = feed.window(0, 0)
+    assert sorted(pack.cu_seqlens.tolist() for pack in window.packs) == [[0, 4], [0, 8]]
+    assert (window.report["used"], window.report["left_out"]) == (2, 4)
+
+
 def labelled_at(place: int) -> Example:
     labels = np.full(12, IGNORE_INDEX, np.int32)
     labels[place] = place
