@@ -109,6 +109,7 @@ def prepare(recipe: Recipe, folder: RunFolder, source: str, screen: Screen) -> P
         expected_steps,
         compat,
         recipe.run.workers,
+        training.fingerprint,
     )
     return Prepared(job, Rows(train), validation)
 

@@ -59,10 +59,9 @@ def sample(rows: RowSource, seed: int) -> RowSource:
     if len(rows) <= EXACT_ROWS:
         return rows
     random = np.random.default_rng((seed, _SAMPLE))
-    bounds = np.linspace(0, len(rows) - STRETCH_ROWS, STRETCHES + 1).astype(np.int64)
-    starts = random.integers(bounds[:-1], bounds[1:])
-    chosen = np.unique((starts[:, None] + np.arange(STRETCH_ROWS)).ravel())
-    return rows.subset(chosen)
+    bounds = np.linspace(0, len(rows), STRETCHES + 1).astype(np.int64)
+    starts = random.integers(bounds[:-1], bounds[1:] - STRETCH_ROWS, endpoint=True)
+    return rows.subset((starts[:, None] + np.arange(STRETCH_ROWS)).ravel())
 
 
 def count_tokens(rows: RowSource, encoder: Encoder, recipe: Recipe) -> Tokenised:
