@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from raytune_ft.config.schema import Recipe
-from raytune_ft.data.packing import divide_rows, pack_pieces
+from raytune_ft.data.packing import Pack, divide_rows, pack_pieces
 from raytune_ft.data.report import Report, add_report, new_report
 from raytune_ft.data.windows import Feed, Measurement, Window
 
@@ -43,14 +43,18 @@ class Estimate:
 def estimate(feed: Feed) -> Estimate:
     """Make the first windows of a run and conclude from them to all of an epoch.
 
+    Two windows tell enough, unless neither has a pack: then more are made, up to the first pack.
+
     Raises:
         DataError: as `Feed.window`.
     """
-    windows = [feed.window(0, number) for number in range(min(COUNTED_WINDOWS, feed.n_windows))]
+    windows: list[Window] = []
+    packs: list[Pack] = []
     report = new_report()
-    for window in windows:
-        add_report(report, window.report)
-    packs = [pack for window in windows for pack in window.packs]
+    while len(windows) < feed.n_windows and (len(windows) < COUNTED_WINDOWS or not packs):
+        windows.append(feed.window(0, len(windows)))
+        add_report(report, windows[-1].report)
+        packs += windows[-1].packs
     share = windows[-1].last if windows else 1.0
     room = len(packs) * feed.encoder.data.max_length
     density = sum(len(pack.input_ids) for pack in packs) / room if room else 0.0
