@@ -8,12 +8,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from raytune_ft.config.schema import DataSection
+from raytune_ft.data import content_hashes
 from raytune_ft.data.files import blobs, hub_rows, readers
 from raytune_ft.data.sources import RowSource, open_sources, split_validation
 from raytune_ft.errors import DataError, RecipeError
@@ -289,6 +289,78 @@ def test_validation_that_cannot_be_is_a_recipe_error(tmp_path: Path, name: str |
         split_validation(open_sources(data, 1), data, 1)
 
 
-def test_a_source_is_small_to_ship(tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "x" * 500}] * 2000)
-    assert len(pickle.dumps(opened({"path": str(path)}))) < 2000 * 40
+def test_rows_that_are_written_otherwise_are_equal_and_stay_on_one_side(tmp_path: Path) -> None:
+    """C43: spaces, the order of keys, escapes and the kind of file make no other row."""
+    rows = [{"text": f"é {n}", "note": str(n)} for n in range(40)]
+    spaced = [json.dumps(row, indent=None, separators=(" , ", " : ")) for row in rows]
+    turned = [json.dumps(dict(reversed(row.items())), ensure_ascii=False) for row in rows]
+    (tmp_path / "a.jsonl").write_text("\n".join([*spaced, *turned]), encoding="utf-8")
+    (tmp_path / "b.json").write_text(json.dumps(rows, indent=2))
+    sources = [{"path": str(tmp_path / name)} for name in ("a.jsonl", "b.json")]
+    for seed in range(5):
+        data = DataSection.model_validate({"sources": sources, "validation": 0.3})
+        train, held_out = split_validation(open_sources(data, seed), data, seed)
+        assert held_out is not None
+        sides = [[row["note"] for row in side.rows(range(len(side)))] for side in (train, held_out)]
+        assert (len(sides[1]), len(set(sides[1]))) == (36, 12)
+        assert not set(sides[0]) & set(sides[1])
+
+
+def test_contents_are_hashed_once_for_all_seeds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(content_hashes, "_KEPT_ROWS", 0)
+    monkeypatch.setenv("RAYTUNE_CACHE", str(tmp_path / "cache"))
+    path = write_jsonl(tmp_path / "a.jsonl", ROWS)
+    data = DataSection.model_validate({"sources": [{"path": str(path)}], "validation": 0.5})
+    sides = []
+    for seed in (1, 1, 2):
+        held_out = split_validation(open_sources(data, seed), data, seed)[1]
+        assert held_out is not None
+        sides.append([row["id"] for row in held_out.rows(range(len(held_out)))])
+    assert sides[0] == sides[1] != sides[2]
+    assert len(list((tmp_path / "cache").rglob("*.npz"))) == 1
+
+
+def test_a_fingerprint_tells_rows_and_not_paths(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        write_jsonl(tmp_path / folder / "x.jsonl", ROWS)
+    first, copy = ({"path": str(tmp_path / name / "x.jsonl")} for name in ("a", "b"))
+    same = opened(first).fingerprint
+    assert (opened(copy).fingerprint, opened(first, seed=2).fingerprint) == (same, same)
+    others = [
+        opened(first, copy),
+        opened({**first, "weight": 2.0}),
+        opened({**first, "limit": 5}),
+        opened({**first, "limit": 5}, seed=2),
+        opened({**first, "weight": 1.5}),
+    ]
+    write_jsonl(tmp_path / "b" / "x.jsonl", [*ROWS[:22], {"id": 22, "text": "row 22 – 行 🙃"}])
+    found = [other.fingerprint for other in [*others, opened(copy)]]
+    assert len({same, *found}) == 7
+
+
+def test_files_of_the_rows_in_hand_are_looked_at(tmp_path: Path) -> None:
+    paths = [write_jsonl(tmp_path / f"{name}.jsonl", ROWS) for name in "abc"]
+    source = opened(*({"path": str(path)} for path in paths))
+    assert source.local_files() == [str(path.resolve()) for path in paths]
+    source.check_unchanged()
+    write_jsonl(paths[1], ROWS[::-1])
+    source.check_unchanged([0, 22, 46, 68])
+    for rows in ([0, 30], None):
+        with pytest.raises(DataError, match=r"b\.jsonl: changed since the run began; put"):
+            source.check_unchanged(rows)
+    with pytest.raises(IndexError, match="no row 69 among 69"):
+        source.rows([3, 69])
+
+
+def test_places_and_data_sets_of_many_rows_are_those_of_each(tmp_path: Path) -> None:
+    paths = [write_jsonl(tmp_path / f"{name}.jsonl", ROWS) for name in "ab"]
+    source = opened({"path": str(paths[0]), "weight": 2.5}, {"path": str(paths[1]), "limit": 9})
+    rows = [60, 3, 3, 57, 26, 0, 66]
+    assert source.places(rows) == [source.where(row) for row in rows]
+    assert source.sources_of(rows) == [source.source_of(row) for row in rows]
+    assert source.where(3) == source.where(26) == f"{paths[0]}:4"
+    ids = [row["id"] for row in source.rows(rows)]
+    assert [int(place.rpartition(":")[2]) - 1 for place in source.places(rows)] == ids

@@ -29,6 +29,10 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     monkeypatch.setenv("RAYTUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
+POOLS: list[Any] = []
+"""Memory pools outlive what was allocated in them."""
+
+
 @dataclass(frozen=True)
 class FarBlob:
     """A file's bytes as a server gives them: no path, ranges and a version alone."""
@@ -118,6 +122,7 @@ def test_a_large_group_is_never_held_as_a_whole(
     blob = FarBlob(path.name, path.read_bytes()) if far else LocalBlob(path)
     usual = pa.default_memory_pool()
     counted = pa.proxy_memory_pool(usual)
+    POOLS.append(counted)
     pa.set_memory_pool(counted)
     try:
         reader = open_arrow(blob, "x")
