@@ -118,7 +118,8 @@ class Shard:
             slots: int64 (k,), their places in the window.
 
         Raises:
-            DamagedError: a byte of their blocks is not as it was written, or other rows stand there.
+            DamagedError: a byte of their blocks is not as it was written, or other rows stand
+                there.
         """
         found: list[Outcome | Missing] = [MISSING] * len(rows)
         blocks = slots // BLOCK_ROWS
