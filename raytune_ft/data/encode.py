@@ -5,7 +5,7 @@ Training, chat and serving call this module. Labels are IGNORE_INDEX where the l
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -18,6 +18,11 @@ from raytune_ft.data.templating.templates import Template
 from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
 
 IGNORE_INDEX = -100
+NOTHING = np.zeros(0, np.int32)
+
+Ids = Sequence[int] | npt.NDArray[np.int32]
+Text = tuple[str, tuple[tuple[int, int], ...]]
+"""A text and its foreign spans."""
 
 
 @dataclass(frozen=True)
@@ -54,27 +59,71 @@ def encode_conversation(
         compat: give the ids and labels of XTuner v0.1.9: special tokens in a row's text count as
             such, and a first token may be a label.
     """
-    segments = conversation.written
-    if segments is None:
-        segments = tuple(
-            template.segments(
-                conversation.messages,
-                add_generation_prompt=False,
-                tools=conversation.tools,
-                loss=conversation.loss,
-            )
-        )
-    ids: list[int] = []
-    trained: list[bool] = []
+    segments = written_segments(conversation, template)
+    return encode_segments(segments, tokenizer, max_length, compat)
+
+
+def written_segments(conversation: Conversation, template: Template) -> Sequence[Segment]:
+    """Write a conversation down, by the template unless it is written already."""
+    if conversation.written is not None:
+        return conversation.written
+    return template.segments(
+        conversation.messages,
+        add_generation_prompt=False,
+        tools=conversation.tools,
+        loss=conversation.loss,
+    )
+
+
+def encode_segments(
+    segments: Sequence[Segment],
+    tokenizer: TextTokenizer | Remembered,
+    max_length: int | None = None,
+    compat: bool = False,
+) -> Example:
+    """Encode what `written_segments` gives; arguments and result as in `encode_conversation`."""
+    pieces: list[Ids] = []
     for segment in segments:
-        piece = _ids(segment, tokenizer, ids[-1:], compat)
-        ids.extend(piece)
-        trained.extend([segment.trained] * len(piece))
-    input_ids = np.asarray(ids[:max_length], dtype=np.int32)
-    labels = np.where(np.asarray(trained[:max_length], dtype=bool), input_ids, IGNORE_INDEX)
+        pieces.append(_ids(segment, tokenizer, pieces, compat))
+    sizes = np.array([len(piece) for piece in pieces], np.int64)
+    input_ids = np.concatenate([NOTHING, *(np.asarray(piece, np.int32) for piece in pieces)])
+    trained = np.repeat(np.array([segment.trained for segment in segments], bool), sizes)
+    labels = np.where(trained[:max_length], input_ids[:max_length], np.int32(IGNORE_INDEX))
     if not compat:
         labels[:1] = IGNORE_INDEX
-    return Example(input_ids, labels.astype(np.int32), len(ids))
+    return Example(input_ids[:max_length], labels, len(input_ids))
+
+
+class Remembered:
+    """A tokenizer that has encoded many texts at once; it encodes the others one by one."""
+
+    def __init__(self, tokenizer: TextTokenizer, texts: Iterable[Text]) -> None:
+        """Encode texts, each once; raises as `TextTokenizer.encode_batch`."""
+        wanted = list(dict.fromkeys(texts))
+        self.tokenizer = tokenizer
+        self.bos_ids, self.text_start_ids = tokenizer.bos_ids, tokenizer.text_start_ids
+        self._known = dict(zip(wanted, tokenizer.encode_batch(wanted), strict=True))
+
+    def encode(self, text: str, foreign: Sequence[tuple[int, int]] = ()) -> Ids:
+        """Return the ids of a text, as `TextTokenizer.encode`."""
+        known = self._known.get((text, tuple(foreign)))
+        return self.tokenizer.encode(text, foreign) if known is None else known
+
+
+def texts_to_encode(
+    segments: Sequence[Segment], tokenizer: TextTokenizer, compat: bool = False
+) -> Iterator[Text]:
+    """Yield the texts that encoding these segments will most likely ask for."""
+    behind = False
+    for segment in segments:
+        if segment.ids is None:
+            foreign = () if compat else segment.foreign
+            if segment.follows and behind and _puts_space_first(tokenizer):
+                shifted = tuple((start + 1, end + 1) for start, end in foreign)
+                yield "\n" + segment.text, shifted
+            else:
+                yield segment.text, foreign
+        behind = segment.ids is None and not segment.text.endswith(tuple(tokenizer.special_tokens))
 
 
 def encode_prompt(
@@ -92,37 +141,44 @@ def encode_prompt(
         tools: what the assistant may call, JSON schemas in OpenAI's form.
     """
     segments = template.segments(messages, add_generation_prompt=True, tools=tools)
-    ids: list[int] = []
-    for segment in segments:
-        ids.extend(_ids(segment, tokenizer, ids[-1:]))
+    ids: list[int] = encode_segments(segments, tokenizer).input_ids.tolist()
     return ids
 
 
 def _ids(
-    segment: Segment, tokenizer: TextTokenizer, before: Sequence[int], compat: bool = False
-) -> Sequence[int]:
-    """Encode a segment; `before` is the id in front of it, if any."""
+    segment: Segment,
+    tokenizer: TextTokenizer | Remembered,
+    before: Sequence[Ids],
+    compat: bool = False,
+) -> Ids:
+    """Encode a segment; `before` are the ids of those in front of it."""
     if segment.ids is not None:
         return segment.ids
     foreign = () if compat else segment.foreign
     # such a tokenizer puts the space behind a special token too, inside a text
-    if segment.follows and _puts_space_first(tokenizer) and not _special(before, tokenizer):
+    if segment.follows and not _keeps_its_space(before, tokenizer):
         return _following(segment.text, foreign, tokenizer)
     return tokenizer.encode(segment.text, foreign)
 
 
 def _following(
-    text: str, foreign: Sequence[tuple[int, int]], tokenizer: TextTokenizer
-) -> Sequence[int]:
+    text: str, foreign: Sequence[tuple[int, int]], tokenizer: TextTokenizer | Remembered
+) -> Ids:
     """Encode a text that goes on from another: behind a line break, which is then taken off."""
-    line = tokenizer.encode("\n")
+    line = list(tokenizer.encode("\n"))
     shifted = [(start + 1, end + 1) for start, end in foreign]
     ids = tokenizer.encode("\n" + text, shifted)
-    return ids[len(line) :] if ids[: len(line)] == line else tokenizer.encode(text, foreign)
+    whole = list(ids[: len(line)]) == line
+    return ids[len(line) :] if whole else tokenizer.encode(text, foreign)
 
 
-def _special(ids: Sequence[int], tokenizer: TextTokenizer) -> bool:
-    return bool(ids) and ids[0] in tokenizer.special_tokens.values()
+def _keeps_its_space(before: Sequence[Ids], tokenizer: TextTokenizer | Remembered) -> bool:
+    """Tell whether nothing has to be done about a space: there is none, or a token's in front."""
+    own = tokenizer.tokenizer if isinstance(tokenizer, Remembered) else tokenizer
+    if not _puts_space_first(own):
+        return True
+    last = next((piece[-1] for piece in reversed(before) if len(piece)), None)
+    return last in own.special_tokens.values()
 
 
 @lru_cache(maxsize=8)

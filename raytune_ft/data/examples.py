@@ -5,12 +5,19 @@ Rows that are left out, cut or split are counted and named in a report.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 
 from raytune_ft.config.schema import DataSection, Recipe, Source
-from raytune_ft.data.encode import Example, encode_conversation
+from raytune_ft.data.encode import (
+    Example,
+    Remembered,
+    encode_segments,
+    texts_to_encode,
+    written_segments,
+)
 from raytune_ft.data.files.readers import DataRow
 from raytune_ft.data.report import (
     CUT,
@@ -25,7 +32,7 @@ from raytune_ft.data.report import (
 )
 from raytune_ft.data.rows.formats import to_conversation
 from raytune_ft.data.rows.moss import are_fields, encode_fields
-from raytune_ft.data.segments import Conversation
+from raytune_ft.data.segments import Loss, Segment
 from raytune_ft.data.sources import Numbers, RowSource
 from raytune_ft.data.templating.templates import Template, get_template
 from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
@@ -63,46 +70,76 @@ class Encoder:
         Raises:
             DataError: the row cannot be used; begins with `where`.
         """
+        written = self.write(row, source, where)
+        return None if written is None else self.encode_written(written, self.tokenizer)
+
+    def write(self, row: DataRow, source: Source, where: str) -> Written | None:
+        """Write one row as segments; None if it has no answer to learn from.
+
+        Raises:
+            DataError: the row cannot be used; begins with `where`.
+        """
         conversation = to_conversation(row, source, self.data, where)
         if conversation is None:
             return None
         try:
-            return self._encoded(conversation)
+            return Written(written_segments(conversation, self.bound_template), conversation.loss)
         except DataError as error:
             raise DataError(
                 f"{where}: {error}; correct the row, or leave it out with data.on_error: skip"
             ) from None
 
-    def _encoded(self, conversation: Conversation) -> Example:
-        data, written = self.data, conversation.written
-        compat = data.compat is not None
-        if written is not None and are_fields(written):
-            return encode_fields(
-                written, self.tokenizer, self.cut_at, conversation.loss, compat=compat
-            )
-        return encode_conversation(
-            conversation, self.bound_template, self.tokenizer, self.cut_at, compat=compat
-        )
+    def remember(self, rows: Iterable[Written]) -> Remembered:
+        """Encode the texts of many rows at once."""
+        compat = self.data.compat is not None
+        tokenizer = self.tokenizer
+        texts = (texts_to_encode(row.segments, tokenizer, compat) for row in rows)
+        return Remembered(tokenizer, chain.from_iterable(texts))
+
+    def encode_written(self, row: Written, tokenizer: TextTokenizer | Remembered) -> Example:
+        """Encode the segments of one row, cut at `cut_at`."""
+        compat, segments = self.data.compat is not None, row.segments
+        if segments and are_fields(segments):
+            return encode_fields(segments, tokenizer, self.cut_at, row.loss, compat=compat)
+        return encode_segments(segments, tokenizer, self.cut_at, compat)
 
     def __getstate__(self) -> dict[str, object]:
         """Leave out the template, which is quickly bound again."""
         return {key: self.__dict__[key] for key in ("tokenizer", "template", "data")}
 
 
+@dataclass(frozen=True)
+class Written:
+    """A row as the template writes it."""
+
+    segments: Sequence[Segment]
+    loss: Loss
+
+
 def encode_rows(
     source: RowSource, encoder: Encoder, rows: Sequence[int] | Numbers
 ) -> list[Example | DataError | None]:
-    """Read and encode rows: each as its example, None (no answer), or what is wrong with it."""
-    found: list[Example | DataError | None] = []
+    """Read and encode rows: each as its example, None (no answer), or what is wrong with it.
+
+    All are written first, and then all their texts encoded in one call.
+
+    Raises:
+        ModelError: the model's chat template fails, or its tokenizer.
+    """
+    written: list[Written | DataError | None] = []
     for number, row in zip(rows, source.try_rows(rows), strict=True):
         try:
             if isinstance(row, DataError):
                 raise row
             where = source.where(int(number))
-            found.append(encoder.encode(row, source.source_of(int(number)), where))
+            written.append(encoder.write(row, source.source_of(int(number)), where))
         except DataError as error:
-            found.append(error)
-    return found
+            written.append(error)
+    tokenizer = encoder.remember(row for row in written if isinstance(row, Written))
+    return [
+        encoder.encode_written(row, tokenizer) if isinstance(row, Written) else row
+        for row in written
+    ]
 
 
 def usable_rows(

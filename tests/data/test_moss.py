@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from raytune_ft.config.loader import load_recipe
 from raytune_ft.config.schema import DataSection
 from raytune_ft.data.encode import IGNORE_INDEX, Example
+from raytune_ft.data.places import iter_packs
 from raytune_ft.data.rows.moss import Field, encode_fields, moss_map
 from raytune_ft.data.segments import Loss
 from raytune_ft.data.sources import open_sources
 from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
-from raytune_ft.data.windows import Encoder, iter_packs, make_plan, measure_rows
+from raytune_ft.data.windows import Encoder, make_feed, measure_rows
 from raytune_ft.errors import DataError
 from tests.conftest import make_tokenizer
 from tests.data.conftest import GOLDEN, write_jsonl
@@ -194,7 +195,8 @@ def test_a_file_of_rows_is_recognised_counted_and_packed(
     assert got.lengths.tolist() == [*sizes, 0, 0, 0]
     assert got.report["dropped"] == {"without a trained token": 1, "empty": 1, "unusable": 1}
     assert (got.report["used"], got.report["cut"]) == (2, 1)
-    packs = [pack for _, pack in iter_packs(source, encoder, make_plan(got, data, 1), epochs=1)]
+    feed = make_feed(source, encoder, 1, got)
+    packs = [placed.pack for placed in iter_packs(feed, epochs=1)]
     for pack in packs:
         turns = {0: 2, 1: 3}[int(pack.row_ids[0])]
         expected = encode(tokenizer, turns, fill, compat)
@@ -228,7 +230,7 @@ def test_the_shipped_recipes_name_the_assistant_and_do_not_pack(name: str) -> No
     [
         ({"chat": "no"}, "column 'chat' is text, not an object of turns"),
         ({"num_turns": 2}, "column 'chat' has no turn_2"),
-        ({"num_turns": "many"}, "column 'num_turns' is text, not a number"),
+        ({"num_turns": "many"}, "column 'num_turns' is text, not a count"),
         ({"meta_instruction": None}, "column 'meta_instruction' is null, not text"),
         ({"chat": {"turn_1": {"User": "x"}}}, "turn_1 has a field 'User'; known: Human"),
         ({"chat": {"turn_1": {"MOSS": 3}}}, "turn_1, 'MOSS' is the number 3, not text"),

@@ -19,7 +19,7 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
-from raytune_ft.data.encode import IGNORE_INDEX, Example
+from raytune_ft.data.encode import IGNORE_INDEX, Example, Remembered
 from raytune_ft.data.rows.columns import (
     OR_SKIP,
     Row,
@@ -92,7 +92,7 @@ def are_fields(written: Sequence[Segment]) -> TypeGuard[Sequence[Field]]:
 
 def encode_fields(
     fields: Sequence[Field],
-    tokenizer: TextTokenizer,
+    tokenizer: TextTokenizer | Remembered,
     max_length: int | None,
     loss: Loss = "assistant",
     *,
@@ -184,11 +184,13 @@ def _inside(text: str) -> tuple[int, int]:
     return head.end() if head else 0, stop - _END_LENGTH if has_end else len(text)
 
 
-def _encode_turn(fields: Sequence[Field], tokenizer: TextTokenizer) -> tuple[list[int], list[bool]]:
+def _encode_turn(
+    fields: Sequence[Field], tokenizer: TextTokenizer | Remembered
+) -> tuple[list[int], list[bool]]:
     ids: list[int] = []
     trained: list[bool] = []
     for field in fields:
-        piece = tokenizer.encode(field.text, field.foreign)
+        piece = np.asarray(tokenizer.encode(field.text, field.foreign), np.int32).tolist()
         learned = [field.trained] * len(piece)
         if field.edges is not None:
             first, last = (len(tokenizer.encode(edge)) for edge in field.edges)

@@ -1,19 +1,26 @@
 """Tokenizer: text in, token ids out, and back. Special tokens are never made of a user's text.
 
-Runs on the `tokenizers` library alone; `tokenizer_spec` reads the files of a model folder.
+Runs on the `tokenizers` library; many texts at once go through `fast` where that gives the same
+ids. `tokenizer_spec` reads the files of a model folder.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
 from tokenizers import AddedToken, Encoding, Tokenizer
 
+from raytune_ft.data.tokenizing.fast import FastTokenizer, fast_tokenizer
 from raytune_ft.data.tokenizing.guard import Guard, Span, is_marker
 from raytune_ft.data.tokenizing.tokenizer_spec import TokenizerSpec, read_spec
 
@@ -22,6 +29,12 @@ __all__ = ["TextTokenizer", "TokenizerSpec"]
 REPLACEMENT = "\ufffd"
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 LONE_BYTE = re.compile(r"[\udc80-\udcff]")
+TEXTS_PER_THREAD = 64
+"""With fewer texts, a thread costs more than it gains."""
+
+# The library's own thread pool would start a thread per core in every data task, and warns in, or
+# hangs, each process that is forked from one which has used it. Threads are ours: see `_threads`.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 class TextTokenizer:
@@ -41,6 +54,7 @@ class TextTokenizer:
         self.special_tokens = {token.content: id_ for id_, token in added.items() if token.special}
         self._markers = {id_: token.content for id_, token in added.items() if is_marker(token)}
         self._shy = {id_ for id_, token in added.items() if self._needs_company(token)}
+        self._spelled = _spelled([added[id_] for id_ in self._markers], self._backend)
 
     @classmethod
     def from_folder(cls, path: str | Path, eos_token: str | None = None) -> TextTokenizer:
@@ -71,6 +85,66 @@ class TextTokenizer:
         if len(genuine) < len(found):
             return self._guard.encode(text, genuine)
         return self._in_company(text, ids)
+
+    def encode_batch(
+        self, texts: Sequence[tuple[str, Sequence[Span]]]
+    ) -> list[npt.NDArray[np.int32]]:
+        """Return the ids of many texts, int32 (n,) each, exactly as `encode` gives them.
+
+        Args:
+            texts: (text, foreign spans), as the arguments of `encode`.
+
+        Raises:
+            ModelError: the fast tokenizer was found to give other ids.
+        """
+        found = self._encode_all([text for text, _ in texts])
+        return [
+            ids
+            if len(ids) != 1 and not self._may_be_forged(text, foreign, ids)
+            else np.array(self.encode(text, foreign), np.int32)
+            for (text, foreign), ids in zip(texts, found, strict=True)
+        ]
+
+    @property
+    def engine(self) -> Literal["gigatoken", "tokenizers"]:
+        """Which library encodes many texts; the ids are the same."""
+        return "tokenizers" if self._fast is None else "gigatoken"
+
+    def _encode_all(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
+        if self._fast is not None:
+            return self._fast.encode_all(texts)
+        threads = min(_threads(), len(texts) // TEXTS_PER_THREAD)
+        if threads < 2:
+            return list(self._encode_part(texts))
+        with ThreadPoolExecutor(threads) as pool:
+            # text by text in turn: neighbours are alike in length where rows are sorted
+            parts = list(pool.map(self._encode_part, (texts[i::threads] for i in range(threads))))
+        return [next(parts[number % threads]) for number in range(len(texts))]
+
+    def _encode_part(self, texts: Sequence[str]) -> Iterator[npt.NDArray[np.int32]]:
+        encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        return (np.array(encoding.ids, np.int32) for encoding in encodings)
+
+    @cached_property
+    def _fast(self) -> FastTokenizer | None:
+        return fast_tokenizer(self.spec.tokenizer_json, self._backend)
+
+    def _may_be_forged(
+        self, text: str, foreign: Sequence[Span], ids: npt.NDArray[np.int32]
+    ) -> bool:
+        """Tell whether a special token may have been made of a foreign span; in doubt, yes."""
+        if not foreign or self._spelled is None:
+            return bool(foreign) and not self._markers.keys().isdisjoint(ids.tolist())
+        pattern, longest = self._spelled
+        for start, end in foreign:
+            place = max(0, start - longest + 1)
+            while found := pattern.search(text, place, end + longest - 1):
+                if found.start() >= end:
+                    break
+                if found.end() > start:
+                    return True
+                place = found.start() + 1
+        return False
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of `ids`; U+FFFD for bytes that are no UTF-8."""
@@ -155,6 +229,29 @@ def _built(spec: TokenizerSpec) -> tuple[Tokenizer, str]:
     parts.append(sorted(spec.named_tokens))
     content_hash = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     return Tokenizer.from_str(spec.tokenizer_json), content_hash
+
+
+def _threads() -> int:
+    """Return how many threads may encode.
+
+    Ray sets OMP_NUM_THREADS to the cores of a task, so that data tasks, of which there are as many
+    as cores, take one each and leave the others to training; elsewhere every core may help.
+    """
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    return int(given) if given.isdecimal() and int(given) else os.cpu_count() or 1
+
+
+def _spelled(
+    markers: Sequence[AddedToken], backend: Tokenizer
+) -> tuple[re.Pattern[str], int] | None:
+    """Return a pattern of all special tokens and the longest one's length.
+
+    None where a token may also be written otherwise, as text that is normalised to it.
+    """
+    if not markers or (backend.normalizer is not None and any(t.normalized for t in markers)):
+        return None
+    texts = sorted({token.content for token in markers}, key=lambda text: (-len(text), text))
+    return re.compile("|".join(map(re.escape, texts))), len(texts[0])
 
 
 def _characters(run: bytes | bytearray) -> list[str]:
