@@ -214,7 +214,7 @@ MESSAGES = [
     _content("content that is an object", {"text": "a"}, "message 1, 'content' is an object"),
     _content("a picture", [{"type": "image_url", "image_url": {"url": "http://a/b.png"}}],
              "message 1 holds a part of type 'image_url', and only text is learned"),
-    _content("a part that is text alone", ["a"], "message 1 holds a part that is text, not an object"),
+    _content("a part that is text alone", ["a"], "holds a part that is text, not an object"),
     _content("a part without text", [{"type": "text"}], "message 1 has no 'text'"),
     _content("a part whose type is a list", [{"type": [1], "text": "a"}], "a part of type a list"),
     _content("half a character", "\ud83d", "user text holds half a character at place 0"),

@@ -224,8 +224,9 @@ def _rows(text: str, display: str) -> Iterator[tuple[int, int]]:
                 f"{display}: an object of {', '.join(values) or 'nothing'}, not of one list of "
                 "rows; write a list of objects, or one object per line"
             )
-    if _skip_space(text, end) < len(text):
-        raise json.JSONDecodeError("Extra data behind the rows", text, end)
+    more = _skip_space(text, end)
+    if more < len(text):
+        raise json.JSONDecodeError("Extra data behind the rows", text, more)
 
 
 def _elements(text: str, start: int) -> Generator[tuple[int, int], None, int]:

@@ -29,6 +29,15 @@ READ_BYTES = 32 * 2**20
 BOM = b"\xef\xbb\xbf"
 ADVICE = "correct it, or leave it out with data.on_error: skip"
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
+_NO_TEXT = {
+    b"\x1f\x8b": ("a gzip file", "add .gz to its name"),
+    b"\x28\xb5\x2f\xfd": ("a zstd file", "add .zst to its name"),
+    b"BZh91AY&SY": ("a bzip2 file", "add .bz2 to its name"),
+    b"PK\x03\x04": ("a zip archive", "unpack it"),
+    b"PAR1\x15": ("a Parquet file", "end its name in .parquet"),
+    b"ARROW1\0\0": ("an Arrow file", "end its name in .arrow"),
+}
+"""First bytes of files that are no text -> what they are, and what to do."""
 _KNOWN_BLOCKS = 8192
 
 Offsets = npt.NDArray[np.int64]
@@ -269,12 +278,18 @@ def text_start(blob: Blob, display: str) -> tuple[bytes, int]:
     """Return a text file's first bytes and how many of them are a byte order mark.
 
     Raises:
-        DataError: it is empty or in another encoding.
+        DataError: it is empty, in another encoding or no text.
     """
     (start,) = blob.read([(0, 4096)])
     if not start:
         raise DataError(f"{display}: the file is empty; remove it or write rows into it")
-    if start.startswith(_UTF16):
+    for first, (what, advice) in _NO_TEXT.items():
+        if start.startswith(first):
+            raise DataError(f"{display}: is {what}, not text; {advice}")
+    # ASCII in UTF-16: every other byte is zero
+    halves = [start[place:64:2] for place in (0, 1)]
+    zeros = sorted(half.count(0) for half in halves)
+    if start.startswith(_UTF16) or (zeros[0] == 0 and zeros[1] == len(halves[1]) > 0):
         raise DataError(f"{display}: the text is UTF-16; save it as UTF-8")
     return start, len(BOM) if start.startswith(BOM) else 0
 
