@@ -14,7 +14,8 @@ import pytest
 
 from raytune_ft.config.schema import DataSection
 from raytune_ft.data.files import remote
-from raytune_ft.data.files.remote import SCHEMES, check_redirect, check_url, fetch, is_url, shown
+from raytune_ft.data.files.remote import SCHEMES, check_redirect, check_url, is_url, shown
+from raytune_ft.data.files.remote_files import open_remote
 from raytune_ft.data.sources import RowSource, is_data, open_sources, split_validation
 from raytune_ft.errors import DataError, RecipeError
 
@@ -168,7 +169,6 @@ def test_a_cut_download_is_an_error_and_leaves_nothing(site: Site, cache: Path) 
         ("memory://a.jsonl", "'memory' is no scheme"),
         ("simplecache::http://127.0.0.1/a.jsonl", "'simplecache::http' is no scheme"),
         ("zip://a.jsonl::http://127.0.0.1/a.zip", "'zip' is no scheme"),
-        ("s3://bucket/a.jsonl", "s3:// paths need the package s3fs; pip install s3fs"),
         ("gs://bucket/a.jsonl", "gs:// paths need the package gcsfs"),
     ],
 )
@@ -261,7 +261,7 @@ def test_folders_and_patterns_of_a_file_system(monkeypatch: pytest.MonkeyPatch) 
     rows, held_out = split_validation(open_sources(data, 1), data, 1)
     assert held_out is not None and (len(rows), len(held_out)) == (10, 5)
     with pytest.raises(RecipeError, match="nothing at memory://set/none"):
-        fetch("memory://set/none*", "data.sources[0].path", lambda names: names)
+        open_remote("memory://set/none*", "data.sources[0].path", lambda names: names, "auto")
     memory.store.clear()
 
 

@@ -12,7 +12,6 @@ import functools
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,8 +26,8 @@ from raytune_ft.data.files.arrow_types import (
     check_stream,
 )
 from raytune_ft.data.files.blobs import Blob, BlobFile, LocalBlob
-from raytune_ft.data.files.kept import check_room, kept_file
 from raytune_ft.data.files.readers import ADVICE, DataRow, FileReader, Offsets, too_long
+from raytune_ft.data.files.remote_blobs import KeptBlob, RemoteBlob
 from raytune_ft.errors import DataError
 
 KEPT_BYTES = 384 * 2**20
@@ -158,7 +157,7 @@ def open_arrow(blob: Blob, display: str) -> GroupReader:
     kind = PARQUET if start.startswith(PARQUET) else start
     try:
         if kind not in (PARQUET, MAGIC):
-            blob = _mappable(blob, display)
+            blob = _mappable(blob)
         groups = _groups(blob, kind, display)
         if any(rows < 0 for rows, _ in groups):
             raise ValueError("a group of less than no rows")
@@ -336,7 +335,9 @@ def _source(blob: Blob) -> Any:
     """Return what Arrow reads a blob from."""
     import pyarrow as pa
 
-    return str(blob.path) if isinstance(blob, LocalBlob) else pa.PythonFile(BlobFile(blob), "r")
+    if isinstance(blob, LocalBlob | KeptBlob):
+        return str(blob.path)
+    return pa.PythonFile(BlobFile(blob), "r")
 
 
 def _mapped(blob: Blob) -> Any:
@@ -346,18 +347,9 @@ def _mapped(blob: Blob) -> Any:
     return pa.memory_map(source, "r") if isinstance(source, str) else source
 
 
-def _mappable(blob: Blob, display: str) -> Blob:
+def _mappable(blob: Blob) -> Blob:
     """Copy a stream that lies elsewhere into the cache: its batches are found by reading it all."""
-    if isinstance(blob, LocalBlob):
-        return blob
-
-    def make(target: Path) -> None:
-        check_room(blob.size, display)
-        with target.open("wb") as file:
-            for chunk in blob.chunks():
-                file.write(chunk)
-
-    return LocalBlob(kept_file(("copied", blob.place, blob.version), blob.name, make))
+    return KeptBlob(blob) if isinstance(blob, RemoteBlob) else blob
 
 
 def _unpickled(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import io
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,14 @@ def kept_file(
     if target.is_file() and not again:
         return target
     folder.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(prefix=".partial-", dir=folder)
+    with _alone(folder):
+        if not target.is_file() or again:
+            _make(target, make)
+    return target
+
+
+def _make(target: Path, make: Callable[[Path], None]) -> None:
+    handle, partial = tempfile.mkstemp(prefix=".partial-", dir=target.parent)
     os.close(handle)
     try:
         make(Path(partial))
@@ -48,7 +57,19 @@ def kept_file(
         Path(partial).replace(target)
     finally:
         Path(partial).unlink(missing_ok=True)
-    return target
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Let one process of this machine make a copy, and others wait for it."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        # where a file system knows no locks the copy is made twice, and is as good
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def kept_arrays(what: tuple[str, ...], make: Callable[[], Arrays]) -> Arrays:

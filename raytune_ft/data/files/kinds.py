@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from raytune_ft.data.files.arrow_files import open_arrow
@@ -71,8 +73,10 @@ def open_reader(blob: Blob, display: str) -> Reader:
     """Open a data file by its suffix.
 
     Raises:
-        DataError: it holds no rows, is damaged, or there is no room to unpack it.
+        DataError: it may not be read, holds no rows, is damaged, or there is no room to unpack it.
     """
+    if isinstance(blob, LocalBlob) and not os.access(blob.path, os.R_OK):
+        raise DataError(f"{display}: cannot be read, permission is denied; allow it by chmod")
     if Path(blob.name).suffix.lower() in PACKED:
         blob = _unpacked(blob, display)
     return _OPEN[Path(blob.name).suffix.lower()](blob, display)
@@ -83,13 +87,51 @@ def _unpacked(blob: Blob, display: str) -> Blob:
 
     A file that only has the suffix, since a server unpacked it on the way, is taken as it is.
     """
-    method = PACKED[Path(blob.name).suffix.lower()]
+    unpacked = UnpackedBlob(blob, blob.version, display)
+    path = unpacked.path
+    # a file of this machine stays known as one
+    return LocalBlob(path) if isinstance(blob, LocalBlob) else unpacked
 
-    def make(target: Path) -> None:
-        _unpack(blob, target, method, display)
 
-    what = ("unpacked", blob.place, blob.version)
-    return LocalBlob(kept_file(what, unpacked_name(blob.name), make))
+@dataclass(frozen=True)
+class UnpackedBlob:
+    """A compressed file from elsewhere, unpacked on each machine that reads it."""
+
+    origin: Blob
+    version: str
+    display: str
+
+    @property
+    def name(self) -> str:
+        """The file's name without the suffix of the compression."""
+        return unpacked_name(self.origin.name)
+
+    @property
+    def place(self) -> str:
+        """The compressed file's."""
+        return self.origin.place
+
+    @property
+    def size(self) -> int:
+        """Bytes, unpacked."""
+        return self.path.stat().st_size
+
+    @property
+    def path(self) -> Path:
+        """The unpacked file on this machine, made if it is not here."""
+        method = PACKED[Path(self.origin.name).suffix.lower()]
+        what = ("unpacked", self.place, self.version)
+        return kept_file(
+            what, self.name, lambda target: _unpack(self.origin, target, method, self.display)
+        )
+
+    def read(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """Return the bytes of each range [start, end)."""
+        return LocalBlob(self.path).read(ranges)
+
+    def chunks(self, start: int = 0) -> Iterator[bytes]:
+        """Yield the bytes from `start` on."""
+        return LocalBlob(self.path).chunks(start)
 
 
 def _unpack(blob: Blob, target: Path, method: str, display: str) -> None:

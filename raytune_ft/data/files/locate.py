@@ -14,7 +14,8 @@ from raytune_ft.data.files.blobs import LocalBlob
 from raytune_ft.data.files.hub_rows import open_hub
 from raytune_ft.data.files.kinds import is_data_file, kinds, open_readers
 from raytune_ft.data.files.readers import Reader
-from raytune_ft.data.files.remote import fetch, is_url, shown
+from raytune_ft.data.files.remote import is_url, shown
+from raytune_ft.data.files.remote_files import open_remote
 from raytune_ft.errors import RecipeError
 
 DEFAULT_SPLIT = "train"
@@ -107,7 +108,7 @@ def _open_url(source: Source, split: str, key: str) -> list[Reader]:
         known = [name for name in names if _counts(Path(name))]
         return known if is_pattern(url) else of_split(known, split, f"{key}: {shown(url)}")
 
-    return open_readers([(LocalBlob(path), name) for path, name in fetch(url, key, choose)])
+    return open_readers(open_remote(url, key, choose, source.access))
 
 
 def _display(file: Path, root: Path, given: str) -> str:

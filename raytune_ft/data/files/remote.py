@@ -1,4 +1,4 @@
-"""Remote files: a URL in, complete copies in the cache folder out, through fsspec.
+"""Remote files: which URLs are read, through which fsspec file system, and what messages show.
 
 What is fetched, and from where, is limited: known schemes, no chains of them, no credentials in
 the URL, no redirect from a public host into a private network. Messages show a URL without its
@@ -7,25 +7,23 @@ query, which may be a signature.
 
 from __future__ import annotations
 
+import datetime
+import functools
 import ipaddress
+import os
 import re
 import socket
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterator, Mapping
 from typing import Any
-from urllib.parse import unquote, urljoin, urlsplit
+from urllib.parse import urljoin, urlsplit
 
-from fsspec.callbacks import Callback
-
-from raytune_ft.data.files.kept import check_room, kept_file
 from raytune_ft.errors import DataError, RecipeError
 
 SCHEMES: Mapping[str, str | None] = {
     "http": None,
     "https": None,
     "hf": None,
-    "s3": "s3fs",
+    "s3": None,
     "gs": "gcsfs",
     "gcs": "gcsfs",
     "az": "adlfs",
@@ -34,12 +32,10 @@ SCHEMES: Mapping[str, str | None] = {
 """Scheme -> the package that fsspec needs for it, besides what is installed."""
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _VERSION_KEYS = (
-    "ETag", "etag", "Content-MD5", "Last-Modified", "LastModified", "last_modified", "mtime",
-    "updated", "generation", "md5Hash", "content_md5", "blob_id", "sha", "VersionId",
+    "ETag", "etag", "generation", "md5Hash", "content_md5", "blob_id", "Content-MD5",
+    "Last-Modified", "LastModified", "last_modified", "mtime", "updated",
 )  # fmt: skip
-"""What the file systems call the things that change with a file."""
-_UNSAFE = re.compile(r"[^\w.-]+")
-Choose = Callable[[list[str]], list[str]]
+"""What the file systems call the things that change with a file, the surest first."""
 
 
 def is_url(path: str) -> bool:
@@ -54,40 +50,6 @@ def shown(url: str) -> str:
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}{query}"
 
 
-def fetch(url: str, key: str, choose: Choose) -> list[tuple[Path, str]]:
-    """Fetch the files that a URL names, those apart that are here already.
-
-    Args:
-        url: a file, a folder, or a pattern with `*`; over http(s) only a file.
-        key: the recipe's field, for error messages.
-        choose: picks, of a folder's or pattern's files, by relative name.
-
-    Returns:
-        (copy, name for messages) of each file, in the order of their names.
-
-    Raises:
-        RecipeError: the URL is not allowed, names nothing, or cannot be reached.
-        DataError: there is no room, or the copy is incomplete.
-    """
-    scheme = check_url(url, key)
-    name = shown(url)
-    try:
-        files, root = _open(url, scheme, key)
-        found = _names(files, root, scheme, choose)
-        infos = [(each, files.info(each)) for each in found]
-    except (RecipeError, DataError):
-        raise
-    except Exception as error:  # each file system raises errors of its own library
-        raise _failed(error, name, key) from None
-    if not infos:
-        raise RecipeError(f"{key}: nothing at {name}")
-    copies = []
-    for path, info in infos:
-        place = name if path == root else f"{scheme}://{path}"
-        copies.append((_copy(files, path, info, place, key), place))
-    return copies
-
-
 def check_url(url: str, key: str) -> str:
     """Return a URL's scheme; RecipeError if such URLs are not fetched."""
     match = _URL.match(url)
@@ -97,96 +59,96 @@ def check_url(url: str, key: str) -> str:
             f"{key}: '{scheme or url.partition('://')[0]}' is no scheme that is fetched; "
             f"use {', '.join(SCHEMES)}, or download the files and give their path"
         )
-    if "@" in urlsplit(url).netloc and scheme in ("http", "https"):
+    # of Azure's URLs a container stands there
+    if "@" in urlsplit(url).netloc and scheme not in ("az", "abfs"):
+        place = "~/.netrc" if scheme.startswith("http") else "the environment"
         raise RecipeError(
             f"{key}: {shown(url)} is given with a user or password; credentials do not belong in "
-            "recipes, put them into ~/.netrc"
+            f"recipes, put them into {place}"
         )
     return scheme
 
 
-def _open(url: str, scheme: str, key: str) -> tuple[Any, str]:
+def file_system(url: str) -> tuple[Any, str]:
+    """Return the fsspec file system of a URL, and the URL's path in there.
+
+    Raises:
+        ImportError: it needs a package that is not here.
+    """
     import fsspec
 
-    options = {"client_kwargs": _client_options(), "use_listings_cache": False}
-    try:
-        files, root = fsspec.core.url_to_fs(url, **(options if scheme.startswith("http") else {}))
-        return files, str(root)
-    except ImportError:
-        package = SCHEMES[scheme]
-        raise RecipeError(
-            f"{key}: {scheme}:// paths need the package {package}; pip install {package}"
-        ) from None
+    scheme, _, path = url.partition("://")
+    if scheme in ("http", "https"):
+        return web_files(), url
+    if scheme == "s3":
+        return _s3_files(path.partition("/")[0]), path.rstrip("/")
+    files, root = fsspec.core.url_to_fs(url)
+    return files, str(root)
 
 
-def _names(files: Any, root: str, scheme: str, choose: Choose) -> list[str]:
-    """List what is to be fetched, sorted."""
-    if scheme.startswith("http"):
-        return [root]
-    if any(mark in root for mark in "*?["):
-        found = sorted(files.glob(root))
-        wanted = set(choose(found))
-        return [path for path in found if path in wanted]
-    if not files.isdir(root):
-        return [root]
-    prefix = root.rstrip("/") + "/"
-    found = sorted(path for path in files.find(root) if path.startswith(prefix))
-    wanted = set(choose([path.removeprefix(prefix) for path in found]))
-    return [path for path in found if path.removeprefix(prefix) in wanted]
+@functools.cache
+def web_files() -> Any:
+    """Return the one HTTP client of this process, which follows only allowed redirects."""
+    import fsspec
+
+    return fsspec.filesystem("http", client_kwargs=_client_options(), use_listings_cache=False)
 
 
-def _copy(files: Any, path: str, info: Mapping[str, Any], place: str, key: str) -> Path:
-    """Return the copy of a file, fetched unless this version of it is here."""
-    version = [f"{k}={info[k]}" for k in _VERSION_KEYS if info.get(k) is not None]
-    size = info.get("size")
+@functools.lru_cache(maxsize=64)
+def _s3_files(bucket: str) -> Any:
+    """Return Arrow's S3 client: it comes with pyarrow, where s3fs would need botocore beside.
 
-    def make(target: Path) -> None:
-        check_room(size or 0, place)
-        known = f" ({size / 2**20:.1f} MiB)" if size else ""
-        print(f"fetching {place}{known}", file=sys.stderr, flush=True)
-        try:
-            files.get_file(path, str(target), callback=_Room(place))
-        except (RecipeError, DataError):
-            raise
-        except Exception as error:  # as above
-            raise _failed(error, place, key) from None
-        got = target.stat().st_size
-        if size is not None and got != size:
-            raise DataError(f"{place}: {got} bytes came of {size}; try again")
+    Keys, profile, region and AWS_ENDPOINT_URL are read from the environment as by other tools.
+    """
+    from fsspec.implementations.arrow import ArrowFSWrapper
+    from pyarrow import fs
 
-    what = ("fetched", place, path, str(size), *version)
-    name = _UNSAFE.sub("_", unquote(PurePosixPath(urlsplit(path).path).name)).lstrip(".")
-    # without a version nothing tells whether the copy is still what the server has
-    return kept_file(what, name or "rows", make, again=not version)
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    if region is None and not os.environ.get("AWS_ENDPOINT_URL"):
+        region = fs.resolve_s3_region(bucket)
+    anonymous = os.environ.get("AWS_NO_SIGN_REQUEST", "").lower() in ("1", "true", "yes")
+    keys = {"anonymous": True} if anonymous else {}
+    options = {"region": region, "connect_timeout": 30, "request_timeout": 120, **keys}
+    return ArrowFSWrapper(fs.S3FileSystem(**options))
 
 
-class _Room(Callback):  # type: ignore[misc]
-    """Stops a download that would fill the disk."""
+def version_of(info: Mapping[str, Any]) -> str:
+    """Return what changes when a file does, of what is told of it; empty if nothing is.
 
-    def __init__(self, place: str) -> None:
-        super().__init__()
-        self._place = place
+    Where a store lists times more finely than it tells them of one file, seconds count.
+    """
+    found = next((info[key] for key in _VERSION_KEYS if info.get(key)), "")
+    if isinstance(found, datetime.datetime):
+        return f"{info.get('size')}-{int(found.timestamp())}"
+    return str(found)
 
-    def relative_update(self, inc: int = 1) -> None:
-        super().relative_update(inc)
-        check_room(0, self._place)
 
-
-def _failed(error: BaseException, place: str, key: str) -> RecipeError | DataError:
+def failed(error: BaseException, place: str, key: str) -> RecipeError | DataError:
     """Say what went wrong, without the library's text, which may hold a signature."""
     for cause in _causes(error):
         if isinstance(cause, RecipeError | DataError):
             return cause
     if isinstance(error, ImportError):
-        return RecipeError(f"{key}: {place} needs a package that is not here: {error.name}")
-    status = next((c.status for c in _causes(error) if hasattr(c, "status")), None)
-    what = type(error).__name__ if status is None else f"HTTP status {status}"
-    if isinstance(error, FileNotFoundError) and status is None:
-        what = "no such file, or no answer"
+        scheme = place.partition("://")[0]
+        package = SCHEMES.get(scheme) or error.name
+        return RecipeError(
+            f"{key}: {scheme}:// paths need the package {package}; pip install {package}"
+        )
     return RecipeError(
-        f"{key}: {place} cannot be fetched ({what}); check the path, the network and the "
-        "credentials that this file system reads from the environment"
+        f"{key}: {place} cannot be fetched ({reason_of(error)}); check the path, the network and "
+        "the credentials that this file system reads from the environment"
     )
+
+
+def reason_of(error: BaseException) -> str:
+    """Return what went wrong in a few words of our own."""
+    statuses = (getattr(cause, "status", None) for cause in _causes(error))
+    status = next((status for status in statuses if isinstance(status, int)), None)
+    if status is not None:
+        return f"HTTP status {status}"
+    if isinstance(error, FileNotFoundError):
+        return "no such file, or no answer"
+    return type(error).__name__
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
