@@ -13,11 +13,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 Numbers = npt.NDArray[np.int64]
+Key = TypeVar("Key")
+Kept = TypeVar("Kept")
 
 _CHUNKS, _ROWS = 10, 11
 """Keep the random choices of one recipe independent of each other."""
@@ -25,14 +28,21 @@ _CHUNKS, _ROWS = 10, 11
 
 @dataclass(frozen=True)
 class _Epoch:
-    """Chunks in the order of the visit; pool p is `chunks[bounds[p] : bounds[p + 1]]`.
+    """Chunks in the order of the visit.
 
-    `ends` int64 (pools,): rows of the epoch up to each pool's end.
+    `chunks` int64 (C,): the chunk of each turn; `turns` int64 (C,): the turn of each chunk;
+    `firsts` int64 (C + 1,): rows of the epoch before each turn; `bounds` int64 (pools + 1,): pool
+    p has the turns from `bounds[p]` to `bounds[p + 1]`.
     """
 
     chunks: Numbers
+    turns: Numbers
+    firsts: Numbers
     bounds: Numbers
-    ends: Numbers
+
+    def rows_before(self, pool: int) -> int:
+        """Rows of the epoch before a pool; behind the last one, all of them."""
+        return int(self.firsts[self.bounds[pool]])
 
 
 class RowOrder:
@@ -63,13 +73,12 @@ class RowOrder:
         stop = min(start + self.window, self.n_rows)
         if not self._shuffle:
             return np.arange(start, stop, dtype=np.int64)
-        ends = self._epoch(epoch).ends
+        order = self._epoch(epoch)
+        pool = int(np.searchsorted(order.firsts[order.bounds], start, side="right")) - 1
         parts = []
-        for pool in range(int(np.searchsorted(ends, start, side="right")), len(ends)):
-            first = int(ends[pool - 1]) if pool else 0
-            if first >= stop:
-                break
+        while pool < len(order.bounds) - 1 and (first := order.rows_before(pool)) < stop:
             parts.append(self._pool(epoch, pool)[max(0, start - first) : stop - first])
+            pool += 1
         return np.concatenate(parts)
 
     def places(self, epoch: int, rows: Numbers) -> Numbers:
@@ -78,16 +87,16 @@ class RowOrder:
             return np.asarray(rows, dtype=np.int64)
         order = self._epoch(epoch)
         chunks = np.searchsorted(self._chunk_ends, rows, side="right")
-        turn = np.empty_like(order.chunks)
-        turn[order.chunks] = np.arange(len(order.chunks))
-        pools = np.searchsorted(order.bounds, turn[chunks], side="right") - 1
+        turns = order.turns[chunks]
+        unshuffled = order.firsts[turns] + rows - (self._chunk_ends - self._sizes)[chunks]
+        pools = np.searchsorted(order.bounds, turns, side="right") - 1
         places = np.empty(len(rows), dtype=np.int64)
         for pool in np.unique(pools).tolist():
-            visited = self._pool(epoch, pool)
-            by_number = np.argsort(visited)
-            mine = pools == pool
-            found = by_number[np.searchsorted(visited, rows[mine], sorter=by_number)]
-            places[mine] = found + (int(order.ends[pool - 1]) if pool else 0)
+            first, mine = order.rows_before(pool), pools == pool
+            shuffled = self._shuffled(epoch, pool)
+            when = np.empty_like(shuffled)
+            when[shuffled] = np.arange(len(shuffled))
+            places[mine] = first + when[unshuffled[mine] - first]
         return places
 
     @cached_property
@@ -95,21 +104,23 @@ class RowOrder:
         return np.diff(self._chunk_ends, prepend=0)
 
     def _epoch(self, epoch: int) -> _Epoch:
+        """Return the chunks' order in an epoch; those of the two asked for last are kept."""
         if epoch not in self._epochs:
             random = np.random.default_rng((self._seed, epoch, _CHUNKS))
             chunks = random.permutation(len(self._chunk_ends))
-            ends = np.cumsum(self._sizes[chunks])
+            turns = np.empty_like(chunks)
+            turns[chunks] = np.arange(len(chunks))
+            firsts = np.append(0, np.cumsum(self._sizes[chunks]))
             # a chunk belongs to the pool in which it begins
-            pools = (ends - self._sizes[chunks]) // self._shuffle_rows
+            pools = firsts[:-1] // self._shuffle_rows
             if self.n_rows <= self._shuffle_rows:
                 pools[:] = 0
-            firsts = np.flatnonzero(np.diff(pools, prepend=-1))
-            bounds = np.append(firsts, len(chunks))
-            self._epochs = {epoch: _Epoch(chunks, bounds, ends[bounds[1:] - 1])}
-        return self._epochs[epoch]
+            bounds = np.append(np.flatnonzero(np.diff(pools, prepend=-1)), len(chunks))
+            self._epochs[epoch] = _Epoch(chunks, turns, firsts, bounds)
+        return _recent(self._epochs, epoch)
 
     def _pool(self, epoch: int, pool: int) -> Numbers:
-        """Return a pool's rows in the order of the visit; the two made last are kept."""
+        """Return a pool's rows in the order of the visit; those of two pools are kept."""
         key = (epoch, pool)
         if key not in self._pools:
             order = self._epoch(epoch)
@@ -117,10 +128,14 @@ class RowOrder:
             sizes = self._sizes[chunks]
             rows = np.arange(sizes.sum(), dtype=np.int64)
             rows += np.repeat(self._chunk_ends[chunks] - np.cumsum(sizes), sizes)
-            random = np.random.default_rng((self._seed, epoch, pool, _ROWS))
-            kept = list(self._pools.items())[-1:]
-            self._pools = {**dict(kept), key: random.permutation(rows)}
-        return self._pools[key]
+            self._pools[key] = rows[self._shuffled(epoch, pool)]
+        return _recent(self._pools, key)
+
+    def _shuffled(self, epoch: int, pool: int) -> Numbers:
+        """Return the order in which a pool's rows are visited, int64 (rows,), from 0 on."""
+        order = self._epoch(epoch)
+        random = np.random.default_rng((self._seed, epoch, pool, _ROWS))
+        return random.permutation(order.rows_before(pool + 1) - order.rows_before(pool))
 
     def __getstate__(self) -> dict[str, object]:
         """Leave out what can be computed again."""
@@ -136,3 +151,12 @@ def _divided(chunk_ends: Numbers, most: int) -> Numbers:
     part = np.arange(len(chunk)) - np.repeat(np.cumsum(parts) - parts, parts) + 1
     ends: Numbers = (chunk_ends - sizes)[chunk] + sizes[chunk] * part // parts[chunk]
     return ends
+
+
+def _recent(kept: dict[Key, Kept], key: Key) -> Kept:
+    """Return what is kept under a key, and forget all but it and what was asked for before it."""
+    found = kept.pop(key)
+    for old in list(kept)[:-1]:
+        del kept[old]
+    kept[key] = found
+    return found
