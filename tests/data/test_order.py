@@ -130,6 +130,8 @@ def test_a_window_is_made_from_its_number_alone(
     for epoch, number in data.draw(st.lists(asked, max_size=8)):
         fresh = order_of(chunks, window, together).window_rows(epoch, number)
         assert used.window_rows(epoch, number).tolist() == fresh.tolist()
+        places = number * window + np.arange(len(fresh))
+        assert used.places(epoch, fresh).tolist() == places.tolist()
         travelled = pickle.loads(pickle.dumps(used))
         assert travelled.window_rows(epoch, number).tolist() == fresh.tolist()
 
