@@ -236,12 +236,15 @@ class TextReader(FileReader, ABC):
             return [(raw, 0)]
 
     def _parsed(self, raw: bytes, row: int, block: int) -> DataRow | DataError:
-        where = self.where(row)
         if len(raw) > MAX_ROW_BYTES:
             start, end = self.blocks.span(block)
-            return too_long(where, end - start)
+            return too_long(self.where(row), end - start)
         try:
-            return self.parse(raw, where)
+            return self.parse(raw, "")
+        except DataError:
+            pass
+        try:  # only now: finding a row's place may cost more than reading it
+            return self.parse(raw, self.where(row))
         except DataError as error:
             return error
 
