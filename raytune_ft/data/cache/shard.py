@@ -90,7 +90,7 @@ class Shard:
     """A shard's file, open for reading; use it in a `with` statement.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        OSError: there is no such file, or it cannot be opened.
         DamagedError: it is not as it was written.
     """
 

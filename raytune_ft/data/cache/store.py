@@ -59,6 +59,7 @@ class Store:
     def __init__(self, root: Path) -> None:
         self._root = root
         self._size = 0
+        self._full = False
         self._until_scan = 0
         self._told: set[str] = set()
         self._used: set[str] = set()
@@ -113,11 +114,13 @@ class Store:
         """Make room by removing other keys, those first that were used longest ago."""
         self._root.mkdir(parents=True, exist_ok=True)
         limit = limit_bytes(self._root)
-        if self._until_scan <= 0 or self._size + size > limit:
+        over = self._size + size > limit
+        if self._until_scan <= 0 or (over and not self._full):
             self._until_scan = SCAN_EVERY
             self._size = self._shrink(key, limit - size)
+            self._full = self._size + size > limit
         self._until_scan -= 1
-        if self._size + size > limit:
+        if self._full:
             self._tell(f"full, all keys may take {limit / 2**30:.1f} GiB; set {LIMIT} to more")
             return False
         check_room(size, "data.cache")

@@ -69,12 +69,12 @@ class TokenCache:
         try:
             with Shard(path, self._identity(shard)) as opened:
                 return opened.outcomes(rows, slots)
-        except FileNotFoundError:
-            if not make:
-                return [MISSING] * len(rows)
-        except (DamagedError, OSError) as error:
+        except DamagedError as error:
             _log.warning("token cache %s: damaged (%s); made again", path, error)
             store().remove(self.key, shard)
+        except OSError:
+            if not make:
+                return [MISSING] * len(rows)
         made = self._made(shard)
         return [made[slot] for slot in slots.tolist()]
 
