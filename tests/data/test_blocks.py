@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytune_ft.data.files import blobs, blocks, readers, text_index
+from raytune_ft.data.files import blobs, blocks, csv_records, readers, text_index
 from raytune_ft.data.files.blobs import BlobFile, LocalBlob
 from raytune_ft.data.files.kinds import open_reader
 from raytune_ft.data.files.readers import Reader
@@ -186,6 +186,42 @@ def test_records_stand_in_the_lines_where_pythons_reader_finds_them(
         cut(patch, chunk, block_bytes, read_bytes)
         order = data.draw(st.lists(st.integers(0, len(rows) - 1), max_size=20))
         check(open_reader(LocalBlob(path), "x"), rows, lines, order)
+
+
+@given(
+    text=st.lists(
+        st.sampled_from(["a", ",", '"', '"', "\n", "\n", "\r", "\r\n", " "]), max_size=40
+    ),
+    chunk=st.sampled_from([1, 5, 4096]),
+    run=st.sampled_from([1, 3, 32]),
+)
+def test_any_text_has_the_records_and_the_mistakes_that_pythons_reader_finds(
+    text: list[str], chunk: int, run: int
+) -> None:
+    raw = "".join(text)
+    lines = [line + "\n" for line in raw.split("\n")]
+    lines[-1] = lines[-1][:-1]
+    oracle = csv.reader((line for line in lines if line), strict=True)
+    starts, before, wrong = list[tuple[int, int]](), 0, None
+    try:
+        for record in oracle:
+            if record:
+                starts.append((sum(map(len, lines[:before])), before + 1))
+            before = oracle.line_num
+    except csv.Error as error:
+        wrong = (before + 1, str(error))
+    found, said = list[tuple[int, int]](), None
+    cuts = [raw.encode()[n : n + chunk] for n in range(0, len(raw), chunk)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(csv_records, "_RUN", run)
+        try:
+            for some, numbers in csv_records.record_starts(iter(cuts), 0, ","):
+                found += zip(some.tolist(), numbers.tolist(), strict=True)
+        except csv_records.RecordError as error:
+            said = (error.line, str(error))
+    assert said == wrong
+    if not wrong:
+        assert found == starts
 
 
 # Rows that are long, and the limit.

@@ -8,21 +8,17 @@ from __future__ import annotations
 
 import csv
 import io
-import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
-
 from raytune_ft.data.files import readers
 from raytune_ft.data.files.blobs import Blob
 from raytune_ft.data.files.blocks import PARSED_ROWS, BlockBuilder, Blocks
+from raytune_ft.data.files.csv_records import RecordError, read_records, record_starts
 from raytune_ft.data.files.readers import ADVICE, DataRow, Part, TextReader, decode, text_start
 from raytune_ft.data.files.text_index import index_text
 from raytune_ft.errors import DataError
-
-_BATCH = 65_536
 
 
 class _Record(NamedTuple):
@@ -32,14 +28,6 @@ class _Record(NamedTuple):
     end: int
     line: int
     fields: list[str]
-
-
-class _RecordError(ValueError):
-    """A record that cannot be read, and the line in which it begins."""
-
-    def __init__(self, line: int, reason: str) -> None:
-        super().__init__(reason)
-        self.line = line
 
 
 @dataclass(frozen=True)
@@ -53,7 +41,7 @@ class CsvReader(TextReader):
         """Parse one record; DataError if it has other fields than the columns."""
         text = decode(raw, where)
         try:
-            fields = next(_records(io.StringIO(text, newline=""), self.separator))
+            fields = next(read_records(io.StringIO(text, newline=""), self.separator))
         except (csv.Error, StopIteration) as error:
             raise DataError(f"{where}: not a readable record ({error}); {ADVICE}") from None
         if len(fields) != len(self.columns):
@@ -86,33 +74,25 @@ def open_csv(blob: Blob, display: str, separator: str | None = None) -> CsvReade
     mark = separator or _separator(start[skip:])
 
     def divide(chunks: Iterator[bytes]) -> tuple[Blocks, int]:
-        try:
-            return _divide(_index(_lines(chunks), skip, mark), blob.size, display), 0
-        except _RecordError as error:
-            raise DataError(
-                f"{display}:{error.line}: the record that begins here cannot be read ({error}); "
-                "close its quotes, and double those inside quoted texts"
-            ) from None
+        builder, n_records = BlockBuilder(PARSED_ROWS), 0
+        for starts, lines in record_starts(chunks, skip, mark):
+            header = 0 if n_records else 1
+            n_records += len(starts)
+            builder.add(starts[header:], lines[header:])
+        if n_records < 2:
+            raise DataError(f"{display}: only a header, no rows; write rows into it")
+        return builder.finish(blob.size), 0
 
-    index = index_text(blob, display, f"csv {mark}", skip, divide)
-    header = next(_index(_lines(blob.chunks(skip)), skip, mark))
-    columns = _header(header, display)
+    try:
+        header = next(_index(_lines(blob.chunks(skip)), skip, mark), None)
+        columns = _header(header, display)
+        index = index_text(blob, display, f"csv {mark}", skip, divide)
+    except RecordError as error:
+        raise DataError(
+            f"{display}:{error.line}: the record that begins here cannot be read ({error}); "
+            "close its quotes, and double those inside quoted texts"
+        ) from None
     return CsvReader(blob, display, index.version, index.fingerprint, index.blocks, columns, mark)
-
-
-def _divide(records: Iterator[_Record], end: int, display: str) -> Blocks:
-    """Find blocks of the rows behind the header."""
-    header = next(records, None)
-    if header is not None:
-        _header(header, display)
-    builder, n_rows = BlockBuilder(PARSED_ROWS), 0
-    while places := [(record.start, record.line) for record in itertools.islice(records, _BATCH)]:
-        found = np.array(places, dtype=np.int64)
-        builder.add(found[:, 0], found[:, 1])
-        n_rows += len(places)
-    if header is not None and not n_rows:
-        raise DataError(f"{display}: only a header, no rows; write rows into it")
-    return builder.finish(end)
 
 
 def _separator(start: bytes) -> str:
@@ -120,7 +100,9 @@ def _separator(start: bytes) -> str:
     return next((mark for mark in (",", ";", "\t") if mark.encode() in header), ",")
 
 
-def _header(record: _Record, display: str) -> tuple[str, ...]:
+def _header(record: _Record | None, display: str) -> tuple[str, ...]:
+    if record is None:
+        raise DataError(f"{display}: no rows, only blank lines; write rows into it")
     columns = tuple(name.strip() for name in record.fields)
     try:
         "".join(columns).encode()
@@ -132,13 +114,6 @@ def _header(record: _Record, display: str) -> tuple[str, ...]:
         what = f"column '{twice[0]}' twice" if twice else f"column {unnamed[0]} without a name"
         raise DataError(f"{display}:{record.line}: the header has {what}; name each column")
     return columns
-
-
-def _records(lines: Iterator[str] | io.StringIO, separator: str) -> Iterator[list[str]]:
-    """Parse records, with fields as long as a row may be."""
-    if csv.field_size_limit() < readers.MAX_ROW_BYTES:
-        csv.field_size_limit(readers.MAX_ROW_BYTES)  # the module knows but one limit for all
-    return csv.reader(lines, delimiter=separator, strict=True)
 
 
 def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
@@ -157,7 +132,7 @@ def _index(lines: Iterable[bytes], skip: int, separator: str) -> Iterator[_Recor
     """Yield each record that is not blank.
 
     Raises:
-        _RecordError: the quotes of a record are wrong, or a line is too long.
+        RecordError: the quotes of a record are wrong, or a line is too long.
     """
     done, line = skip, 0
 
@@ -172,9 +147,9 @@ def _index(lines: Iterable[bytes], skip: int, separator: str) -> Iterator[_Recor
 
     start, first = skip, 1
     try:
-        for fields in _records(decoded(), separator):
+        for fields in read_records(decoded(), separator):
             if fields:
                 yield _Record(start, done, first, fields)
             start, first = done, line + 1
     except csv.Error as error:
-        raise _RecordError(first, str(error)) from None
+        raise RecordError(first, str(error)) from None
