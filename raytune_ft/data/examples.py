@@ -127,12 +127,12 @@ def encode_rows(
         ModelError: the model's chat template fails, or its tokenizer.
     """
     written: list[Written | DataError | None] = []
-    for number, row in zip(rows, source.try_rows(rows), strict=True):
+    facts = zip(source.try_rows(rows), source.sources_of(rows), source.places(rows), strict=True)
+    for row, of, where in facts:
         try:
             if isinstance(row, DataError):
                 raise row
-            where = source.where(int(number))
-            written.append(encoder.write(row, source.source_of(int(number)), where))
+            written.append(encoder.write(row, of, where))
         except DataError as error:
             written.append(error)
     tokenizer = encoder.remember(row for row in written if isinstance(row, Written))

@@ -21,6 +21,7 @@ from raytune_ft.data.segments import Loss, Message, Segment, is_text, text_segme
 from raytune_ft.data.templating.answers import Answer, Ends, Locator
 from raytune_ft.data.templating.renderings import Conversation
 from raytune_ft.data.templating.sandbox import renderer
+from raytune_ft.data.templating.shapes import Shapes
 from raytune_ft.data.templating.signs import Rendered, Signs
 from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
 from raytune_ft.errors import DataError, RaytuneError
@@ -42,6 +43,7 @@ class ChatTemplate:
         eos = tokenizer.named_tokens.get("eos_token", "")
         self._ends = Ends(_any_of({*tokenizer.special_tokens, *stops, eos}), stops)
         self._literals = _any_of(self._renderer.literals)
+        self._shapes = Shapes(self._source, tokenizer.named_tokens)
         self.stop_ids = frozenset(ends | self._end_of_turn())
 
     def segments(
@@ -65,6 +67,22 @@ class ChatTemplate:
         if is_text(messages) and not tools and not add_generation_prompt:
             tokenizer = self._tokenizer
             return text_segments(messages[0]["content"], tokenizer.bos_ids, tokenizer.eos_id)
+        if add_generation_prompt or tools:
+            return self._rendered(messages, tools, loss, add_generation_prompt)
+        known = self._shapes.segments(messages, loss)
+        if known is None:
+            known = self._rendered(messages, (), loss, add_generation_prompt=False)
+            self._shapes.learn(messages, loss, known)
+        return known
+
+    def _rendered(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]],
+        loss: Loss,
+        add_generation_prompt: bool,
+    ) -> list[Segment]:
+        """Render a conversation as often as it takes; arguments and errors as in `segments`."""
         prepared = self._prepared(messages)
         answers = [i for i, message in enumerate(prepared) if message["role"] == "assistant"]
         if answers and not add_generation_prompt:

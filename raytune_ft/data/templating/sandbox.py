@@ -14,7 +14,7 @@ import datetime
 import json
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import jinja2
 from jinja2 import nodes
@@ -54,14 +54,8 @@ class Renderer:
 
     def __init__(self, source: str) -> None:
         """Compile; ModelError if the source is no template."""
-        environment = _Environment()
-        try:
-            tree = _Counting(environment.blocks).visit(environment.parse(source))
-            code = environment.compile(tree)
-        except (jinja2.TemplateError, RecursionError) as error:
-            reason = str(error) or type(error).__name__
-            raise ModelError(f"the model's chat template cannot be read: {reason}") from None
-        self._template = jinja2.Template.from_code(environment, code, environment.make_globals({}))
+        environment = Environment()
+        self._template = compile_template(source, environment)
         self.has_generation_marks = environment.blocks.found
         self.literals = _inspected(environment.parse(source))
         """Texts that the template looks for in what it is given."""
@@ -93,6 +87,17 @@ class Renderer:
                 "set model.template to a prompt template"
             ) from None
         return "".join(parts)
+
+
+def compile_template(source: str, environment: Environment) -> jinja2.Template:
+    """Compile a chat template with its limits; ModelError if the source is no template."""
+    try:
+        tree = _Counting(environment.blocks).visit(environment.parse(source))
+        code = environment.compile(tree)
+    except (jinja2.TemplateError, RecursionError) as error:
+        reason = str(error) or type(error).__name__
+        raise ModelError(f"the model's chat template cannot be read: {reason}") from None
+    return jinja2.Template.from_code(environment, code, environment.make_globals({}))
 
 
 @lru_cache(maxsize=8)
@@ -132,11 +137,9 @@ class _Blocks(Extension):
             budget.step()
         return ""
 
-    def joined(self, *values: Any) -> str:
+    def joined(self, *values: Any) -> Any:
         """Write the operator `~`."""
-        texts = [str(limits.check_text(value)) for value in values]
-        limits.check_length(sum(map(len, texts)))
-        return "".join(texts)
+        return cast(Environment, self.environment).joined(*values)
 
 
 class _Counting(NodeTransformer):
@@ -162,7 +165,7 @@ class _Counting(NodeTransformer):
         return node
 
 
-class _Environment(ImmutableSandboxedEnvironment):
+class Environment(ImmutableSandboxedEnvironment):
     """Jinja's immutable sandbox with the functions of transformers, and with limits."""
 
     intercepted_binops = frozenset(["+", "*", "**", "%"])
@@ -190,6 +193,12 @@ class _Environment(ImmutableSandboxedEnvironment):
     def concat(parts: Iterable[str]) -> str:
         """Join what a macro or a `set` block has written."""
         texts = list(parts)
+        limits.check_length(sum(map(len, texts)))
+        return "".join(texts)
+
+    def joined(self, *values: Any) -> Any:
+        """Write the operator `~`."""
+        texts = [str(limits.check_text(value)) for value in values]
         limits.check_length(sum(map(len, texts)))
         return "".join(texts)
 
