@@ -114,16 +114,17 @@ def texts_to_encode(
     segments: Sequence[Segment], tokenizer: TextTokenizer, compat: bool = False
 ) -> Iterator[Text]:
     """Yield the texts that encoding these segments will most likely ask for."""
-    behind = False
+    spaced, behind = _puts_space_first(tokenizer), False
     for segment in segments:
         if segment.ids is None:
             foreign = () if compat else segment.foreign
-            if segment.follows and behind and _puts_space_first(tokenizer):
+            if segment.follows and behind:
                 shifted = tuple((start + 1, end + 1) for start, end in foreign)
                 yield "\n" + segment.text, shifted
             else:
                 yield segment.text, foreign
-        behind = segment.ids is None and not segment.text.endswith(tuple(tokenizer.special_tokens))
+        special = segment.ids is not None or not spaced
+        behind = not special and not segment.text.endswith(tuple(tokenizer.special_tokens))
 
 
 def encode_prompt(

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from raytune_ft.data.segments import Loss, Message, Segment
@@ -85,14 +86,12 @@ class Shapes:
 
     def __init__(self, source: str, variables: Mapping[str, Any]) -> None:
         """Take a template and what it may see beside the conversation; `Tracer` says more."""
-        self._tracer: Tracer | None = None
-        with suppress(UntraceableError):
-            self._tracer = Tracer(source, variables)
+        self._template = (source, variables)
         self._plans: dict[Key, Plan | int] = {}
 
     def segments(self, messages: Sequence[Message], loss: Loss) -> list[Segment] | None:
         """Return the segments of a conversation; None if it has to be rendered."""
-        found = _shape(messages) if self._tracer is not None else None
+        found = _shape(messages) if self._plans else None
         if found is None:
             return None
         roles, texts = found
@@ -101,18 +100,24 @@ class Shapes:
 
     def learn(self, messages: Sequence[Message], loss: Loss, segments: Sequence[Segment]) -> None:
         """Learn a shape from a conversation that was rendered, and its segments."""
-        found = _shape(messages) if self._tracer is not None else None
-        if found is None or self._tracer is None:
+        found = _shape(messages)
+        if found is None or self._tracer is None or len(self._plans) >= MOST_SHAPES:
             return
         roles, texts = found
         known = self._plans.get((roles, loss), 0)
-        if isinstance(known, Plan) or known >= ATTEMPTS or len(self._plans) >= MOST_SHAPES:
+        if isinstance(known, Plan) or known >= ATTEMPTS:
             return
-        try:
+        plan: Plan | None = None
+        with suppress(UntraceableError):
             plan = _plan(self._tracer, roles, texts, segments)
-        except UntraceableError:
-            plan = None
         self._plans[roles, loss] = known + 1 if plan is None else plan
+
+    @cached_property
+    def _tracer(self) -> Tracer | None:
+        """The template, compiled for slots; chat and serving never need it."""
+        with suppress(UntraceableError):
+            return Tracer(*self._template)
+        return None
 
 
 def _shape(messages: Sequence[Message]) -> tuple[tuple[str, ...], list[str]] | None:
