@@ -19,8 +19,7 @@ from raytune_ft.config.schema import Recipe
 from raytune_ft.data import sources, stream
 from raytune_ft.data.counting import Estimate, estimate
 from raytune_ft.data.examples import Encoder
-from raytune_ft.data.packing import Pack, Position
-from raytune_ft.data.places import Placed
+from raytune_ft.data.feeder import Rows
 from raytune_ft.data.report import Report, nothing_left
 from raytune_ft.data.sources import RowSource
 from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
@@ -34,28 +33,18 @@ from raytune_ft.training.worker import Job
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Rows of one kind, ready to be streamed."""
-
-    feed: Feed
-
-    def packs(self, start: Position) -> Iterator[Placed]:
-        """Stream packs of all epochs from `start` on, through Ray Data."""
-        return stream.packs(self.feed, start)
-
-    def once(self) -> Iterator[Pack]:
-        """Yield the packs of one epoch."""
-        for placed in stream.packs(self.feed, epochs=1):
-            yield placed.pack
-
-
-@dataclass(frozen=True)
 class Prepared:
-    """A run that can start: what each worker is told, and where its packs come from."""
+    """A run that can start: what each worker is told, and the rows that it is fed with."""
 
     job: Job
     train: Rows
     validation: Rows | None
+
+    @property
+    def kinds(self) -> dict[str, Rows]:
+        """The rows by their kinds, as `feeder.feeding` takes them."""
+        kinds = {"train": self.train, "validation": self.validation}
+        return {kind: rows for kind, rows in kinds.items() if rows is not None}
 
 
 def prepare(recipe: Recipe, folder: RunFolder, source: str, screen: Screen) -> Prepared:
@@ -74,7 +63,7 @@ def prepare(recipe: Recipe, folder: RunFolder, source: str, screen: Screen) -> P
     training, held_out = sources.split_validation(rows, recipe.data, recipe.train.seed)
     compat = recipe.data.compat is not None
     screen.stage("data", 0, len(training))
-    measured = measure(training, encoder, screen) if compat else None
+    measured = measure(training, encoder, folder, screen) if compat else None
     train = make_feed(training, encoder, recipe.train.seed, measured)
     seen = estimate(train)
     if not seen.packs:
@@ -111,7 +100,7 @@ def prepare(recipe: Recipe, folder: RunFolder, source: str, screen: Screen) -> P
         recipe.run.workers,
         training.fingerprint,
     )
-    return Prepared(job, Rows(train), validation)
+    return Prepared(job, Rows(train, recipe.train.epochs, tuple(seen.windows)), validation)
 
 
 def record_of(report: Report, seen: Estimate, expected_steps: int) -> dict[str, Any]:
@@ -127,10 +116,13 @@ def _held_out(rows: RowSource, encoder: Encoder, recipe: Recipe) -> Feed:
     return make_feed(rows, alone, recipe.train.seed)
 
 
-def measure(rows: RowSource, encoder: Encoder, screen: Screen) -> Measurement:
+def measure(rows: RowSource, encoder: Encoder, folder: RunFolder, screen: Screen) -> Measurement:
     """Count tokens of all rows with Ray Data, showing progress."""
-    screen.stage("data", 0, len(rows))
-    return stream.measure(rows, encoder, lambda done, total: screen.stage("data", done, total))
+
+    def show(done: int, total: int) -> None:
+        screen.stage("data", done, total)
+
+    return stream.measure(rows, encoder, show, shared_folder=folder.path.parent)
 
 
 def new_folder(recipe: Recipe, source: str) -> RunFolder:

@@ -1,7 +1,7 @@
 """`python -m raytune_ft.train --config NAME_OR_FILE [key=value ...]`: the whole way of one run.
 
-Read top to bottom: recipe -> counted rows -> Ray Train workers, each running
-`training.worker.run` on its share of one pack sequence -> report and summary.
+Read top to bottom: recipe -> rows -> a feeder, which has windows of packs made -> Ray Train
+workers, each running `training.worker.run` on its share of one sequence -> report and summary.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from rich.console import Console
 from raytune_ft import errors, survey
 from raytune_ft.cluster import noise_to, ray_session
 from raytune_ft.config.schema import Recipe
+from raytune_ft.data.feeder import Supply, feeding
 from raytune_ft.preparation import Prepared, new_folder, prepare, removed_unless_started
 from raytune_ft.screen import Screen
 from raytune_ft.training import report, worker
@@ -27,7 +28,9 @@ from raytune_ft.training.run_folder import Event, RunFolder, append_jsonl, read_
 POLL_SECONDS = 0.2
 FAILURES = "failures.jsonl"
 CPUS_PER_WORKER = 0.5
-"""Less than a core, so that data tasks find room beside the workers on a small machine."""
+"""Less than a core, so that several workers find room on a small machine."""
+DATA_TASKS = 2
+"""Windows of rows made at once; a core tokenises for several GPUs."""
 
 
 def train(recipe: Recipe, *, source: str, resume: str | None = None) -> int:
@@ -49,7 +52,15 @@ def train(recipe: Recipe, *, source: str, resume: str | None = None) -> int:
         with screen.live():
             screen.stage("ray")
             with ray_session():
-                fit(prepare(recipe, folder, source, screen), folder, screen)
+                prepared = prepare(recipe, folder, source, screen)
+                with feeding(
+                    prepared.kinds,
+                    readers=recipe.run.workers,
+                    at_once=max(DATA_TASKS, recipe.run.workers),
+                    shared_folder=folder.path.parent,
+                    begin=() if resume else ("train",),
+                ) as supply:
+                    fit(prepared, supply, folder, screen)
             screen.stage("report")
             report.write_report(folder)
         folder.update(status="done")
@@ -57,7 +68,7 @@ def train(recipe: Recipe, *, source: str, resume: str | None = None) -> int:
     return 0
 
 
-def fit(prepared: Prepared, folder: RunFolder, screen: Screen) -> None:
+def fit(prepared: Prepared, supply: Supply, folder: RunFolder, screen: Screen) -> None:
     """Run the workers to the end; TrainingError, or the error of the worker, otherwise."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -68,7 +79,7 @@ def fit(prepared: Prepared, folder: RunFolder, screen: Screen) -> None:
     mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
     trainer = TorchTrainer(
         train_loop_per_worker,
-        train_loop_config={"prepared": prepared, "mailbox": mailbox},
+        train_loop_config={"job": prepared.job, "supply": supply, "mailbox": mailbox},
         torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo", timeout_s=600),
         scaling_config=ScalingConfig(
             num_workers=recipe.run.workers,
@@ -96,19 +107,13 @@ def fit(prepared: Prepared, folder: RunFolder, screen: Screen) -> None:
 
 def train_loop_per_worker(config: dict[str, Any]) -> None:
     """Entry on each Ray Train worker: bind the streams and hand over to training.worker."""
-    prepared: Prepared = config["prepared"]
-    mailbox = config["mailbox"]
-    folder = RunFolder(prepared.job.run_path)
+    job: worker.Job = config["job"]
+    supply: Supply = config["supply"]
+    rank = ray.train.get_context().get_world_rank()
+    packs, validation = supply.of_rank(rank)
+    folder = RunFolder(job.run_path)
     with noise_to(folder.log):
-        guard(
-            lambda: worker.run(
-                prepared.job,
-                prepared.train.packs,
-                prepared.validation.once if prepared.validation else None,
-                mailbox.put.remote,
-            ),
-            folder,
-        )
+        guard(lambda: worker.run(job, packs, validation, config["mailbox"].put.remote), folder)
     ray.train.report({"done": True})
 
 

@@ -21,6 +21,7 @@ from rich.table import Table
 from raytune_ft.cluster import noise_to, ray_session
 from raytune_ft.config import loader
 from raytune_ft.config.schema import Recipe, TuneSection
+from raytune_ft.data.feeder import feeding
 from raytune_ft.errors import RecipeError, TrainingError
 from raytune_ft.preparation import Prepared, new_folder, prepare, removed_unless_started
 from raytune_ft.screen import Screen
@@ -153,9 +154,15 @@ def run_trial(config: dict[str, Any], prepared: Prepared) -> None:
             else:
                 ray_tune.report(metrics)
 
-    with noise_to(folder.log):
-        validation = prepared.validation.once if prepared.validation else None
-        worker.run(job, prepared.train.packs, validation, report)
+    # trials end at any step and with their own epochs: each has a feeder, which ends with it
+    rows = prepared.kinds
+    rows["train"] = replace(prepared.train, epochs=named.train.epochs)
+    with (
+        noise_to(folder.log),
+        feeding(rows, shared_folder=base.path.parent, begin=("train",)) as supply,
+    ):
+        packs, validation = supply.of_rank(0)
+        worker.run(job, packs, validation, report)
     folder.update(status="done")
     for metrics in last:
         ray_tune.report(metrics)
