@@ -151,8 +151,9 @@ class TextReader(FileReader, ABC):
         """Read the blocks that hold the rows, and parse the rows.
 
         Raises:
-            DataError: the file is not as it was when it was opened.
+            DataError: the file is not as it was when it was opened, or cannot be read.
         """
+        self.check_unchanged()
         wanted = np.asarray(rows, dtype=np.int64)
         blocks, places = self.blocks.find_all(wanted)
         order = np.argsort(blocks, kind="stable")
@@ -199,7 +200,11 @@ class TextReader(FileReader, ABC):
                 joined[-1] = (joined[-1][0], end)
             else:
                 joined.append((start, end))
-        ranges = zip(joined, self.blob.read(joined), strict=True)
+        try:
+            ranges = zip(joined, self.blob.read(joined), strict=True)
+        except OSError as error:
+            reason = error.strerror or type(error).__name__
+            raise DataError(f"{self.display}: cannot be read ({reason}); check the disk") from None
         (first, last), raw = next(ranges, ((0, 0), b""))
         for block in blocks:
             start, end = self._span(block)
