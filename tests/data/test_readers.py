@@ -10,7 +10,7 @@ import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 from pyarrow import ipc, parquet
 
 from raytune_ft.config.schema import DataSection
-from raytune_ft.data.files import kept, readers
+from raytune_ft.data.files import readers
 from raytune_ft.data.files.blobs import LocalBlob
 from raytune_ft.data.files.kinds import SUFFIXES, open_reader
 from raytune_ft.data.sources import RowSource, open_sources
-from raytune_ft.errors import DataError, RecipeError
+from raytune_ft.errors import DataError
 from tests.conftest import ROOT
 from tests.data.conftest import read_row, write_jsonl
 
@@ -306,184 +306,6 @@ def test_text_files_are_documents(tmp_path: Path, text: str, expected: list[str]
     source = opened(path)
     assert [row["text"] for row in source.rows(range(len(source)))] == expected
     assert source.source_of(0).map == "text"
-
-
-# Hostile and odd Arrow files.
-
-
-class Canary(pa.ExtensionType):  # type: ignore[misc]
-    """A type as libraries register them: it shows whether a file's bytes reached it."""
-
-    woken: ClassVar[list[bytes]] = []
-
-    def __init__(self) -> None:
-        super().__init__(pa.string(), "tests.canary")
-
-    def __arrow_ext_serialize__(self) -> bytes:
-        return b"payload"
-
-    @classmethod
-    def __arrow_ext_deserialize__(cls, storage_type: Any, serialized: bytes) -> Canary:
-        cls.woken.append(serialized)
-        return cls()
-
-
-@pytest.mark.parametrize("place", ["column", "in a struct", "in a list"])
-@pytest.mark.parametrize("kind", ["a.parquet", "stream.arrow", "file.arrow"])
-def test_extension_types_are_refused_before_they_wake(
-    tmp_path: Path, kind: str, place: str
-) -> None:
-    pa.register_extension_type(Canary())
-    try:
-        column = pa.ExtensionArray.from_storage(Canary(), pa.array(["a", "b"]))
-        if place == "in a struct":
-            column = pa.StructArray.from_arrays([column], names=["inner"])
-        elif place == "in a list":
-            column = pa.ListArray.from_arrays(pa.array([0, 1, 2]), column)
-        table = pa.table({"text": ["x", "y"], "evil": column})
-        writers = {"a.parquet": parquet.write_table, "stream.arrow": write_stream}
-        if kind == "a.parquet":
-            parquet.write_table(table, tmp_path / kind)
-        else:
-            writers.get(kind, write_file)(tmp_path / kind, table)
-        Canary.woken.clear()
-        with pytest.raises(DataError, match="extension type") as caught:
-            opened(tmp_path / kind)
-        assert Canary.woken == []
-        assert "\n" not in str(caught.value)
-    finally:
-        pa.unregister_extension_type("tests.canary")
-
-
-@pytest.mark.parametrize("kind", ["a.parquet", "stream.arrow"])
-def test_arrows_own_json_type_is_read_as_text(tmp_path: Path, kind: str) -> None:
-    tools = pa.array(['[{"name": "f"}]']).cast(pa.json_())
-    table = pa.table({"prompt": ["a"], "completion": ["b"], "tools": tools})
-    write = parquet.write_table if kind == "a.parquet" else lambda t, p: write_stream(p, t)
-    write(table, tmp_path / kind)
-    found = read_row(rows_of(tmp_path / kind)[0])
-    assert found is not None and found.tools[0]["function"]["name"] == "f"
-
-
-def test_absent_members_of_arrow_objects_stay_absent(tmp_path: Path) -> None:
-    messages = [
-        {"role": "user", "content": "a"},
-        {"role": "assistant", "content": "b", "reasoning_content": "c"},
-    ]
-    parquet.write_table(
-        pa.Table.from_pylist([{"messages": messages, "note": None}]), tmp_path / "a.parquet"
-    )
-    assert rows_of(tmp_path / "a.parquet") == [{"messages": messages, "note": None}]
-
-
-@given(data=st.data())
-def test_flipped_bytes_are_rows_or_one_line(
-    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
-) -> None:
-    folder = tmp_path_factory.mktemp("flip")
-    name = data.draw(st.sampled_from(["a.parquet", "stream.arrow", "file.arrow", "a.jsonl.gz"]))
-    WRITERS[name](folder / name)
-    content = bytearray((folder / name).read_bytes())
-    place = data.draw(st.integers(0, len(content) - 1))
-    content[place] ^= data.draw(st.integers(1, 255))
-    (folder / name).write_bytes(content)
-    try:
-        source = opened(folder / name, map="text")
-        source.try_rows(range(min(3, len(source))))
-    except DataError as error:
-        assert "\n" not in str(error)
-
-
-# Folders, patterns, packed files.
-
-
-def test_a_saved_data_set_is_its_listed_files(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
-    whole = datasets.DatasetDict(
-        {
-            "train": datasets.Dataset.from_list(ROWS[:20]),
-            "test": datasets.Dataset.from_list(ROWS[20:]),
-        }
-    )
-    whole.save_to_disk(tmp_path / "saved", num_shards={"train": 3, "test": 1})
-    write_stream(tmp_path / "saved" / "train" / "cache-12ab.arrow", TABLE)
-    assert rows_of(tmp_path / "saved") == ROWS[:20]
-    assert rows_of(tmp_path / "saved", split="test") == ROWS[20:]
-    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "single")
-    assert rows_of(tmp_path / "single") == ROWS
-
-
-def test_patterns_find_files_and_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "data" / "deep").mkdir(parents=True)
-    write_jsonl(tmp_path / "data" / "b.jsonl", ROWS[10:12])
-    write_jsonl(tmp_path / "data" / "a.jsonl", ROWS[:10])
-    write_jsonl(tmp_path / "data" / ".hidden.jsonl", ROWS)
-    write_csv(tmp_path / "data" / "deep" / "c.csv", ROWS[12:])
-    monkeypatch.chdir(tmp_path)
-    assert rows_of("data/*.jsonl") == ROWS[:12]
-    assert rows_of("data/**/*.csv") == ROWS[12:]
-    assert rows_of("data/**") == ROWS
-    assert rows_of(f"{tmp_path}/data/[a]*") == ROWS[:10]
-    assert opened("data/*.jsonl").where(0) == "data/a.jsonl:1"
-    with pytest.raises(RecipeError, match=r"data\.sources\[0\]\.path: no .* file matches data/\*x"):
-        opened("data/*x")
-
-
-def test_a_file_whose_name_looks_like_a_pattern_is_a_file(tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "a[1]?.jsonl", ROWS)
-    assert rows_of(path) == ROWS
-
-
-def test_a_folder_may_hold_its_rows_deeper_and_a_licence(tmp_path: Path) -> None:
-    (tmp_path / "data" / "finetune").mkdir(parents=True)
-    write_jsonl(tmp_path / "data" / "other.jsonl", ROWS)
-    write_jsonl(tmp_path / "data" / "finetune" / "part.jsonl", ROWS[:2])
-    (tmp_path / "data" / "finetune" / "LICENSE.txt").write_text("All yours.")
-    assert rows_of(tmp_path, data_dir="data/finetune") == ROWS[:2]
-    for wrong in ("data/none", "../" + tmp_path.name + "2", ".."):
-        with pytest.raises(RecipeError, match=r"data\.sources\[0\]\.data_dir: no folder"):
-            opened(tmp_path, data_dir=wrong)
-    (tmp_path / "texts").mkdir()
-    (tmp_path / "texts" / "a.txt").write_text("one\ntwo")
-    assert [row["text"] for row in rows_of(tmp_path / "texts")] == ["one", "two"]
-
-
-def test_a_file_is_unpacked_once_and_again_when_it_changes(tmp_path: Path, own_cache: Path) -> None:
-    path = tmp_path / "a.jsonl.gz"
-    path.write_bytes(gzip.compress(jsonl_bytes(ROWS[:3])))
-    for _ in range(2):
-        assert rows_of(path) == ROWS[:3]
-    assert len(list(own_cache.rglob("a.jsonl"))) == 1
-    path.write_bytes(gzip.compress(jsonl_bytes(ROWS)))
-    assert rows_of(path) == ROWS
-    assert not list(own_cache.rglob(".partial-*"))
-
-
-def test_a_full_disk_is_one_line_and_leaves_nothing(
-    tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(kept, "RESERVE_BYTES", 2**62)
-    path = tmp_path / "a.jsonl.gz"
-    path.write_bytes(gzip.compress(jsonl_bytes()))
-    with pytest.raises(DataError, match=r"a\.jsonl\.gz: needs .* GiB free; make room") as caught:
-        opened(path)
-    assert "\n" not in str(caught.value)
-    assert not [file for file in own_cache.rglob("*") if file.is_file()]
-
-
-def test_validation_may_be_of_any_kind(tmp_path: Path) -> None:
-    from raytune_ft.data.sources import split_validation
-
-    train = write_jsonl(tmp_path / "a.jsonl", ROWS)
-    held = tmp_path / "b.csv"
-    write_csv(held, [{"question": "x", "answer": "y"}])
-    section = {"sources": [{"path": str(train)}]}
-    for name in (str(held), f"{tmp_path}/*.csv"):
-        data = DataSection.model_validate({**section, "validation": name})
-        rows, held_out = split_validation(open_sources(data, 1), data, 1)
-        assert held_out is not None
-        assert (len(rows), held_out.rows([0])) == (23, [{"question": "x", "answer": "y"}])
-        assert held_out.source_of(0).map == "question_answer"
 
 
 # Real files.

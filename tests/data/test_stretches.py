@@ -21,7 +21,8 @@ from raytune_ft.data.files.arrow_files import GroupReader, open_arrow
 from raytune_ft.data.files.blobs import LocalBlob
 from raytune_ft.data.files.kinds import open_reader, open_readers
 from raytune_ft.errors import DataError
-from tests.data.test_readers import ROWS, WRITERS, Canary, write_file, write_stream
+from tests.data.test_arrow_files import Canary
+from tests.data.test_readers import ROWS, WRITERS, write_file, write_stream
 
 
 @pytest.fixture(autouse=True)
