@@ -94,7 +94,7 @@ def _open(source: Source, split: str, key: str) -> list[Reader]:
         return open_readers([(LocalBlob(file), str(file)) for file in files])
     if not _HUB_NAME.fullmatch(given) or is_data_file(given):
         raise RecipeError(f"{key}: {given} does not exist; {_nearest(Path(given).expanduser())}")
-    return [open_hub(source, split, key)]
+    return open_hub(source, split, key)
 
 
 def _open_url(source: Source, split: str, key: str) -> list[Reader]:

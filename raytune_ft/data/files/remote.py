@@ -98,17 +98,23 @@ def web_files() -> Any:
 def _s3_files(bucket: str) -> Any:
     """Return Arrow's S3 client: it comes with pyarrow, where s3fs would need botocore beside.
 
-    Keys, profile, region and AWS_ENDPOINT_URL are read from the environment as by other tools.
+    Keys, profile, region and endpoint are read from the environment's names that AWS gave them;
+    a bucket that anyone may read needs AWS_NO_SIGN_REQUEST=1 where there are no keys.
     """
     from fsspec.implementations.arrow import ArrowFSWrapper
     from pyarrow import fs
 
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    if region is None and not os.environ.get("AWS_ENDPOINT_URL"):
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    if region is None and not endpoint:
         region = fs.resolve_s3_region(bucket)
     anonymous = os.environ.get("AWS_NO_SIGN_REQUEST", "").lower() in ("1", "true", "yes")
-    keys = {"anonymous": True} if anonymous else {}
-    options = {"region": region, "connect_timeout": 30, "request_timeout": 120, **keys}
+    options: dict[str, Any] = {"region": region, "connect_timeout": 30, "request_timeout": 120}
+    if anonymous:
+        options["anonymous"] = True
+    if endpoint:
+        scheme, _, host = endpoint.rpartition("://")
+        options |= {"endpoint_override": host.rstrip("/"), "scheme": scheme or "https"}
     return ArrowFSWrapper(fs.S3FileSystem(**options))
 
 
@@ -148,7 +154,9 @@ def reason_of(error: BaseException) -> str:
         return f"HTTP status {status}"
     if isinstance(error, FileNotFoundError):
         return "no such file, or no answer"
-    return type(error).__name__
+    # the code alone: Arrow's text goes on with addresses
+    code = re.search(r"AWS Error (\w+)", str(error))
+    return f"{code[0]}" if code else type(error).__name__
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

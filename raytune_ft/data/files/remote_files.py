@@ -65,12 +65,10 @@ def open_remote(url: str, key: str, choose: Choose, access: Access) -> list[tupl
     return open_found(files, key, access)
 
 
-def open_found(
-    files: Sequence[Found], key: str, access: Access, streamed_from: int = COPIED_BYTES
-) -> list[tuple[Blob, str]]:
+def open_found(files: Sequence[Found], key: str, access: Access) -> list[tuple[Blob, str]]:
     """Return blobs of files that were found, as the recipe wants them read."""
     total = sum(file.size or 0 for file in files)
-    if access == "copy" or (access == "auto" and total < streamed_from):
+    if access == "copy" or (access == "auto" and total < COPIED_BYTES):
         return _copies(files, key)
     blobs = _together(lambda file: _streamed(file, key), files[:1])
     if not blobs[0]:  # all of them are of one server

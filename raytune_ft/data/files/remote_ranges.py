@@ -142,11 +142,11 @@ def _read(url: str, ranges: Ranges, size: int, version: str) -> list[bytes]:
 
 def _from_store(url: str, ranges: Ranges, version: str) -> list[bytes]:
     files, path = file_system(url)
+    ask = _asker(files, path)
 
     def part(bounds: tuple[int, int]) -> bytes:
-        start, end = bounds
-        found: bytes = files.cat_file(path, start=start, end=end)
-        if len(found) != end - start:
+        found = ask(*bounds)
+        if len(found) != bounds[1] - bounds[0]:
             raise _ChangedError
         return found
 
@@ -156,6 +156,16 @@ def _from_store(url: str, ranges: Ranges, version: str) -> list[bytes]:
     if version_of(_patient(lambda: files.info(path))) != version:
         raise _ChangedError
     return found
+
+
+def _asker(files: Any, path: str) -> Callable[[int, int], bytes]:
+    """Return what reads a range of a file."""
+    from fsspec.implementations.arrow import ArrowFSWrapper
+
+    if isinstance(files, ArrowFSWrapper):  # it opens files, once for all ranges
+        file = _patient(lambda: files.fs.open_input_file(path))
+        return lambda start, end: bytes(file.read_at(end - start, start))
+    return lambda start, end: bytes(files.cat_file(path, start=start, end=end))
 
 
 def _patient(ask: Callable[[], _T]) -> _T:

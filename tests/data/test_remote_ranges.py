@@ -1,0 +1,426 @@
+"""Files elsewhere, read by ranges: the right bytes, few of them, from one version, or one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from raytune_ft.config.schema import DataSection
+from raytune_ft.data.files import remote_blobs, remote_files, remote_ranges
+from raytune_ft.data.files.remote_blobs import KeptBlob, RemoteBlob
+from raytune_ft.data.files.remote_files import open_remote
+from raytune_ft.data.sources import RowSource, open_sources
+from raytune_ft.errors import DataError, RecipeError
+from tests.data.served import Site, Store, served
+
+KEY = "data.sources[0].path"
+
+
+def rows_of(n_rows: int, length: int = 900) -> list[dict[str, Any]]:
+    rng = random.Random(7)
+    return [
+        {"prompt": f"question {i}", "completion": rng.randbytes(length // 2).hex()}
+        for i in range(n_rows)
+    ]
+
+
+def lines_of(rows: list[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def parquet_of(rows: list[dict[str, Any]], group: int) -> bytes:
+    sink = pa.BufferOutputStream()
+    parquet.write_table(pa.Table.from_pylist(rows), sink, row_group_size=group)
+    return bytes(sink.getvalue())
+
+
+@pytest.fixture
+def site() -> Iterator[Site]:
+    with served(Site()) as site:
+        yield site
+
+
+@pytest.fixture(autouse=True)
+def clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAYTUNE_CACHE", str(tmp_path / "cache"))
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(remote_ranges, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(remote_blobs, "_kept", remote_blobs._Kept())
+    monkeypatch.setattr(remote_blobs, "_looked", {})
+
+
+def opened(*paths: str, access: str = "stream") -> RowSource:
+    sources = [{"path": path, "access": access} for path in paths]
+    return open_sources(DataSection.model_validate({"sources": sources}), 1)
+
+
+def blob_of(site: Site, name: str) -> Any:
+    ((blob, _),) = open_remote(f"{site.url}{name}", KEY, lambda names: names, "stream")
+    return blob
+
+
+# Bytes.
+
+
+def test_any_ranges_are_the_files_bytes_from_few_requests(site: Site) -> None:
+    body = random.Random(1).randbytes(40 * 2**20)
+    site.files["/a.jsonl"] = body
+    blob = blob_of(site, "/a.jsonl")
+    rng = random.Random(2)
+    for _ in range(20):
+        starts = sorted(rng.randrange(len(body)) for _ in range(20))
+        ranges = [(start, start + rng.choice([0, 1, 100, 70_000])) for start in starts]
+        assert blob.read(ranges) == [body[start:end] for start, end in ranges]
+    before = len(site.asked)
+    # what touches or nearly does is asked for at once, and what is kept is not asked for again
+    close = [(2**20 * 20 + i * 50_000, 2**20 * 20 + i * 50_000 + 10) for i in range(100)]
+    for _ in range(2):
+        assert blob.read(close) == [body[start:end] for start, end in close]
+    assert 0 < len(site.asked) - before <= 12
+    assert blob.read([(5, 9 * 2**20), (len(body) - 3, len(body) + 50)]) == [
+        body[5 : 9 * 2**20],
+        body[-3:],
+    ]
+    assert b"".join(blob.chunks(3)) == body[3:]
+    assert remote_blobs._kept._size <= remote_blobs.KEPT_BYTES
+
+
+def test_kept_bytes_are_bounded(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote_blobs, "KEPT_BYTES", 2**20)
+    body = random.Random(1).randbytes(6 * 2**20)
+    site.files["/a.jsonl"] = body
+    blob = blob_of(site, "/a.jsonl")
+    for start in range(0, len(body), 300_000):
+        assert blob.read([(start, start + 200_000)]) == [body[start : start + 200_000]]
+        assert remote_blobs._kept._size <= 2**20
+        assert remote_blobs._kept._size == sum(map(len, remote_blobs._kept._units.values()))
+
+
+def test_a_server_that_fails_now_and_then_still_gives_the_right_bytes(site: Site) -> None:
+    rows = rows_of(3000)
+    site.files["/a.jsonl"] = lines_of(rows)
+    site.busy = lambda number: number % 5 == 2
+    site.cut = lambda number: number % 7 == 3
+    source = opened(f"{site.url}/a.jsonl")
+    wanted = random.Random(3).sample(range(3000), 500)
+    assert source.rows(wanted) == [rows[row] for row in wanted]
+    assert sum(asked.range is not None for asked in site.gets()) > 3
+
+
+def test_a_server_that_only_fails_is_one_line(site: Site) -> None:
+    site.files["/a.jsonl"] = lines_of(rows_of(3000))
+    source = opened(f"{site.url}/a.jsonl?X-Signature=s3cr3t")
+    site.busy = lambda number: True
+    with pytest.raises(
+        DataError, match=r"a\.jsonl\?\.\.\.: cannot be read \(HTTP status 503"
+    ) as caught:
+        source.rows([2500])
+    assert "\n" not in str(caught.value) and "s3cr3t" not in str(caught.value)
+    assert len(site.gets()) < 30
+
+
+# Versions.
+
+
+@pytest.mark.parametrize("kind", ["a.jsonl", "a.parquet", "a.csv"])
+def test_a_file_that_changes_under_a_run_is_one_line(site: Site, kind: str) -> None:
+    def body(rows: list[dict[str, Any]]) -> bytes:
+        if kind.endswith("parquet"):
+            return parquet_of(rows, 500)
+        if kind.endswith("csv"):
+            lines = ["prompt,completion", *(f"{r['prompt']},{r['completion']}" for r in rows)]
+            return "\n".join(lines).encode()
+        return lines_of(rows)
+
+    rows = rows_of(4000)
+    site.files[f"/{kind}"] = body(rows)
+    source = opened(f"{site.url}/{kind}")
+    assert source.rows([0]) == rows[:1]
+    site.files[f"/{kind}"] = body([{**row, "prompt": row["prompt"][::-1]} for row in rows])
+    remote_blobs._looked.clear()
+    with pytest.raises(DataError, match="changed since the run began; put the file back") as caught:
+        source.rows([3900])
+    assert "\n" not in str(caught.value)
+    with pytest.raises(DataError, match="changed since the run began"):
+        source.check_unchanged()
+    assert opened(f"{site.url}/{kind}").rows([3900])[0]["prompt"] == rows[3900]["prompt"][::-1]
+
+
+def test_ranges_are_held_against_the_version_even_if_the_server_ignores_if_match(
+    site: Site,
+) -> None:
+    class Careless(dict[str, bytes]):
+        pass
+
+    body = random.Random(1).randbytes(2**20)
+    site.files["/a.jsonl"] = body
+    blob = blob_of(site, "/a.jsonl")
+    stale = RemoteBlob(blob.url, blob.size, "Thu, 01 Jan 2026 00:00:00 GMT")
+    with pytest.raises(DataError, match="changed since the run began"):
+        stale.read([(0, 10)])
+    shorter = RemoteBlob(blob.url, blob.size + 1, blob.pinned)
+    with pytest.raises(DataError, match="changed since the run began"):
+        shorter.read([(0, 10)])
+
+
+# Servers that cannot.
+
+
+@pytest.mark.parametrize(
+    ("field", "line"),
+    [("ranges", "the server gives no parts of files"), ("tags", "the server tells no version")],
+)
+def test_without_ranges_or_versions_all_is_fetched(
+    site: Site, capsys: pytest.CaptureFixture[str], field: str, line: str
+) -> None:
+    rows = rows_of(10)
+    site.files["/a.jsonl"] = lines_of(rows)
+    setattr(site, field, False)
+    source = opened(f"{site.url}/a.jsonl")
+    assert source.rows(range(10)) == rows
+    assert isinstance(source.readers[0].blob, KeptBlob)  # type: ignore[attr-defined]
+    assert f"{site.url}/a.jsonl: {line}, so all of it is fetched\n" in capsys.readouterr().err
+
+
+def test_auto_copies_what_is_small_and_streams_what_is_large(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.files["/a.jsonl"] = lines_of(rows_of(100))
+    kinds = []
+    for limit in (10**9, 10**3):
+        monkeypatch.setattr(remote_files, "COPIED_BYTES", limit)
+        source = opened(f"{site.url}/a.jsonl", access="auto")
+        kinds.append(type(source.readers[0].blob))  # type: ignore[attr-defined]
+    assert kinds == [KeptBlob, RemoteBlob]
+
+
+def test_redirects_of_ranges_obey_the_rules(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    from raytune_ft.data.files import remote
+
+    site.files["/a.jsonl"] = lines_of(rows_of(100))
+    source = opened(f"{site.url}/a.jsonl")
+    site.moved["/a.jsonl"] = site.url.replace("127.0.0.1", "localhost") + "/a.jsonl"
+    monkeypatch.setattr(remote_blobs, "_kept", remote_blobs._Kept())
+    monkeypatch.setattr(remote, "is_private", lambda host: host == "localhost")
+    with pytest.raises(RecipeError, match="redirects into a private network") as caught:
+        source.rows([99])
+    assert "\n" not in str(caught.value)
+
+
+# Rows, and what they cost.
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_rows_in_the_middle_cost_few_bytes_and_none_of_before(site: Site, kind: str) -> None:
+    rows = rows_of(20_000)
+    body = lines_of(rows) if kind == "jsonl" else parquet_of(rows, 400)
+    site.files[f"/a.{kind}"] = body
+    source = opened(f"{site.url}/a.{kind}")
+    # a Parquet file is known by its footer, a text from one pass over it
+    assert len(body) <= site.given() <= len(body) * 1.1 if kind == "jsonl" else site.given() < 10**6
+    travelled = pickle.loads(pickle.dumps(source))
+    remote_blobs._kept = remote_blobs._Kept()
+    site.asked.clear()
+    first = 19_800
+    assert travelled.rows(range(first, first + 100)) == rows[first : first + 100]
+    ranges = [asked for asked in site.gets() if asked.given]
+    assert site.given() < len(body) * 0.05 and len(ranges) <= 8
+    bounds = [tuple(map(int, str(asked.range)[6:].split("-"))) for asked in ranges]
+    assert all(end > len(body) * 0.95 for _, end in bounds)
+    site.asked.clear()
+    assert travelled.rows(range(first + 100, first + 120)) == rows[first + 100 : first + 120]
+    assert site.given() <= 2 * remote_blobs.UNIT_BYTES
+
+
+def test_the_index_of_a_text_is_kept_by_version(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from raytune_ft.data.files import text_index
+
+    monkeypatch.setattr(text_index, "KEPT_BYTES", 0)
+    rows = rows_of(3000)
+    site.files["/a.jsonl"] = lines_of(rows)
+    first = opened(f"{site.url}/a.jsonl")
+    site.asked.clear()
+    monkeypatch.setattr(remote_blobs, "_kept", remote_blobs._Kept())
+    again = opened(f"{site.url}/a.jsonl")
+    assert site.given() < len(site.files["/a.jsonl"]) / 10
+    assert again.fingerprint == first.fingerprint and again.rows([2999]) == rows[2999:]
+
+
+def test_streamed_rows_and_copied_rows_are_those_of_the_local_file(
+    site: Site, tmp_path: Path
+) -> None:
+    rows = rows_of(1500)
+    for name, body in {"a.jsonl": lines_of(rows), "b.parquet": parquet_of(rows, 200)}.items():
+        site.files[f"/{name}"] = body
+        (tmp_path / name).write_bytes(body)
+        order = random.Random(1).sample(range(1500), 1500)
+        local = opened(str(tmp_path / name)).rows(order)
+        for access in ("stream", "copy"):
+            assert opened(f"{site.url}/{name}", access=access).rows(order) == local
+
+
+def test_a_blob_travels_small_and_says_no_secret(site: Site) -> None:
+    site.files["/a.jsonl"] = lines_of(rows_of(100))
+    for access in ("stream", "copy"):
+        source = opened(f"{site.url}/a.jsonl?X-Signature=s3cr3t", access=access)
+        blob = source.readers[0].blob  # type: ignore[attr-defined]
+        assert len(pickle.dumps(blob)) < 500
+        for text in (repr(blob), blob.place, blob.name, source.where(3)):
+            assert "s3cr3t" not in text
+        assert source.local_files() == []
+
+
+# Copies on other machines.
+
+
+def test_another_machine_makes_its_own_copy_once(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import gzip
+
+    rows = rows_of(50)
+    site.files |= {"/a.jsonl": lines_of(rows), "/b.jsonl.gz": gzip.compress(lines_of(rows))}
+    urls = [f"{site.url}/a.jsonl", f"{site.url}/b.jsonl.gz"]
+    source = pickle.dumps(opened(*urls, access="copy"))
+    there = tmp_path / "other"
+    monkeypatch.setenv("RAYTUNE_CACHE", str(there))
+    site.asked.clear()
+    for _ in range(2):
+        assert pickle.loads(source).rows(range(100)) == rows * 2
+    assert [len(site.gets("a.jsonl")), len(site.gets("b.jsonl"))] == [1, 1]
+    assert {p.name for p in there.rglob("*.json*")} == {"a.jsonl", "b.jsonl", "b.jsonl.gz"}
+    remote_blobs._copy_of.cache_clear()
+    site.files["/a.jsonl"] = lines_of(rows_of(51))
+    monkeypatch.setenv("RAYTUNE_CACHE", str(tmp_path / "third"))
+    with pytest.raises(DataError, match=r"a\.jsonl: (changed|\d+ bytes came of)"):
+        pickle.loads(source).rows([3])
+
+
+def test_processes_that_want_the_same_copy_fetch_it_once(site: Site, tmp_path: Path) -> None:
+    site.files["/a.jsonl"] = lines_of(rows_of(20_000))
+    source = tmp_path / "source.pickle"
+    source.write_bytes(pickle.dumps(opened(f"{site.url}/a.jsonl", access="copy")))
+    code = (
+        "import pickle, sys; s = pickle.loads(open(sys.argv[1], 'rb').read());"
+        "print(len(s.rows(range(100))))"
+    )
+    site.asked.clear()
+    environment = {**os.environ, "RAYTUNE_CACHE": str(tmp_path / "other")}
+    command = [sys.executable, "-c", code, str(source)]
+    tasks = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    assert [task.communicate()[0] for task in tasks] == ["100\n"] * 3
+    assert len(site.gets()) == 1
+
+
+def test_an_unversioned_copy_is_told_from_another_by_its_content(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.tags = False
+    rows = rows_of(50)
+    site.files["/a.jsonl"] = lines_of(rows)
+    source = pickle.dumps(opened(f"{site.url}/a.jsonl", access="copy"))
+    monkeypatch.setenv("RAYTUNE_CACHE", str(tmp_path / "other"))
+    assert pickle.loads(source).rows(range(50)) == rows
+    monkeypatch.setenv("RAYTUNE_CACHE", str(tmp_path / "third"))
+    site.files["/a.jsonl"] = site.files["/a.jsonl"].replace(b"question 1", b"question 9")
+    with pytest.raises(DataError, match="changed since the run began"):
+        pickle.loads(source).rows([3])
+
+
+# S3, by Arrow's own client.
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+    from raytune_ft.data.files import remote
+
+    with served(Store()) as store:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", store.url)
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "someone")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s3cr3t")
+        monkeypatch.setenv("AWS_REGION", "us-east-1")
+        monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        remote._s3_files.cache_clear()
+        yield store
+    remote._s3_files.cache_clear()
+
+
+@pytest.mark.parametrize("access", ["stream", "copy"])
+def test_a_bucket_is_read_like_a_folder(store: Store, access: str) -> None:
+    rows = rows_of(2000)
+    store.files = {
+        "/bucket/set/train-0.jsonl": lines_of(rows),
+        "/bucket/set/deep/train-1.parquet": parquet_of(rows, 300),
+        "/bucket/set/test.jsonl": lines_of(rows[:3]),
+        "/bucket/set/README.md": b"x",
+        "/bucket/other/train.jsonl": lines_of(rows[:1]),
+    }
+    source = opened("s3://bucket/set", access=access)
+    assert len(source) == 4000
+    wanted = [5, 1999, 2000, 3999, 0]
+    assert source.rows(wanted) == [rows[row % 2000] for row in wanted]
+    assert source.where(2000).startswith("s3://bucket/set/train-0.jsonl:")
+    assert len(opened("s3://bucket/set/t*.jsonl", access=access)) == 2003
+    assert len(opened("s3://bucket/set/test.jsonl", access=access)) == 3
+
+
+def test_a_bucket_gives_ranges_of_one_version(store: Store) -> None:
+    rows = rows_of(20_000)
+    store.files["/bucket/a.parquet"] = parquet_of(rows, 400)
+    source = opened("s3://bucket/a.parquet")
+    store.asked.clear()
+    assert pickle.loads(pickle.dumps(source)).rows(range(19_000, 19_100)) == rows[19_000:19_100]
+    assert store.given() < len(store.files["/bucket/a.parquet"]) * 0.1
+    store.modified = "2026-01-02T04:00:00.000Z"
+    remote_blobs._looked.clear()
+    with pytest.raises(DataError, match=r"s3://bucket/a\.parquet: changed since the run began"):
+        source.rows([10_000])
+
+
+def test_what_a_bucket_has_not_is_one_line(store: Store) -> None:
+    store.files["/bucket/a.jsonl"] = lines_of(rows_of(3))
+    for path in ("s3://bucket/none.jsonl", "s3://bucket/none", "s3://bucket/none*.jsonl"):
+        with pytest.raises(RecipeError, match=r"(cannot be fetched|nothing at)") as caught:
+            opened(path)
+        assert "\n" not in str(caught.value) and "s3cr3t" not in str(caught.value)
+    with pytest.raises(
+        RecipeError, match="credentials do not belong in recipes, put them into the"
+    ):
+        opened("s3://key:s3cr3t@bucket/a.jsonl")
+
+
+# Many files.
+
+
+@pytest.mark.parametrize("access", ["stream", "copy"])
+def test_many_small_files(store: Store, access: str, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = rows_of(1200, 20)
+    names = [f"part-{n:04d}.jsonl" for n in range(400)]
+    for n, name in enumerate(names):
+        store.files[f"/bucket/set/{name}"] = lines_of(rows[n * 3 : n * 3 + 3])
+    source = opened("s3://bucket/set", access=access)
+    assert source.rows(range(1200)) == rows
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == (
+        [] if access == "stream" else [
+            f"copying 400 files from s3://bucket ({sum(map(len, store.files.values())) / 2**20:.1f}"
+            " MiB), those apart that are here"
+        ]
+    )  # fmt: skip
