@@ -125,7 +125,7 @@ class _Blocks(Extension):
     @pass_context
     def bracket(self, context: Context, caller: Macro) -> str:
         """Write a block's body, between the brackets of this rendering if it has any."""
-        text = str(caller())
+        text = cast(Environment, self.environment).text_of(caller())
         brackets = context.parent.get(BRACKETS)
         return brackets[0] + text + brackets[1] if brackets else text
 
@@ -195,6 +195,10 @@ class Environment(ImmutableSandboxedEnvironment):
         texts = list(parts)
         limits.check_length(sum(map(len, texts)))
         return "".join(texts)
+
+    def text_of(self, value: Any) -> str:
+        """Return what a block has written as text."""
+        return str(value)
 
     def joined(self, *values: Any) -> Any:
         """Write the operator `~`."""

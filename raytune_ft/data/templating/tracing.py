@@ -82,15 +82,13 @@ class Tracer:
 
         Raises:
             ModelError: the source is no template.
-            UntraceableError: its own words hold what stands for slots, or it has generation marks.
+            UntraceableError: its own words hold what stands for slots.
         """
         words = (source, *(value for value in variables.values() if isinstance(value, str)))
         if any(map(PRIVATE.search, words)):
             _refuse()
         self._environment = _TracingEnvironment()
         self._template = compile_template(source, self._environment)
-        if self._environment.blocks.found:
-            _refuse()
         self._variables = variables
 
     def slot(self, number: int) -> Slot:
@@ -133,7 +131,6 @@ class Slot:
     """The text of one message, or texts joined to it, that a template may write but not read."""
 
     __slots__ = ("_environment", "parts")
-    __hash__ = None  # type: ignore[assignment]
     __iter__ = None
 
     def __init__(self, parts: Iterable[Part], environment: _TracingEnvironment) -> None:
@@ -153,6 +150,9 @@ class Slot:
 
     def __contains__(self, word: object) -> bool:
         return self._never("holds", word)
+
+    def __hash__(self) -> int:
+        raise UntraceableError  # a TypeError would be taken for a missing key by Jinja
 
     def __str__(self) -> str:
         raise UntraceableError
@@ -229,11 +229,17 @@ class _TracingEnvironment(Environment):
         """Return the slot of a message."""
         return Slot((number,), self)
 
+    def text_of(self, value: Any) -> str:
+        """Return what stands for a slot inside Jinja, or a text as it is."""
+        if isinstance(value, Slot):
+            return value.written()
+        return value if isinstance(value, str) else _refuse()
+
     def joined(self, *values: Any) -> Any:
         """Write the operator `~`."""
         if not any(isinstance(value, Slot) for value in values):
             return super().joined(*values)
-        return self._of("".join(map(self._text, values)))
+        return self._of("".join(map(self.text_of, values)))
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         """Apply an operator."""
@@ -241,7 +247,7 @@ class _TracingEnvironment(Environment):
             return super().call_binop(context, operator, left, right)
         if operator != "+":
             _refuse()
-        return self._of(self._text(left) + self._text(right))
+        return self._of(self.text_of(left) + self.text_of(right))
 
     def getattr(self, obj: Any, attribute: str) -> Any:
         """Look up a name; of a slot, only what it can answer."""
@@ -252,8 +258,10 @@ class _TracingEnvironment(Environment):
         return getattr(obj, attribute)
 
     def getitem(self, obj: Any, argument: Any) -> Any:
-        """Look up a key; a slot has none."""
-        return _refuse() if isinstance(obj, Slot) else super().getitem(obj, argument)
+        """Look up a key; a slot has none, and is none."""
+        if isinstance(obj, Slot) or isinstance(argument, Slot):
+            _refuse()
+        return super().getitem(obj, argument)
 
     def _written(self, value: Any) -> Any:
         return value.written() if isinstance(value, Slot) else limits.check_text(value)
@@ -264,11 +272,6 @@ class _TracingEnvironment(Environment):
 
     def _of(self, text: str) -> Any:
         return Slot(_parts(text), self) if PRIVATE.search(text) else text
-
-    def _text(self, value: Any) -> str:
-        if isinstance(value, Slot):
-            return value.written()
-        return value if isinstance(value, str) else _refuse()
 
 
 def _filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
