@@ -147,6 +147,28 @@ def test_stretches_used_last_are_kept_within_a_bound(
     assert [n for n in range(5) if kept.get(("a", "1", n)) is not None] == [0, 3, 4]
 
 
+def test_of_more_stretches_than_are_kept_those_at_hand_are_not_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arrow_files, "_kept", arrow_files._Kept())
+    monkeypatch.setattr(arrow_files, "KEPT_BYTES", 3 * 10_500)
+    path = tmp_path / "a.parquet"
+    parquet.write_table(
+        pa.table({"text": [f"{n}" + "x" * 10_000 for n in range(4)]}), path, row_group_size=1
+    )
+    decoded = list[int]()
+    batches = arrow_files._batches
+
+    def counted(reader: GroupReader, group: int, *span: int) -> Iterator[tuple[int, Any]]:
+        decoded.append(group)
+        return batches(reader, group, *span)
+
+    monkeypatch.setattr(arrow_files, "_batches", counted)
+    reader = open_arrow(LocalBlob(path), "x")
+    assert reader.read([3, 2, 1, 0]) == reader.read([0, 1, 2, 3])[::-1]
+    assert decoded == [0, 1, 2, 3, 0]
+
+
 @pytest.mark.parametrize("kind", ["a.parquet", "stream.arrow", "file.arrow"])
 def test_a_row_over_the_limit_is_one_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str

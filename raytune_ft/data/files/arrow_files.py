@@ -70,7 +70,8 @@ class GroupReader(FileReader):
         wanted = np.asarray(rows, dtype=np.int64)
         stretches = np.searchsorted(self.ends, wanted, side="right")
         found: list[DataRow | DataError] = [{}] * len(wanted)
-        for stretch in np.unique(stretches).tolist():
+        # kept ones first: where a pool is larger than what is kept, these would all be gone else
+        for stretch in sorted(np.unique(stretches).tolist(), key=self._is_missing):
             places = np.flatnonzero(stretches == stretch)
             first = int(self.ends[stretch - 1]) if stretch else 0
             try:
@@ -85,6 +86,9 @@ class GroupReader(FileReader):
             for place, row in zip(places.tolist(), taken, strict=True):
                 found[place] = self._row(row, int(wanted[place]))
         return found
+
+    def _is_missing(self, stretch: int) -> bool:
+        return (self.blob.place, self.version, stretch) not in _kept
 
     def _row(self, row: DataRow | int, number: int) -> DataRow | DataError:
         if isinstance(row, int):
@@ -176,6 +180,9 @@ class _Kept:
     def __init__(self) -> None:
         self._tables: OrderedDict[tuple[str, str, int], tuple[Any, int]] = OrderedDict()
         self._size = 0
+
+    def __contains__(self, key: tuple[str, str, int]) -> bool:
+        return key in self._tables
 
     def get(self, key: tuple[str, str, int]) -> Any | None:
         """Return a table, None if it is not kept."""
