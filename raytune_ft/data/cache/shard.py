@@ -121,20 +121,24 @@ class Shard:
             DamagedError: a byte of their blocks is not as it was written, or other rows stand
                 there.
         """
-        found: list[Outcome | Missing] = [MISSING] * len(rows)
-        blocks = slots // BLOCK_ROWS
-        for block in np.unique(blocks).tolist():
-            mine = np.flatnonzero(blocks == block)
-            try:
-                batch = ipc.read_record_batch(pa.py_buffer(self._section(1 + block)), _SCHEMA)
-                batch.validate(full=True)
-                columns = _Columns(batch)
-                for place in mine.tolist():
-                    slot = int(slots[place]) - block * BLOCK_ROWS
-                    found[place] = columns.outcome(slot, int(rows[place]))
-            except (pa.ArrowException, ValueError, IndexError) as error:
-                raise DamagedError(f"rows of block {block}: {_first_line(error)}") from None
-        return found
+        blocks = np.unique(slots // BLOCK_ROWS)
+        places = np.searchsorted(blocks, slots // BLOCK_ROWS) * BLOCK_ROWS + slots % BLOCK_ROWS
+        try:
+            columns = _Columns(pa.concat_batches([self._block(block) for block in blocks.tolist()]))
+            return [
+                columns.outcome(place, row)
+                for place, row in zip(places.tolist(), rows.tolist(), strict=True)
+            ]
+        except (pa.ArrowException, ValueError, IndexError) as error:
+            raise DamagedError(_first_line(error)) from None
+
+    def _block(self, number: int) -> Any:
+        """Read, verify and parse a batch; all but the last have BLOCK_ROWS rows."""
+        batch = ipc.read_record_batch(pa.py_buffer(self._section(1 + number)), _SCHEMA)
+        batch.validate(full=True)
+        if batch.num_rows != min(BLOCK_ROWS, self.n_rows - number * BLOCK_ROWS):
+            raise ValueError(f"block {number} has {batch.num_rows} rows")
+        return batch
 
     def _open(self, identity: str) -> None:
         size = os.fstat(self._handle).st_size
@@ -149,8 +153,7 @@ class Shard:
         if _table_digest(identity, table, n_sections, n_rows) != digest:
             raise DamagedError("its table of sections is not that of this window")
         entries = np.frombuffer(table, _ENTRY)
-        self._ends = [0, *entries["end"].tolist()]
-        self._digests = [bytes(one) for one in entries["digest"]]
+        self._ends, self._digests = [0, *entries["end"].tolist()], entries["digest"]
         self.n_rows = int(n_rows)
         if self._ends[-1] != start:
             raise DamagedError("its sections do not fill the file")
@@ -162,7 +165,7 @@ class Shard:
         if not 0 <= number < len(self._digests):
             raise DamagedError(f"it has no section {number}")
         found = self._read(self._ends[number], self._ends[number + 1])
-        if _digest(found) != self._digests[number]:
+        if _digest(found) != self._digests[number].tobytes():
             raise DamagedError(f"bytes {self._ends[number]} to {self._ends[number + 1]} changed")
         return found
 
@@ -174,7 +177,7 @@ class Shard:
 
 
 class _Columns:
-    """A verified batch as arrays."""
+    """Verified batches as arrays."""
 
     def __init__(self, batch: Any) -> None:
         rows, kinds, uncut, ids, trained = batch.columns
