@@ -24,36 +24,11 @@ from raytune_ft.data.sources import open_sources
 from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
 from raytune_ft.data.windows import Feed, make_feed
 
-WORDS = [
-    "river",
-    "stone",
-    "cloud",
-    "night",
-    "green",
-    "song",
-    "glass",
-    "seven",
-    "window",
-    "order",
-    "epoch",
-    "token",
-    "row",
-    "pack",
-    "light",
-    "water",
-    "house",
-    "paper",
-    "street",
-    "garden",
-    "number",
-    "letter",
-    "answer",
-    "question",
-    "morning",
-    "evening",
-    "mountain",
-    "forest",
-]
+TEXT = (
+    "river stone cloud night green song glass seven window order epoch token row pack light water "
+    "house paper street garden number letter answer question morning evening mountain forest"
+)
+WORDS = TEXT.split()
 SEED = 1
 
 
