@@ -46,10 +46,16 @@ class Site:
     files: dict[str, bytes] = field(default_factory=dict)
     tags: bool = True
     ranges: bool = True
+    heeds_match: bool = True
     busy: Callable[[int], bool] = lambda number: False
     """Which GET of a range, counted from 1, is answered with 503."""
     cut: Callable[[int], bool] = lambda number: False
     """Which one loses its connection in the middle of the body."""
+    cut_whole: Callable[[int], bool] = lambda number: False
+    """Which GET of a whole file does."""
+    n_whole: int = 0
+    busy_heads: int = 0
+    """So many of the next HEADs are answered with 503."""
     moved: dict[str, str] = field(default_factory=dict)
     asked: list[Asked] = field(default_factory=list)
     url: str = ""
@@ -69,6 +75,10 @@ class Site:
     def answer(self, handler: Handler) -> None:
         """Answer a GET or HEAD; subclasses know more paths."""
         path = unquote(urlsplit(handler.path).path)
+        if handler.command == "HEAD" and self.busy_heads:
+            self.busy_heads -= 1
+            handler.give(503, b"", {})
+            return
         if path in self.moved:
             handler.give(302, b"", {"Location": self.moved[path]})
             return
@@ -80,12 +90,13 @@ class Site:
             return
         tag = tag_of(body)
         headers = {**headers, **({"ETag": tag} if self.tags else {})}
-        if handler.headers.get("If-Match", tag) != tag:
+        if self.heeds_match and handler.headers.get("If-Match", tag) != tag:
             handler.give(412, b"", headers)
             return
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", handler.headers.get("Range") or "")
         if not wanted or not self.ranges:
-            handler.give(200, body, headers)
+            self.n_whole += handler.command == "GET"
+            handler.give(200, body, headers, cut=self.cut_whole(self.n_whole))
             return
         start = int(wanted[1])
         end = min(int(wanted[2] or len(body)) + 1, len(body))

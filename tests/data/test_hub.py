@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from raytune_ft.config.schema import DataSection
-from raytune_ft.data.files import hub_rows, remote_blobs, remote_files, remote_ranges
+from raytune_ft.data.files import hub_rows, remote_blobs, remote_ranges
 from raytune_ft.data.sources import RowSource, open_sources, split_validation
 from raytune_ft.errors import DataError, RecipeError
 from tests.data.served import CONVERTED_SHA, SHA, Hub, served
@@ -237,7 +237,3 @@ def test_a_hub_address_is_read_at_the_commit_of_now(hub: Hub) -> None:
     remote_ranges._moved.clear()
     with pytest.raises(DataError, match=r"train\.jsonl: cannot be read \(HTTP status 404"):
         source.rows([100])
-
-
-def test_copying_threshold_is_one_gibibyte() -> None:
-    assert remote_files.COPIED_BYTES == 2**30

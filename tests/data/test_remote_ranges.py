@@ -158,21 +158,37 @@ def test_a_file_that_changes_under_a_run_is_one_line(site: Site, kind: str) -> N
     assert opened(f"{site.url}/{kind}").rows([3900])[0]["prompt"] == rows[3900]["prompt"][::-1]
 
 
-def test_ranges_are_held_against_the_version_even_if_the_server_ignores_if_match(
-    site: Site,
-) -> None:
-    class Careless(dict[str, bytes]):
-        pass
-
+def test_ranges_are_held_against_the_version_even_if_the_server_does_not(site: Site) -> None:
+    site.heeds_match = False
     body = random.Random(1).randbytes(2**20)
     site.files["/a.jsonl"] = body
     blob = blob_of(site, "/a.jsonl")
-    stale = RemoteBlob(blob.url, blob.size, "Thu, 01 Jan 2026 00:00:00 GMT")
+    assert blob.read([(0, 10)]) == [body[:10]]
+    site.files["/a.jsonl"] = body[:-1] + b"x"
     with pytest.raises(DataError, match="changed since the run began"):
-        stale.read([(0, 10)])
-    shorter = RemoteBlob(blob.url, blob.size + 1, blob.pinned)
+        blob.read([(2**19, 2**19 + 10)])
+    longer = RemoteBlob(blob.url, blob.size + 1, "")
     with pytest.raises(DataError, match="changed since the run began"):
-        shorter.read([(0, 10)])
+        longer.read([(0, 10)])
+
+
+def test_a_copy_that_breaks_off_is_made_again(site: Site) -> None:
+    rows = rows_of(300)
+    site.files["/a.jsonl"] = lines_of(rows)
+    site.cut_whole = lambda number: number < 3
+    assert opened(f"{site.url}/a.jsonl", access="copy").rows(range(300)) == rows
+    assert len(site.gets()) == 3
+
+
+def test_a_server_that_is_busy_when_asked_for_a_version_is_asked_again(site: Site) -> None:
+    rows = rows_of(3000)
+    site.files["/a.parquet"] = parquet_of(rows, 500)
+    source = opened(f"{site.url}/a.parquet")
+    remote_blobs._looked.clear()
+    site.busy_heads = 2
+    site.asked.clear()
+    assert source.rows([2900]) == rows[2900:2901]
+    assert sum(asked.method == "HEAD" for asked in site.asked) == 3
 
 
 # Servers that cannot.

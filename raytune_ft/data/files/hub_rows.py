@@ -53,6 +53,10 @@ class HubReader:
         """Return the data set's name and the row's number, from 1."""
         return f"{self.path}/{self.split}:{row + 1}"
 
+    def places(self, rows: Sequence[int]) -> list[str]:
+        """Return the places of rows."""
+        return [self.where(row) for row in rows]
+
     def read(self, rows: Sequence[int]) -> list[DataRow | DataError]:
         """Take rows from the cache."""
         table = load_hub(self.path, self.name, self.data_dir, self.split).with_format(None)
@@ -84,8 +88,7 @@ def open_hub(source: Source, split: str, key: str) -> list[Reader]:
         streamed = source.access == "stream" or (source.access == "auto" and large)
         # of what the hub converted the library knows nothing
         if streamed or listed.converted:
-            access = "stream" if streamed else "copy"
-            return open_readers(open_found(listed.files, key, access))
+            return open_readers(open_found(listed.files, key, "stream" if streamed else "copy"))
     return [_copied(source, split, key)]
 
 

@@ -29,7 +29,8 @@ from raytune_ft.data.files.remote import file_system, shown
 from raytune_ft.data.files.remote_ranges import (
     changed,
     is_fixed,
-    look_up,
+    is_now,
+    patient,
     read_ranges,
     unreadable,
 )
@@ -46,6 +47,8 @@ _LARGE_BYTES = 4 * 2**20
 """A larger range is read once by whoever asks for it, and not kept."""
 _FRESH_S = 5.0
 """A version that was looked up so long ago is not looked up again."""
+_TRIES = 4
+"""Of a whole file."""
 _UNSAFE = re.compile(r"[^\w.-]+")
 _CONTENT = "content-"
 
@@ -74,9 +77,8 @@ class RemoteBlob:
         if is_fixed(self.url):
             return self.pinned
         if time.monotonic() - _looked.get(self, -_FRESH_S) >= _FRESH_S:
-            found = look_up(self.url)
-            if found != self.pinned:
-                return found
+            if not is_now(self.url, self.size, self.pinned):
+                return f"not {self.pinned}"
             _looked[self] = time.monotonic()
         return self.pinned
 
@@ -108,7 +110,10 @@ class RemoteBlob:
                 yield now.result()
 
     def _chunk(self, start: int) -> bytes:
-        return self._whole([(start, min(start + CHUNK_BYTES, self.size))])[0]
+        end = min(start + CHUNK_BYTES, self.size)
+        # small files' rows are read soon after
+        read = self.read if self.size <= _LARGE_BYTES else self._whole
+        return read([(start, end)])[0]
 
     def _whole(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         """Read ranges in parts of a few MiB, side by side."""
@@ -299,17 +304,26 @@ def _fetched(
         if not told:
             known = f" ({size / 2**20:.1f} MiB)" if size else ""
             print(f"fetching {place}{known}", file=sys.stderr, flush=True)
-        files, path = file_system(origin.url)
-        files.get_file(path, str(target), callback=_Room(place))
+        patient(lambda: _download(origin, target, size), _TRIES, (_ShortError,))
         # what came is of the version that was asked for if that is still the one there
-        if origin.pinned and not is_fixed(origin.url) and look_up(origin.url) != origin.pinned:
+        pinned = origin.pinned and not is_fixed(origin.url)
+        if pinned and not is_now(origin.url, origin.size, origin.pinned):
             raise changed(place)
-        got = target.stat().st_size
-        if size is not None and got != size:
-            raise DataError(f"{place}: {got} bytes came of {size}; try again")
 
     what = ("fetched", origin.url, origin.pinned)
     return kept_file(what, origin.name, make, again=again)
+
+
+def _download(origin: RemoteBlob, target: Path, size: int | None) -> None:
+    files, path = file_system(origin.url)
+    files.get_file(path, str(target), callback=_Room(origin.place))
+    got = target.stat().st_size
+    if size is not None and got != size:
+        raise _ShortError(f"{origin.place}: {got} bytes came of {size}; try again")
+
+
+class _ShortError(DataError):
+    """A download that ended too early."""
 
 
 class _Room(Callback):  # type: ignore[misc]

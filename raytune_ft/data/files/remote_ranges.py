@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -101,17 +101,20 @@ def gives_ranges(url: str, size: int, version: str) -> bool:
         raise changed(shown(url)) from None
 
 
-def look_up(url: str) -> str:
-    """Return the version of a file as it is now; DataError if it is gone or cannot be asked."""
-    files, path = file_system(url)
-    place = shown(url)
+def is_now(url: str, size: int, version: str) -> bool:
+    """Tell whether a file is of this version; DataError if it is gone or cannot be asked."""
     try:
-        info = _patient(lambda: files.info(path))
+        if is_web(url):
+            from fsspec.asyn import sync
+
+            files = web_files()
+            return bool(sync(files.loop, _is_now, files, url, size, version))
+        files, path = file_system(url)
+        return version_of(patient(lambda: files.info(path))) == version
     except (DataError, RecipeError):
         raise
     except Exception as error:  # as above
-        raise unreadable(place, error) from None
-    return version_of(info)
+        raise unreadable(shown(url), error) from None
 
 
 def changed(place: str) -> DataError:
@@ -151,9 +154,9 @@ def _from_store(url: str, ranges: Ranges, version: str) -> list[bytes]:
         return found
 
     with ThreadPoolExecutor(min(AT_ONCE, max(len(ranges), 1))) as pool:
-        found = list(pool.map(lambda bounds: _patient(lambda: part(bounds)), ranges))
+        found = list(pool.map(lambda bounds: patient(lambda: part(bounds)), ranges))
     # asked for afterwards, so that all that was read is of that version
-    if version_of(_patient(lambda: files.info(path))) != version:
+    if version_of(patient(lambda: files.info(path))) != version:
         raise _ChangedError
     return found
 
@@ -163,23 +166,40 @@ def _asker(files: Any, path: str) -> Callable[[int, int], bytes]:
     from fsspec.implementations.arrow import ArrowFSWrapper
 
     if isinstance(files, ArrowFSWrapper):  # it opens files, once for all ranges
-        file = _patient(lambda: files.fs.open_input_file(path))
+        file = patient(lambda: files.fs.open_input_file(path))
         return lambda start, end: bytes(file.read_at(end - start, start))
     return lambda start, end: bytes(files.cat_file(path, start=start, end=end))
 
 
-def _patient(ask: Callable[[], _T]) -> _T:
-    """Try again what fails for a moment."""
-    for trial in range(TRIES):
+def patient(
+    ask: Callable[[], _T], tries: int = TRIES, also: tuple[type[Exception], ...] = ()
+) -> _T:
+    """Try again what fails for a moment, by the network's errors and others that are named."""
+    failures: tuple[type[Exception], ...] = (OSError, EOFError, *_passing(), *also)
+    for trial in range(tries):
         try:
             return ask()
         except (FileNotFoundError, PermissionError, IsADirectoryError):
             raise
-        except (OSError, EOFError):
-            if trial == TRIES - 1:
+        except failures as error:
+            if trial == tries - 1 or getattr(error, "status", 503) not in _BUSY:
                 raise
             time.sleep(FIRST_WAIT_S * 2**trial)
     raise AssertionError("every trial returns or raises")
+
+
+def _passing() -> tuple[type[Exception], ...]:
+    """Return what is raised when a connection fails."""
+    import aiohttp
+
+    return (
+        aiohttp.ClientConnectionError,
+        aiohttp.ClientPayloadError,
+        aiohttp.ClientResponseError,
+        asyncio.IncompleteReadError,
+        asyncio.TimeoutError,
+        _BusyError,
+    )
 
 
 async def _all_parts(files: Any, url: str, ranges: Ranges, size: int, version: str) -> list[bytes]:
@@ -200,20 +220,37 @@ async def _all_parts(files: Any, url: str, ranges: Ranges, size: int, version: s
 
 async def _part(session: Any, url: str, bounds: tuple[int, int], size: int, version: str) -> bytes:
     """Ask for one range until it comes."""
-    import aiohttp
+    return await _tried(lambda: _ask(session, url, bounds, size, version))
 
-    passing = (
-        _BusyError,
-        aiohttp.ClientConnectionError,
-        aiohttp.ClientPayloadError,
-        asyncio.IncompleteReadError,
-        asyncio.TimeoutError,
-    )
+
+async def _is_now(files: Any, url: str, size: int, version: str) -> bool:
+    session = await files.set_session()
+
+    async def head() -> bool | None:
+        address, headers = _address(url)
+        headers["Accept-Encoding"] = "identity"
+        async with session.head(address, headers=headers, allow_redirects=True) as answer:
+            if answer.status in _BUSY:
+                raise _BusyError(answer.status, 0.0)
+            return version_of(answer.headers) == version if answer.status < 400 else None
+
+    found = await _tried(head)
+    if found is None:  # a signature may be good for GET alone
+        try:
+            await _part(session, url, (0, 1), size, version)
+        except _ChangedError:
+            return False
+        except NoRangesError:
+            return True
+    return found is not False
+
+
+async def _tried(ask: Callable[[], Awaitable[_T]]) -> _T:
     for trial in range(TRIES):
         try:
-            return await _ask(session, url, bounds, size, version)
-        except passing as error:
-            if trial == TRIES - 1:
+            return await ask()
+        except _passing() as error:
+            if trial == TRIES - 1 or getattr(error, "status", 503) not in _BUSY:
                 raise
             wait_s = error.wait_s if isinstance(error, _BusyError) else 0.0
             await asyncio.sleep(max(wait_s, FIRST_WAIT_S * 2**trial))
@@ -238,7 +275,7 @@ def _check_status(answer: Any, url: str) -> None:
     if answer.status in (412, 416):
         raise _ChangedError
     if answer.status in _FORGOTTEN and _moved.pop(url, None) is not None:
-        raise _BusyError(answer.status, 0.0)
+        raise _BusyError(503, 0.0)
     if answer.status in _BUSY:
         after = answer.headers.get("Retry-After", "")
         wait_s = float(after) if after.isdigit() else 0.0
