@@ -65,10 +65,12 @@ class RowSource:
     def places(self, indices: Sequence[int] | Numbers) -> list[str]:
         """Return the places of rows, `file.jsonl:12`."""
         readers, rows = self._find(indices)
-        return [
-            self.readers[reader].where(row)
-            for reader, row in zip(readers.tolist(), rows.tolist(), strict=True)
-        ]
+        found = [""] * len(rows)
+        for reader, mine in _groups(readers):
+            places = self.readers[reader].places(rows[mine].tolist())
+            for number, place in zip(mine.tolist(), places, strict=True):
+                found[number] = place
+        return found
 
     def source_of(self, row: int) -> Source:
         """Return the data set that a row comes from."""
@@ -135,11 +137,10 @@ class RowSource:
         """Read rows, in the order asked for, each as its columns or as what is wrong with it."""
         readers, rows = self._find(indices)
         found: list[DataRow | DataError] = [{}] * len(rows)
-        for reader in np.unique(readers).tolist():
-            places = np.flatnonzero(readers == reader)
-            read = self.readers[reader].read(rows[places].tolist())
-            for place, row in zip(places.tolist(), read, strict=True):
-                found[place] = row
+        for reader, mine in _groups(readers):
+            read = self.readers[reader].read(rows[mine].tolist())
+            for number, row in zip(mine.tolist(), read, strict=True):
+                found[number] = row
         return found
 
     def used(self) -> Mask:
@@ -182,6 +183,13 @@ class RowSource:
     def _sets(self) -> npt.NDArray[np.int32]:
         changes = [a is not b for a, b in itertools.pairwise(self.sources)]
         return np.cumsum([False, *changes], dtype=np.int32)
+
+
+def _groups(readers: Numbers) -> list[tuple[int, Numbers]]:
+    """Return each reader with the places that it stands at."""
+    order = np.argsort(readers, kind="stable")
+    found, firsts = np.unique(readers[order], return_index=True)
+    return list(zip(found.tolist(), np.split(order, firsts[1:]), strict=False))
 
 
 def open_sources(data: DataSection, seed: int) -> RowSource:

@@ -58,6 +58,7 @@ def check(reader: Reader, rows: list[Any], lines: list[int], order: list[int]) -
     assert len(reader) == len(rows)
     assert reader.read(range(len(rows))) == rows
     assert [reader.where(n) for n in order] == [f"x:{lines[n]}" for n in order]
+    assert reader.places(order) == [f"x:{lines[n]}" for n in order]
     again = pickle.loads(pickle.dumps(reader))
     assert again.read(order) == [rows[n] for n in order]
     assert [again.where(n) for n in range(len(rows))] == [f"x:{line}" for line in lines]

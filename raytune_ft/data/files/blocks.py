@@ -71,6 +71,14 @@ class Blocks:
             )
         return int(self.lines[block]), int(self.lines[block + 1])
 
+    def lines_of_all(self, blocks: Offsets) -> tuple[Offsets, npt.NDArray[np.bool_]]:
+        """Return the lines in which blocks begin, and whether each has as many lines as rows."""
+        rows = np.stack([self.rows[blocks], self.rows[blocks + 1]]).astype(np.int64)
+        if self.lines is None:
+            return rows[0] + self.first_line, np.ones(len(blocks), dtype=np.bool_)
+        lines = np.stack([self.lines[blocks], self.lines[blocks + 1]]).astype(np.int64)
+        return lines[0], lines[1] - lines[0] == rows[1] - rows[0]
+
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
         """Return what is to be written down: differences, in as few bytes as hold them."""
         found = {"starts": _narrowed(self.starts), "rows": _narrowed(self.rows)}

@@ -68,6 +68,10 @@ class Reader(Protocol):
         """Return the row's place, `file.jsonl:12`."""
         ...
 
+    def places(self, rows: Sequence[int]) -> list[str]:
+        """Return the places of rows."""
+        ...
+
     def check_unchanged(self) -> None:
         """Raise DataError if the file is not as it was when the reader was opened."""
         ...
@@ -78,7 +82,7 @@ class Reader(Protocol):
 
 
 @dataclass(frozen=True)
-class FileReader:
+class FileReader(ABC):
     """What readers of one file have in common.
 
     `version` is the blob's when the file was opened; `fingerprint` is the content's hash, or what
@@ -89,6 +93,14 @@ class FileReader:
     display: str
     version: str
     fingerprint: str
+
+    @abstractmethod
+    def where(self, row: int) -> str:
+        """Return the row's place."""
+
+    def places(self, rows: Sequence[int]) -> list[str]:
+        """Return the places of rows."""
+        return [self.where(row) for row in rows]
 
     def check_unchanged(self) -> None:
         """Raise DataError if the file is not as it was when the reader was opened."""
@@ -116,7 +128,7 @@ Part = tuple[bytes, int]
 
 
 @dataclass(frozen=True)
-class TextReader(FileReader, ABC):
+class TextReader(FileReader):
     """Rows as parts of a text."""
 
     blocks: Blocks
@@ -134,6 +146,15 @@ class TextReader(FileReader, ABC):
     def where(self, row: int) -> str:
         """Return the row's file and line."""
         return f"{self.display}:{self.line_of(row)}"
+
+    def places(self, rows: Sequence[int]) -> list[str]:
+        """Return the rows' files and lines."""
+        wanted = np.asarray(rows, dtype=np.int64)
+        blocks, places = self.blocks.find_all(wanted)
+        firsts, evens = self.blocks.lines_of_all(blocks)
+        if not self.own_lines or not evens.all():
+            return super().places(rows)
+        return [f"{self.display}:{line}" for line in (firsts + places).tolist()]
 
     def line_of(self, row: int) -> int:
         """Return the line in which a row begins, from 1."""
