@@ -78,6 +78,8 @@ class Line:
         self._asked: dict[int, int] = {}
         self._runs: list[_Run] = []
         self._next = len(self._kept)
+        # of the last window; before the first, as if few filled the room
+        self._size = made[-1][1] if made else AHEAD_BYTES // at_once
         self._failures, self._error = 0, ""
         self.made = 0
 
@@ -127,7 +129,8 @@ class Line:
     def _comes(self, index: int) -> bool:
         """Tell whether a window is kept, on its way or the next to be made."""
         coming = any(index in run.left for run in self._runs)
-        return coming or index in self._kept or (bool(self._runs) and index == self._next)
+        following = index == self._next and bool(self._runs or self._kept)
+        return coming or following or index in self._kept
 
     def _go_to(self, index: int) -> None:
         """Begin anew at a window; what is kept of those that follow stays."""
@@ -171,11 +174,10 @@ class Line:
             max(self._asked.values(), default=0),
         )
         ahead = [size for index, (_, size) in self._kept.items() if index > slowest]
-        each = max(1, sum(ahead) // max(1, len(ahead)))
         number = min(
             RUN_WINDOWS,
             slowest + AHEAD_WINDOWS + RUN_WINDOWS - self._next,
-            (AHEAD_BYTES - sum(ahead)) // each,
+            (AHEAD_BYTES - sum(ahead)) // max(1, self._size),
         )
         if self._next > slowest + AHEAD_WINDOWS:
             number = 0
@@ -208,6 +210,7 @@ class Line:
                 return False
             run.left.remove(index)
             self._kept[index] = made
+            self._size = made[1]
             self.made += 1
             self._failures = 0
             self._start_runs()

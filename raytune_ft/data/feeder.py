@@ -213,7 +213,8 @@ class Supply:
         begun = time.monotonic()
         while not stopped.is_set():
             try:
-                refs, error = ray.get(self.actor.window.remote(kind, reader, index))
+                asked = self.actor.window.remote(kind, reader, index)
+                refs, error = ray.get(asked, timeout=LIMIT_SECONDS)
                 if error:
                     raise TrainingError(error)
                 if refs:
@@ -223,6 +224,8 @@ class Supply:
                 time.sleep(POLL_SECONDS / 10)
             except exceptions.ActorUnavailableError:
                 time.sleep(POLL_SECONDS / 10)  # it is being started again
+            except exceptions.GetTimeoutError:
+                pass
             except exceptions.RayActorError as error:
                 raise TrainingError(
                     f"the process that has windows made is gone: {last_line(error)}"
@@ -237,7 +240,7 @@ class Supply:
     def _waiting(self, kind: str) -> str:
         """Say what is known of the windows that are on their way."""
         try:
-            state = ray.get(self.actor.state.remote(kind), timeout=10 * POLL_SECONDS)
+            state = ray.get(self.actor.state.remote(kind), timeout=2 * POLL_SECONDS)
         except exceptions.GetTimeoutError:
             return "the process that has them made does not answer"
         free, whole = ray.available_resources(), ray.cluster_resources()
