@@ -120,13 +120,13 @@ def test_a_server_that_fails_now_and_then_still_gives_the_right_bytes(site: Site
 
 
 def test_a_server_that_only_fails_is_one_line(site: Site) -> None:
-    site.files["/a.jsonl"] = lines_of(rows_of(3000))
+    site.files["/a.jsonl"] = lines_of(rows_of(6000))
     source = opened(f"{site.url}/a.jsonl?X-Signature=s3cr3t")
     site.busy = lambda number: True
     with pytest.raises(
         DataError, match=r"a\.jsonl\?\.\.\.: cannot be read \(HTTP status 503"
     ) as caught:
-        source.rows([2500])
+        source.rows([3500])
     assert "\n" not in str(caught.value) and "s3cr3t" not in str(caught.value)
     assert len(site.gets()) < 30
 

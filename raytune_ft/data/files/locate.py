@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import glob
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -105,8 +106,10 @@ def _open_url(source: Source, split: str, key: str) -> list[Reader]:
         url = f"{url.rstrip('/')}/{source.data_dir.strip('/')}"
 
     def choose(names: list[str]) -> list[str]:
-        known = [name for name in names if _counts(Path(name))]
-        return known if is_pattern(url) else of_split(known, split, f"{key}: {shown(url)}")
+        known = [name for name in names if _counts(name.rpartition("/")[2])]
+        if is_pattern(url):
+            return known
+        return of_split(_richer(known), split, f"{key}: {shown(url)}")
 
     return open_readers(open_remote(url, key, choose, source.access))
 
@@ -119,20 +122,16 @@ def _display(file: Path, root: Path, given: str) -> str:
 def _matching(pattern: str, key: str) -> list[Path]:
     """List the data files that a pattern matches, sorted; `**` goes through folders."""
     found = (Path(name) for name in glob.iglob(str(Path(pattern).expanduser()), recursive=True))  # noqa: PTH207
-    files = sorted(file for file in found if file.is_file() and _counts(file))
+    files = sorted(file for file in found if _counts(file.name) and file.is_file())
     if not files:
         raise RecipeError(f"{key}: no {kinds()} file matches {pattern}; patterns start at "
                           "the current folder, and ** goes through folders")  # fmt: skip
     return files
 
 
-def _counts(relative: Path) -> bool:
-    """Tell whether a file of a folder is data."""
-    return (
-        is_data_file(relative.name)
-        and relative.name not in _NO_DATA
-        and not relative.name.startswith(".")
-    )
+def _counts(name: str) -> bool:
+    """Tell by its name whether a file of a folder is data."""
+    return is_data_file(name) and name not in _NO_DATA and not name.startswith(".")
 
 
 def _files(path: Path, source: Source, split: str, key: str) -> list[Path]:
@@ -141,13 +140,10 @@ def _files(path: Path, source: Source, split: str, key: str) -> list[Path]:
             raise RecipeError(f"{key}: {source.path} is no {kinds()} file; convert it")
         return [path]
     root = _root(path, source, key)
-    files = [root / name for name in folder_names(root)]
+    files = folder_names(root)
     if not files:
         raise RecipeError(f"{key}: no {kinds()} file in folder {source.path}")
-    names = of_split(
-        [str(file.relative_to(root)) for file in files], split, f"{key}: folder {source.path}"
-    )
-    return [root / name for name in names]
+    return [root / name for name in of_split(files, split, f"{key}: folder {source.path}")]
 
 
 def _root(path: Path, source: Source, key: str) -> Path:
@@ -170,19 +166,32 @@ def folder_names(root: Path) -> list[str]:
     made of; others there are leftovers of its cache. Text files count only if there is nothing
     else, since they are mostly a licence or a description.
     """
-    found = sorted(
-        file
-        for file in root.rglob("*")
-        if _counts(file)
-        and file.is_file()
-        and not any(part.startswith(".") for part in file.relative_to(root).parts)
-    )
-    saved = {folder: _saved(folder) for folder in {file.parent for file in found}}
-    files = [file for file in found if saved[file.parent] is None]
+    found = _found(root)
+    folder_of = {name: name.rpartition("/")[0] for name in found}
+    saved = {folder: _saved(root / folder) for folder in set(folder_of.values())}
+    files = [name for name in found if saved[folder_of[name]] is None]
     for folder in sorted(folder for folder, names in saved.items() if names is not None):
-        files += [folder / name for name in saved[folder] or () if (folder / name) in found]
-    richer = [file for file in files if ".txt" not in file.suffixes]
-    return [str(file.relative_to(root)) for file in richer or files]
+        named = (str(Path(folder, name)) for name in saved[folder] or ())
+        files += [name for name in named if name in folder_of]
+    return _richer(files)
+
+
+def _found(root: Path) -> list[str]:
+    """List a folder's data files, by relative name; folders with a dot are not looked into."""
+    found: list[tuple[str, ...]] = []
+    for folder, below, names in os.walk(root):
+        below[:] = [name for name in below if not name.startswith(".")]
+        parts = Path(folder).relative_to(root).parts
+        found += [
+            (*parts, name) for name in names if _counts(name) and Path(folder, name).is_file()
+        ]
+    return ["/".join(parts) for parts in sorted(found)]
+
+
+def _richer(names: Sequence[str]) -> list[str]:
+    """Leave out text files, unless there is nothing else."""
+    richer = [name for name in names if ".txt" not in name or ".txt" not in Path(name).suffixes]
+    return richer or list(names)
 
 
 def _saved(folder: Path) -> list[str] | None:
