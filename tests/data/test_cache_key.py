@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from raytune_ft.config.schema import Recipe, Source
 from raytune_ft.data.cache.key import FIELDS, SOURCE, token_key
 from raytune_ft.data.examples import Encoder
-from raytune_ft.data.order import RowOrder
 from raytune_ft.data.sources import open_sources, split_validation
 from raytune_ft.data.templating.templates import PROMPTS
 from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
@@ -186,6 +188,20 @@ def test_files_count_by_content_and_order_not_by_place(run: Run, tmp_path: Path)
     assert run.key(SOURCE + "path", str(changed)) != run.key()
 
 
+def test_files_known_by_size_and_time_are_told_apart_if_they_share_both(
+    run: Run, tmp_path: Path
+) -> None:
+    keys = set()
+    for word in ("river", "stone"):
+        path = tmp_path / f"{word}.parquet"
+        table = pa.table({"instruction": [word], "output": [word]})
+        parquet.write_table(table, path, compression="none", write_statistics=False)
+        os.utime(path, ns=(10**18, 10**18))
+        keys.add(run.key(SOURCE + "path", str(path)))
+    assert len({path.stat().st_size for path in tmp_path.glob("*.parquet")}) == 1
+    assert len(keys) == 2
+
+
 def test_a_tokenizer_counts_by_content_not_by_folder(run: Run, tmp_path: Path) -> None:
     (tmp_path / "same").mkdir()
     make_tokenizer(tmp_path / "same")
@@ -235,18 +251,3 @@ def test_a_template_counts_by_its_text(run: Run, monkeypatch: pytest.MonkeyPatch
     assert run.key("model.template", "default") != plain
     monkeypatch.setattr(module, "PROMPTS", {**PROMPTS, "zephyr": PROMPTS["default"]})
     assert run.key("model.template", "zephyr") == plain
-
-
-def test_rows_of_one_key_stand_in_the_same_windows(run: Run) -> None:
-    """The windows of epoch 0 are a function of what the key holds; see what does not move them."""
-    made = Recipe.model_validate(run.recipe)
-    ends = open_sources(made.data, 42).chunk_ends()
-    orders = [
-        RowOrder(ends, 42, window=16, shuffle_rows=9, shuffle=True).window_rows(0, 1).tolist()
-        for _ in range(2)
-    ]
-    assert orders[0] == orders[1]
-    assert (
-        orders[0]
-        != RowOrder(ends, 43, window=16, shuffle_rows=9, shuffle=True).window_rows(0, 1).tolist()
-    )

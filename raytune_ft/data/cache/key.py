@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from raytune_ft.data.examples import Encoder
+from raytune_ft.data.files.readers import FileReader, Reader
 from raytune_ft.data.sources import RowSource
 from raytune_ft.data.templating.templates import PROMPTS
 
@@ -84,10 +85,18 @@ def token_key(source: RowSource, encoder: Encoder, seed: int) -> str:
         "data": _values(data, "data."),
         "sources": [_values(one, SOURCE) for one in source.sources],
         "rows": source.fingerprint,
+        "places": [_place(reader) for reader in source.readers],
         "chunks": hashlib.sha256(source.chunk_ends().tobytes()).hexdigest(),
         "order": [seed, data.window, data.shuffle_rows, data.shuffle_before_pack],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _place(reader: Reader) -> str:
+    """Return where a file lies that is known by size and time: two may have both in common."""
+    if not isinstance(reader, FileReader) or reader.fingerprint != reader.version:
+        return ""
+    return reader.blob.place
 
 
 def _values(section: Any, prefix: str) -> dict[str, Any]:
