@@ -139,6 +139,17 @@ def test_texts_at_once_are_texts_one_by_one_whatever_is_foreign(
     assert got == [kind.encode(text, foreign) for text, foreign in wanted]
 
 
+def test_a_special_token_that_a_text_becomes_by_normalisation_is_seen(
+    tokenizer: TextTokenizer,
+) -> None:
+    normalising = _normalising(tokenizer)
+    text = "a\uff1ceoh\uff1eb"
+    assert normalising.token_id("<eoh>") in normalising.encode(text)
+    (got,) = normalising.encode_batch([(text, ((0, len(text)),))])
+    assert got.tolist() == normalising.encode(text, ((0, len(text)),))
+    assert normalising.token_id("<eoh>") not in got.tolist()
+
+
 def test_what_is_encoded_at_once_is_not_encoded_again(
     kind: TextTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
