@@ -171,6 +171,17 @@ ROWS = {
     "content is a number": '{"messages": [{"role": "user", "content": 3}]}',
     "messages is text": '{"messages": "hi"}',
     "message without content": '{"messages": [{"role": "user"}]}',
+    "key twice": '{"messages": [], "messages": [{"role": "user", "content": "a"}]}',
+    "half a character": '{"messages": [{"role": "user", "content": "\\ud83d"},'
+    ' {"role": "assistant", "content": "b"}]}',
+    "a picture": '{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}',
+    "a NUL byte": '{"messages": "\0"}',
+    "colours of a terminal": '{"messages": [{"role": "\\u001b[31m\\n", "content": "a"}]}',
+    "100,000 brackets": "[" * 100_000,
+    "only a system text": '{"messages": [{"role": "system", "content": "a"}]}',
+    "a call without a name": '{"messages": [{"role": "user", "content": "a"},'
+    ' {"role": "assistant", "tool_calls": [{}]}]}',
+    "another format": '{"instruction": "a", "output": "b"}',
     "two questions": '{"messages": [{"role": "user", "content": "a"},'
     ' {"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}]}',
 }
@@ -227,8 +238,28 @@ def test_broken_row_can_be_skipped_and_is_counted(call: Command, work: Path, row
 
 @pytest.mark.parametrize(
     ("content", "code"),
-    [(b"", 3), (b"\n\n", 3), (b"\xff\xfe\x00\x01", 3), (b'{"messages": []}\n', 3)],
-    ids=["empty", "blank lines", "binary", "no messages"],
+    [
+        (b"", 3),
+        (b"\n\n", 3),
+        (b"\xff\xfe\x00\x01", 3),
+        (b'{"messages": []}\n', 3),
+        (b"\x1f\x8b\x08\x00", 3),
+        (b"PK\x03\x04rows", 3),
+        (b"PAR1\x15\x00", 3),
+        (b"\0" * 512, 3),
+        (b'{"messages": [{"role": "us', 3),
+    ],
+    ids=[
+        "empty",
+        "blank lines",
+        "binary",
+        "no messages",
+        "gzip",
+        "zip",
+        "Parquet",
+        "zeros",
+        "cut off",
+    ],
 )
 def test_broken_data_file(call: Command, work: Path, content: bytes, code: int) -> None:
     (work / "chats.jsonl").write_bytes(content)
