@@ -234,8 +234,8 @@ def _run(
                 batch_size=1,
                 batch_format="pyarrow",
                 num_cpus=TASK_CPUS,
-                compute=ray.data.TaskPoolStrategy(size=at_once),
-                scheduling_strategy=on_node(node),
+                compute=ray.data.TaskPoolStrategy(size=min(at_once, len(arguments))),
+                ray_remote_args_fn=lambda: {"scheduling_strategy": on_node(node)},
             )
     for bundle in results.iter_internal_ref_bundles():
         for entry in bundle.blocks:
