@@ -55,8 +55,8 @@ def train(
         deepspeed=deepspeed, work_dir=work_dir, seed=seed, launcher=launcher, local_rank=local_rank
     )
     if resume is not None:
-        resume, name = spelling.run_of(resume), _resumed(resume, name, overrides)
-        overrides = []
+        resume = spelling.run_of(resume)
+        name, overrides = _resumed(resume, name, overrides)
     name = _named(name)
     if as_json and not dry_run:
         raise RecipeError("--json: prints the plan; add --dry-run")
@@ -70,20 +70,29 @@ def train(
     return run(recipe, source=name, resume=resume)
 
 
-def _resumed(resume: str, name: str | None, overrides: list[str]) -> str:
-    """Return the recipe of the run to go on with; one that is named must be the same."""
+def _resumed(run: str, name: str | None, overrides: list[str]) -> tuple[str, list[str]]:
+    """Return the recipe of the run to go on with, and what is changed in it.
+
+    A recipe that is named must be the run's own; without one, fields may change that decide no
+    number of the run.
+    """
     from raytune_ft.cli import spelling
     from raytune_ft.config import loader
     from raytune_ft.training.run_folder import RunFolder
 
-    run = spelling.run_of(resume)
     recipe = str(RunFolder.existing(run).recipe)
-    if name is None and overrides:
-        raise RecipeError("--resume: goes on with the run's own recipe; leave key=value out")
     if name is not None:
         asked = loader.load_recipe(name, overrides)
         spelling.check_same(name, asked, loader.load_recipe(recipe), run)
-    return recipe
+        return recipe, []
+    if overrides:
+        from raytune_ft.training import identity
+
+        for word in overrides:
+            identity.check_field(word.partition("=")[0], run)
+        asked = loader.load_recipe(recipe, overrides)
+        identity.check_batch(loader.load_recipe(recipe).global_batch_size, asked, run)
+    return recipe, overrides
 
 
 @verb("tune")

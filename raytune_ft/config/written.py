@@ -66,7 +66,7 @@ def _fields(section: Section, choose: _Choose, explained: bool, width: int) -> s
         description = type(section).model_fields[name].description if explained else None
         value = getattr(section, name)
         if isinstance(value, list) and value and isinstance(value[0], Section):
-            texts.append(_comment(description) + f"  {name}:\n" + _items(value, choose))
+            texts.append(_comment(description, width) + f"  {name}:\n" + _items(value, choose))
         else:
             texts.append(_entry(name, content[name], description, width))
     return "".join(texts)
@@ -91,11 +91,12 @@ def _entry(name: str, value: Any, description: str | None, width: int) -> str:
         return text
     if text.count("\n") == 1 and len(text) + len(meaning) + 3 <= width:
         return text.removesuffix("\n") + f"  # {meaning}\n"
-    return _comment(meaning) + text
+    return _comment(meaning, width) + text
 
 
-def _comment(meaning: str | None) -> str:
-    return "".join(f"  # {row}\n" for row in _wrapped(" ".join((meaning or "").split())) if row)
+def _comment(meaning: str | None, width: int) -> str:
+    rows = _wrapped(" ".join((meaning or "").split()), width)
+    return "".join(f"  # {row}\n" for row in rows if row)
 
 
 def _yaml(name: str, value: Any) -> str:
@@ -147,10 +148,10 @@ def _is_short(value: Any) -> bool:
     )
 
 
-def _wrapped(text: str) -> list[str]:
+def _wrapped(text: str, width: int) -> list[str]:
     rows, row = [], ""
     for word in text.split():
-        if len(row) + len(word) + 5 > WIDTH and row:
+        if len(row) + len(word) + 5 > width and row:
             rows.append(row)
             row = ""
         row = f"{row} {word}".strip()

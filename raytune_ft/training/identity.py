@@ -11,7 +11,7 @@ import json
 from typing import Any
 
 from raytune_ft.config.schema import Recipe
-from raytune_ft.errors import CheckpointError
+from raytune_ft.errors import CheckpointError, RecipeError
 from raytune_ft.training.checkpoint import TrainState
 
 FREE_SECTIONS = ("run", "tune", "checkpoint", "chat_eval")
@@ -59,8 +59,7 @@ def check(state: TrainState, recipe: Recipe, data_fingerprint: str, where: str) 
     Raises:
         CheckpointError: says what to do.
     """
-    if state.packs_per_step != recipe.global_batch_size:
-        raise CheckpointError(_other_batch(state.packs_per_step, recipe, where))
+    check_batch(state.packs_per_step, recipe, where)
     if state.recipe_hash != recipe_hash(recipe):
         raise CheckpointError(
             f"{where}: its checkpoint belongs to other values of model, lora, data or train; "
@@ -85,15 +84,28 @@ def fitting(packs: int, workers: int, micro: int) -> tuple[int, int, int]:
     return workers, micro, share // micro
 
 
-def _other_batch(packs: int, recipe: Recipe, where: str) -> str:
+def check_batch(packs: int, recipe: Recipe, where: str) -> None:
+    """Refuse a recipe whose optimizer step is not `packs` packs, as `check` does."""
+    if packs == recipe.global_batch_size:
+        return
     train, asked = recipe.train, recipe.run.workers
     workers, micro, accumulation = fitting(max(1, packs), asked, train.micro_batch_size)
-    return (
+    raise CheckpointError(
         f"{where}: an optimizer step of this run is {packs} packs, {asked} workers x "
         f"{train.micro_batch_size} x accumulation {train.accumulation} are "
         f"{recipe.global_batch_size}; set run.workers={workers} "
         f"train.micro_batch_size={micro} train.accumulation={accumulation}"
     )
+
+
+def check_field(field: str, where: str) -> None:
+    """Refuse to change a field on resume that decides a run's numbers; RecipeError names it."""
+    plain = ".".join(part for part in field.split(".") if not part.isdigit())
+    if plain not in FREE_FIELDS and plain.partition(".")[0] not in FREE_SECTIONS:
+        raise RecipeError(
+            f"--resume {where}: '{field}' decides the run's numbers; leave it out, or train under "
+            "another run.name"
+        )
 
 
 def _remove(content: Any, keys: list[str]) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from raytune_ft.config.schema import Recipe
-from raytune_ft.errors import CheckpointError
+from raytune_ft.errors import CheckpointError, RecipeError
 from raytune_ft.training import identity
 
 FIXED_BY_SECTION = {
@@ -130,6 +130,16 @@ def test_what_is_advised_is_a_step_of_as_many_packs(packs: int, workers: int, mi
     found = identity.fitting(packs, workers, micro)
     assert found[0] * found[1] * found[2] == packs
     assert found[0] <= workers and found[1] <= micro
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_field_may_be_given_on_resume_if_it_is_free(name: str) -> None:
+    word = name.replace("data.sources.", "data.sources.0.")
+    if name in identity.FREE_FIELDS:
+        identity.check_field(word, "runs/a")
+    else:
+        with pytest.raises(RecipeError, match=f"^--resume runs/a: '{word}' decides"):
+            identity.check_field(word, "runs/a")
 
 
 def test_other_values_and_other_rows_are_refused_in_one_line() -> None:
