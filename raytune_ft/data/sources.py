@@ -28,6 +28,7 @@ from raytune_ft.data.files.locate import (
 )
 from raytune_ft.data.files.readers import DataRow, Reader
 from raytune_ft.data.files.remote import is_url
+from raytune_ft.data.files.remote_ahead import fetch_ahead
 from raytune_ft.data.rows.formats import decide
 from raytune_ft.data.rows.recognition import SAMPLE_ROWS, Recognition
 from raytune_ft.data.selection import Listed, Mask, Numbers, Part, Run, Selection, Some
@@ -137,7 +138,9 @@ class RowSource:
         """Read rows, in the order asked for, each as its columns or as what is wrong with it."""
         readers, rows = self._find(indices)
         found: list[DataRow | DataError] = [{}] * len(rows)
-        for reader, mine in _groups(readers):
+        groups = list(_groups(readers))
+        fetch_ahead([(self.readers[reader], rows[mine]) for reader, mine in groups])
+        for reader, mine in groups:
             read = self.readers[reader].read(rows[mine].tolist())
             for number, row in zip(mine.tolist(), read, strict=True):
                 found[number] = row

@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -56,6 +57,10 @@ class Site:
     n_whole: int = 0
     busy_heads: int = 0
     """So many of the next HEADs are answered with 503."""
+    slow_s: float = 0.0
+    """Each file's answer takes so long."""
+    most_at_once: int = 0
+    now: int = 0
     moved: dict[str, str] = field(default_factory=dict)
     asked: list[Asked] = field(default_factory=list)
     url: str = ""
@@ -82,7 +87,13 @@ class Site:
         if path in self.moved:
             handler.give(302, b"", {"Location": self.moved[path]})
             return
+        with self._lock:
+            self.now += 1
+            self.most_at_once = max(self.most_at_once, self.now)
+        time.sleep(self.slow_s)
         self.give_file(handler, self.find(path), {})
+        with self._lock:
+            self.now -= 1
 
     def give_file(self, handler: Handler, body: bytes | None, headers: dict[str, str]) -> None:
         if body is None:

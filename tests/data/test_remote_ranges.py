@@ -17,10 +17,15 @@ import pytest
 from pyarrow import parquet
 
 from raytune_ft.config.schema import DataSection
+from raytune_ft.data.examples import Encoder
 from raytune_ft.data.files import remote_blobs, remote_files, remote_ranges
 from raytune_ft.data.files.remote_blobs import KeptBlob, RemoteBlob
 from raytune_ft.data.files.remote_files import open_remote
+from raytune_ft.data.packing import Position
+from raytune_ft.data.places import iter_packs
 from raytune_ft.data.sources import RowSource, open_sources
+from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
+from raytune_ft.data.windows import make_feed
 from raytune_ft.errors import DataError, RecipeError
 from tests.data.served import Site, Store, served
 
@@ -440,3 +445,49 @@ def test_many_small_files(store: Store, access: str, capsys: pytest.CaptureFixtu
             " MiB), those apart that are here"
         ]
     )  # fmt: skip
+
+
+def test_rows_of_many_files_are_fetched_side_by_side(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = rows_of(600)
+    for n in range(30):
+        site.files[f"/{n}.jsonl"] = lines_of(rows[n * 20 : n * 20 + 20])
+    source = opened(*[f"{site.url}/{n}.jsonl" for n in range(30)])
+    monkeypatch.setattr(remote_blobs, "_kept", remote_blobs._Kept())
+    site.asked.clear()
+    site.slow_s = 0.02
+    wanted = random.Random(1).sample(range(600), 300)
+    assert source.rows(wanted) == [rows[row] for row in wanted]
+    assert site.most_at_once > 3
+    assert len(site.gets()) == 30
+
+
+# A run.
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_resume_at_99_percent_reads_no_earlier_window(
+    site: Site, tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    rows = rows_of(40_000, 300)
+    body = lines_of(rows) if kind == "jsonl" else parquet_of(rows, 500)
+    site.files[f"/a.{kind}"] = body
+    section: dict[str, Any] = {
+        "sources": [{"path": f"{site.url}/a.{kind}", "access": "stream"}],
+        "shuffle_rows": 1024,
+        "max_length": 256,
+    }
+    data = DataSection.model_validate(section)
+    feed = make_feed(open_sources(data, 1), Encoder(tokenizer, "tokenizer", data), 3)
+    last = feed.n_windows - 1
+    started = pickle.loads(pickle.dumps(feed))
+    monkeypatch.setattr(remote_blobs, "_kept", remote_blobs._Kept())
+    site.asked.clear()
+    resumed = next(iter(iter_packs(started, Position(0, int(last * 0.99), 0), epochs=1)))
+    assert len(resumed.pack.input_ids)
+    # a pool of 1,024 rows, not the 40,000 before
+    assert 0 < site.given() < len(body) * 0.15
+    site.asked.clear()
+    made = [started.window(0, number) for number in (int(last * 0.99), last)]
+    assert all(window.packs for window in made) and site.given() < len(body) * 0.15

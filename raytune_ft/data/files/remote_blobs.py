@@ -45,8 +45,8 @@ _GAP_UNITS = 4
 _PART_BYTES = 8 * 2**20
 _LARGE_BYTES = 4 * 2**20
 """A larger range is read once by whoever asks for it, and not kept."""
-_FRESH_S = 5.0
-"""A version that was looked up so long ago is not looked up again."""
+_FRESH_S = 60.0
+"""A version looked up so lately is not looked up again; every answer with bytes tells it anyway."""
 _TRIES = 4
 """Of a whole file."""
 _UNSAFE = re.compile(r"[^\w.-]+")
@@ -73,7 +73,7 @@ class RemoteBlob:
 
     @property
     def version(self) -> str:
-        """Its ETag, or the time of its last change, as of a few seconds ago."""
+        """Its ETag, or the time of its last change, as of a minute ago at most."""
         if is_fixed(self.url):
             return self.pinned
         if time.monotonic() - _looked.get(self, -_FRESH_S) >= _FRESH_S:
@@ -97,6 +97,10 @@ class RemoteBlob:
             whole[pair] if pair in whole else _joined(units, *pair) if pair in small else b""
             for pair in bounds
         ]
+
+    def fetch(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Fetch the units of small ranges, so that reading them soon does not wait."""
+        self._units([pair for pair in ranges if 0 < pair[1] - pair[0] <= _LARGE_BYTES])
 
     def chunks(self, start: int = 0) -> Iterator[bytes]:
         """Yield the bytes from `start` on, the next ones fetched meanwhile."""
