@@ -17,8 +17,8 @@ from raytune_ft.config.schema import DataSection
 from raytune_ft.data.files import hub_rows, remote_blobs, remote_ranges
 from raytune_ft.data.sources import RowSource, open_sources, split_validation
 from raytune_ft.errors import DataError, RecipeError
+from tests.data.remote_rows import lines_of, parquet_of, rows_of
 from tests.data.served import CONVERTED_SHA, SHA, Hub, served
-from tests.data.test_remote_ranges import lines_of, parquet_of, rows_of
 
 ROWS = rows_of(6000)
 CARD = """---

@@ -2,52 +2,29 @@
 
 from __future__ import annotations
 
-import json
-import os
 import pickle
 import random
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pytest
-from pyarrow import parquet
 
 from raytune_ft.config.schema import DataSection
 from raytune_ft.data.examples import Encoder
-from raytune_ft.data.files import remote_blobs, remote_files, remote_ranges
+from raytune_ft.data.files import remote_blobs, remote_files
 from raytune_ft.data.files.remote_blobs import KeptBlob, RemoteBlob
 from raytune_ft.data.files.remote_files import open_remote
 from raytune_ft.data.packing import Position
 from raytune_ft.data.places import iter_packs
-from raytune_ft.data.sources import RowSource, open_sources
+from raytune_ft.data.sources import open_sources
 from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
 from raytune_ft.data.windows import make_feed
 from raytune_ft.errors import DataError, RecipeError
-from tests.data.served import Site, Store, served
+from tests.data.remote_rows import forget_all, lines_of, opened, parquet_of, rows_of
+from tests.data.served import Site, served
 
 KEY = "data.sources[0].path"
-
-
-def rows_of(n_rows: int, length: int = 900) -> list[dict[str, Any]]:
-    rng = random.Random(7)
-    return [
-        {"prompt": f"question {i}", "completion": rng.randbytes(length // 2).hex()}
-        for i in range(n_rows)
-    ]
-
-
-def lines_of(rows: list[dict[str, Any]]) -> bytes:
-    return "".join(json.dumps(row) + "\n" for row in rows).encode()
-
-
-def parquet_of(rows: list[dict[str, Any]], group: int) -> bytes:
-    sink = pa.BufferOutputStream()
-    parquet.write_table(pa.Table.from_pylist(rows), sink, row_group_size=group)
-    return bytes(sink.getvalue())
 
 
 @pytest.fixture
@@ -58,17 +35,7 @@ def site() -> Iterator[Site]:
 
 @pytest.fixture(autouse=True)
 def clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAYTUNE_CACHE", str(tmp_path / "cache"))
-    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(remote_ranges, "FIRST_WAIT_S", 0.01)
-    monkeypatch.setattr(remote_blobs, "_kept", remote_blobs._Kept())
-    monkeypatch.setattr(remote_blobs, "_looked", {})
-
-
-def opened(*paths: str, access: str = "stream") -> RowSource:
-    sources = [{"path": path, "access": access} for path in paths]
-    return open_sources(DataSection.model_validate({"sources": sources}), 1)
+    forget_all(tmp_path, monkeypatch)
 
 
 def blob_of(site: Site, name: str) -> Any:
@@ -303,148 +270,6 @@ def test_a_blob_travels_small_and_says_no_secret(site: Site) -> None:
         for text in (repr(blob), blob.place, blob.name, source.where(3)):
             assert "s3cr3t" not in text
         assert source.local_files() == []
-
-
-# Copies on other machines.
-
-
-def test_another_machine_makes_its_own_copy_once(
-    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import gzip
-
-    rows = rows_of(50)
-    site.files |= {"/a.jsonl": lines_of(rows), "/b.jsonl.gz": gzip.compress(lines_of(rows))}
-    urls = [f"{site.url}/a.jsonl", f"{site.url}/b.jsonl.gz"]
-    source = pickle.dumps(opened(*urls, access="copy"))
-    there = tmp_path / "other"
-    monkeypatch.setenv("RAYTUNE_CACHE", str(there))
-    site.asked.clear()
-    for _ in range(2):
-        assert pickle.loads(source).rows(range(100)) == rows * 2
-    assert [len(site.gets("a.jsonl")), len(site.gets("b.jsonl"))] == [1, 1]
-    assert {p.name for p in there.rglob("*.json*")} == {"a.jsonl", "b.jsonl", "b.jsonl.gz"}
-    remote_blobs._copy_of.cache_clear()
-    site.files["/a.jsonl"] = lines_of(rows_of(51))
-    monkeypatch.setenv("RAYTUNE_CACHE", str(tmp_path / "third"))
-    with pytest.raises(DataError, match=r"a\.jsonl: (changed|\d+ bytes came of)"):
-        pickle.loads(source).rows([3])
-
-
-def test_processes_that_want_the_same_copy_fetch_it_once(site: Site, tmp_path: Path) -> None:
-    site.files["/a.jsonl"] = lines_of(rows_of(20_000))
-    source = tmp_path / "source.pickle"
-    source.write_bytes(pickle.dumps(opened(f"{site.url}/a.jsonl", access="copy")))
-    code = (
-        "import pickle, sys; s = pickle.loads(open(sys.argv[1], 'rb').read());"
-        "print(len(s.rows(range(100))))"
-    )
-    site.asked.clear()
-    environment = {**os.environ, "RAYTUNE_CACHE": str(tmp_path / "other")}
-    command = [sys.executable, "-c", code, str(source)]
-    tasks = [
-        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-        for _ in range(3)
-    ]
-    assert [task.communicate()[0] for task in tasks] == ["100\n"] * 3
-    assert len(site.gets()) == 1
-
-
-def test_an_unversioned_copy_is_told_from_another_by_its_content(
-    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    site.tags = False
-    rows = rows_of(50)
-    site.files["/a.jsonl"] = lines_of(rows)
-    source = pickle.dumps(opened(f"{site.url}/a.jsonl", access="copy"))
-    monkeypatch.setenv("RAYTUNE_CACHE", str(tmp_path / "other"))
-    assert pickle.loads(source).rows(range(50)) == rows
-    monkeypatch.setenv("RAYTUNE_CACHE", str(tmp_path / "third"))
-    site.files["/a.jsonl"] = site.files["/a.jsonl"].replace(b"question 1", b"question 9")
-    with pytest.raises(DataError, match="changed since the run began"):
-        pickle.loads(source).rows([3])
-
-
-# S3, by Arrow's own client.
-
-
-@pytest.fixture
-def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
-    from raytune_ft.data.files import remote
-
-    with served(Store()) as store:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", store.url)
-        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "someone")
-        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s3cr3t")
-        monkeypatch.setenv("AWS_REGION", "us-east-1")
-        monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        remote._s3_files.cache_clear()
-        yield store
-    remote._s3_files.cache_clear()
-
-
-@pytest.mark.parametrize("access", ["stream", "copy"])
-def test_a_bucket_is_read_like_a_folder(store: Store, access: str) -> None:
-    rows = rows_of(2000)
-    store.files = {
-        "/bucket/set/train-0.jsonl": lines_of(rows),
-        "/bucket/set/deep/train-1.parquet": parquet_of(rows, 300),
-        "/bucket/set/test.jsonl": lines_of(rows[:3]),
-        "/bucket/set/README.md": b"x",
-        "/bucket/other/train.jsonl": lines_of(rows[:1]),
-    }
-    source = opened("s3://bucket/set", access=access)
-    assert len(source) == 4000
-    wanted = [5, 1999, 2000, 3999, 0]
-    assert source.rows(wanted) == [rows[row % 2000] for row in wanted]
-    assert source.where(2000).startswith("s3://bucket/set/train-0.jsonl:")
-    assert len(opened("s3://bucket/set/t*.jsonl", access=access)) == 2003
-    assert len(opened("s3://bucket/set/test.jsonl", access=access)) == 3
-
-
-def test_a_bucket_gives_ranges_of_one_version(store: Store) -> None:
-    rows = rows_of(20_000)
-    store.files["/bucket/a.parquet"] = parquet_of(rows, 400)
-    source = opened("s3://bucket/a.parquet")
-    store.asked.clear()
-    assert pickle.loads(pickle.dumps(source)).rows(range(19_000, 19_100)) == rows[19_000:19_100]
-    assert store.given() < len(store.files["/bucket/a.parquet"]) * 0.1
-    store.modified = "2026-01-02T04:00:00.000Z"
-    remote_blobs._looked.clear()
-    with pytest.raises(DataError, match=r"s3://bucket/a\.parquet: changed since the run began"):
-        source.rows([10_000])
-
-
-def test_what_a_bucket_has_not_is_one_line(store: Store) -> None:
-    store.files["/bucket/a.jsonl"] = lines_of(rows_of(3))
-    for path in ("s3://bucket/none.jsonl", "s3://bucket/none", "s3://bucket/none*.jsonl"):
-        with pytest.raises(RecipeError, match=r"(cannot be fetched|nothing at)") as caught:
-            opened(path)
-        assert "\n" not in str(caught.value) and "s3cr3t" not in str(caught.value)
-    with pytest.raises(
-        RecipeError, match="credentials do not belong in recipes, put them into the"
-    ):
-        opened("s3://key:s3cr3t@bucket/a.jsonl")
-
-
-# Many files.
-
-
-@pytest.mark.parametrize("access", ["stream", "copy"])
-def test_many_small_files(store: Store, access: str, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = rows_of(1200, 20)
-    names = [f"part-{n:04d}.jsonl" for n in range(400)]
-    for n, name in enumerate(names):
-        store.files[f"/bucket/set/{name}"] = lines_of(rows[n * 3 : n * 3 + 3])
-    source = opened("s3://bucket/set", access=access)
-    assert source.rows(range(1200)) == rows
-    lines = capsys.readouterr().err.splitlines()
-    assert lines == (
-        [] if access == "stream" else [
-            f"copying 400 files from s3://bucket ({sum(map(len, store.files.values())) / 2**20:.1f}"
-            " MiB), those apart that are here"
-        ]
-    )  # fmt: skip
 
 
 def test_rows_of_many_files_are_fetched_side_by_side(
