@@ -61,6 +61,7 @@ def train(recipe: Recipe, *, source: str, resume: str | None = None) -> int:
                     begin=() if resume else ("train",),
                 ) as supply:
                     fit(prepared, supply, folder, screen)
+                    folder.update(windows_made=supply.state("train")["made"])
             screen.stage("report")
             report.write_report(folder)
         folder.update(status="done")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from raytune_ft.training.run_folder import read_jsonl
+from raytune_ft.training.run_folder import RunFolder, read_jsonl
 from tests import runs
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
@@ -25,6 +25,8 @@ def test_two_workers_equal_one(tiny_model: Path, chats: Path, tmp_path: Path) ->
         runs.train(recipe, "lora.dropout=0.0", "train.max_steps=6", *overrides)
         folder = tmp_path / "runs" / name
         results[name] = (list(read_jsonl(folder / "metrics.jsonl")), runs.adapter_of(folder))
+        # 3 windows in each of 3 epochs, of which the estimate made two, however many workers
+        assert 0 < RunFolder(folder).info()["windows_made"] <= 7
     one, two = results["one"], results["two"]
     assert [e["rows"] for e in one[0]] == [e["rows"] for e in two[0]]
     assert [e["loss"] for e in one[0]] == pytest.approx([e["loss"] for e in two[0]], rel=1e-5)
