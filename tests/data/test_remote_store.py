@@ -66,6 +66,18 @@ def test_a_bucket_gives_ranges_of_one_version(store: Store) -> None:
         source.rows([10_000])
 
 
+def test_bytes_of_another_version_are_not_given(store: Store) -> None:
+    """Nobody looked the version up since: the read itself has to find out."""
+    rows = rows_of(3000)
+    store.files["/bucket/a.jsonl"] = lines_of(rows)
+    source = opened("s3://bucket/a.jsonl")
+    remote_blobs._kept = remote_blobs._Kept()
+    assert source.rows([100]) == rows[100:101]
+    store.modified = "2026-01-02T04:00:00.000Z"
+    with pytest.raises(DataError, match=r"s3://bucket/a\.jsonl: changed since the run began"):
+        source.rows([2900])
+
+
 def test_what_a_bucket_has_not_is_one_line(store: Store) -> None:
     store.files["/bucket/a.jsonl"] = lines_of(rows_of(3))
     for path in ("s3://bucket/none.jsonl", "s3://bucket/none", "s3://bucket/none*.jsonl"):
