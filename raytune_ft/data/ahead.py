@@ -66,8 +66,8 @@ class Line:
         n_windows: int,
         epochs: int,
         readers: int,
-        make: Callable[[Sequence[tuple[int, int]]], Generator[Made, None, None]],
-        make_here: Callable[[Sequence[tuple[int, int]]], Generator[Made, None, None]],
+        make: Make,
+        make_here: Make,
         at_once: int,
         made: Sequence[Made] = (),
     ) -> None:
@@ -228,7 +228,7 @@ class Line:
                 self._error = f"windows failed {ATTEMPTS} times in a row: {last_line(error)}"
                 self._changed.notify_all()
             else:
-                self._go_to(run.left[0])
+                self._go_to(min(index for each in self._runs for index in each.left))
 
     def _numbers(self, indexes: Sequence[int]) -> list[tuple[int, int]]:
         return [divmod(index, self._n_windows) for index in indexes]

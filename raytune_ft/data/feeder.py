@@ -27,7 +27,7 @@ import ray
 from ray import exceptions
 
 from raytune_ft.data import stream
-from raytune_ft.data.ahead import Line, last_line
+from raytune_ft.data.ahead import Line, Made, last_line
 from raytune_ft.data.packing import Pack, Position
 from raytune_ft.data.places import Placed, placed, window_numbers
 from raytune_ft.data.windows import Feed, Window
@@ -112,14 +112,12 @@ class Feeder:
         return {**self._lines[kind].state(), "pid": os.getpid()}
 
 
-def _make_here(
-    feed: Feed, numbers: Sequence[tuple[int, int]]
-) -> Generator[stream.Made, None, None]:
+def _make_here(feed: Feed, numbers: Sequence[tuple[int, int]]) -> Generator[Made, None, None]:
     for epoch, number in numbers:
         yield _put(stream.window_table(feed, epoch, number))
 
 
-def _put(table: pa.Table) -> stream.Made:
+def _put(table: pa.Table) -> Made:
     return ray.put(table), table.nbytes
 
 

@@ -141,3 +141,21 @@ def test_windows_that_are_there_already_are_not_made() -> None:
     settled(line)
     assert maker.made[0] == (0, 2)
     assert [read(line, index) for index in range(3)] == ["first", "second", (0, 2)]
+
+
+def test_a_later_window_that_fails_first_does_not_lose_an_earlier_one() -> None:
+    """The first is still being made here when Ray Data, started for those behind it, fails."""
+    failed = threading.Event()
+
+    def later(numbers: Sequence[tuple[int, int]]) -> Generator[Made, None, None]:
+        if not failed.is_set():
+            failed.set()
+            raise OSError("no room left")
+        yield from Maker()(numbers)
+
+    def here(numbers: Sequence[tuple[int, int]]) -> Generator[Made, None, None]:
+        assert failed.wait(5.0)
+        yield from Maker()(numbers)
+
+    line = Line(N_WINDOWS, 1, 1, later, here, at_once=2)
+    assert [read(line, index) for index in range(4)] == [(0, index) for index in range(4)]
