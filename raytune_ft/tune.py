@@ -108,7 +108,7 @@ def sweep(recipe: Recipe, prepared: Prepared, folder: RunFolder, screen: Screen)
         resources["gpu"] = min(1.0, gpus / concurrent)
     job = replace(prepared.job, sharing=concurrent)
     shared = replace(prepared, job=job)
-    screen.line(f"{section.trials} trials, {concurrent} at once, {job.expected_steps} steps each")
+    screen.line(f"{section.trials} trials, {concurrent} at once, ~{job.expected_steps} steps each")
     tuner = ray_tune.Tuner(
         ray_tune.with_resources(ray_tune.with_parameters(run_trial, prepared=shared), resources),
         param_space={k: domain(v) for k, v in section.space.items()},
@@ -127,7 +127,7 @@ def sweep(recipe: Recipe, prepared: Prepared, folder: RunFolder, screen: Screen)
             callbacks=[Lines(screen, section, job.expected_steps)],
         ),
     )
-    return ranked(tuner.fit(), section, folder, job.expected_steps)
+    return ranked(tuner.fit(), section, folder)
 
 
 def run_trial(config: dict[str, Any], prepared: Prepared) -> None:
@@ -149,7 +149,7 @@ def run_trial(config: dict[str, Any], prepared: Prepared) -> None:
         if event["kind"] == "step":
             metrics = {k: event[k] for k in ("step", "loss", "val_loss", "lr")}
             # a scheduler ends a trial at its last report: that one waits for the adapter
-            if event["step"] == job.expected_steps:
+            if event["share"] == 1.0:
                 last.append(metrics)
             else:
                 ray_tune.report(metrics)
@@ -194,11 +194,15 @@ def domain(choice: list[Any] | dict[str, float]) -> Any:
 
 
 def scheduler(section: TuneSection, total_steps: int) -> Any:
-    """Build the early-stopping rule; steps are its clock."""
+    """Build the early-stopping rule; steps are its clock, of which `total_steps` is an estimate.
+
+    Trials are compared at a quarter, a half and the whole of them. What ends a trial is the trial
+    itself: `max_t` is out of its reach, for it would end one whose steps are a few more.
+    """
     if section.scheduler == "none":
         return None
     return ray_tune.schedulers.ASHAScheduler(
-        time_attr="step", max_t=total_steps, grace_period=max(1, total_steps // 4),
+        time_attr="step", max_t=2 * total_steps, grace_period=max(1, total_steps // 4),
         reduction_factor=2,
     )  # fmt: skip
 
@@ -226,7 +230,7 @@ class Lines(ray_tune.Callback):  # type: ignore[misc]
             text = f"{self.section.metric} {value:.4f}" if value is not None else ""
             self.screen.line(
                 f"trial {trial.trial_id} | {words(trial.config)} | "
-                f"step {step}/{self.total_steps} | {text}"
+                f"step {step}/~{self.total_steps} | {text}"
             )
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
@@ -235,24 +239,26 @@ class Lines(ray_tune.Callback):  # type: ignore[misc]
             self.screen.line(f"trial {trial.trial_id} | {words(trial.config)} | failed")
 
 
-def ranked(grid: Any, section: TuneSection, folder: RunFolder, total_steps: int) -> list[Trial]:
+def ranked(grid: Any, section: TuneSection, folder: RunFolder) -> list[Trial]:
     """Order trials by their last metric, failed ones last."""
     found = []
     for number, result in enumerate(grid):
         metrics = result.metrics or {}
         value, step = metrics.get(section.metric), int(metrics.get("step", 0))
         trial_id = str(metrics.get("trial_id", Path(result.path).name.removeprefix("trial_")))
-        state = "done" if step >= total_steps else "stopped early"
+        path = folder.path / "trials" / trial_id
+        begun = (path / "run.json").is_file()
+        done = begun and RunFolder(path).info().get("status") == "done"
+        state = "done" if done else "stopped early"
         if result.error is not None:
             state = "failed: " + str(result.error).strip().splitlines()[-1][:120]
-        path = folder.path / "trials" / trial_id
-        if state != "done" and (path / "run.json").is_file():
+        if state != "done" and begun:
             RunFolder(path).update(status=state)
         found.append(Trial(number, dict(result.config or {}), value, step, state, path))
     sign = 1 if section.mode == "min" else -1
     return sorted(
         found,
-        key=lambda t: (t.step < total_steps, math.inf if t.metric is None else sign * t.metric),
+        key=lambda t: (t.state != "done", math.inf if t.metric is None else sign * t.metric),
     )
 
 

@@ -50,6 +50,8 @@ def counts(state: TrainState, max_length: int) -> dict[str, Any]:
 def kinds(report: Report) -> set[str]:
     """Name what happened to rows that are not used as they are."""
     cut = {kind for kind in (CUT, SPLIT) if _count(report, kind)}
+    if report["left_out"]:
+        cut.add("left out")
     return cut | {reason for reason, count in report["dropped"].items() if count}
 
 
@@ -69,6 +71,10 @@ def loss_line(report: Report | dict[str, Any]) -> str:
     for kind in (CUT, SPLIT):
         if count := _count(report, kind):
             parts.append(f"{kind} {count:,} of {report['rows']:,} rows{_first(report, kind)}")
+    if report.get("left_out"):
+        parts.append(
+            f"left out {report['left_out']:,} tokens of used rows, nothing in them learned"
+        )
     return "; ".join(parts)
 
 

@@ -168,7 +168,8 @@ def _tell_of_rows(state: TrainState, data: StepData, ends: bool, emit: Emit) -> 
     state.pack_tokens += data.n_tokens
     found = data_record.kinds(state.rows)
     if found - known or (ends and found):
-        emit("rows", step=state.step, text=data_record.loss_line(state.rows))
+        line = data_record.loss_line(state.rows)
+        emit("rows", step=state.step, text=f"first epoch: {line}" if ends else line)
 
 
 def _due(every: int | str, step: int, data: StepData) -> bool:

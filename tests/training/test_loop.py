@@ -358,12 +358,25 @@ def test_rows_are_counted_once_and_told_when_a_kind_of_loss_comes_up(
     assert "\x1b" not in "".join(run.lines)
     assert "cut 1 of" in run.lines[-1]
     last = run.lines[-1]
-    assert last.startswith("dropped 20 of 61 rows: 9 unusable (first: ")
+    assert last.startswith("first epoch: dropped 20 of 61 rows: 9 unusable (first: ")
     assert f"11 empty (first: {faulty}:51)" in last
     assert len(run.lines) <= 4
 
     for saved in run.saved.values():
         assert go(recipe, feed, start=saved).state.rows == counted
+
+
+def test_what_splitting_leaves_out_is_told(
+    faulty: Path, tokenizer: TextTokenizer, tiny_model: Path
+) -> None:
+    """`max_length` 16 leaves parts of rows in which there is only the question."""
+    data = {"on_error": "skip", "max_length": 16, "over_length": "split", "pack": "none"}
+    run = go(recipe := recipe_of(faulty, tiny_model, data), feed_of(recipe, tokenizer))
+    assert run.state.rows["left_out"] > 0
+    assert run.state.rows["tokens"] == run.state.pack_tokens
+    told = f"left out {run.state.rows['left_out']:,} tokens of used rows, nothing in them learned"
+    assert run.lines[-1].endswith(told)
+    assert "; split " in run.lines[-1]
 
 
 def test_an_epoch_of_rows_to_skip_alone_ends_with_one_line(
