@@ -180,7 +180,7 @@ def test_nothing_goes_on_behind_the_end(feed: Feed) -> None:
         assert threading.active_count() <= threads
     with pytest.raises(ray_library.exceptions.RayActorError):
         supply.state("train")
-    with pytest.raises(TrainingError, match="^the process that has windows made is gone: "):
+    with pytest.raises(TrainingError, match=r"^the process that has windows made is gone: "):
         next(supply.packs("train"))
 
 
