@@ -18,7 +18,7 @@ AHEAD_WINDOWS = 8
 """Windows made ahead of the slowest rank; one more run of them may be on its way."""
 AHEAD_BYTES = 256 * 2**20
 """More is not made ahead, however few windows that is."""
-RUN_WINDOWS = 8
+RUN_WINDOWS = 16
 """Windows per Ray Data execution. The next one starts when the last tasks of this one run, so
 that its start (0.2 s) is not waited for; a single one over all windows of a large file would
 hold a block and a queue entry for each of them."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,7 @@ class Example:
     uncut_length: int
     """Tokens before the cut at `max_length`; n if nothing was cut."""
 
-    @property
+    @cached_property
     def n_targets(self) -> int:
         """Number of labelled tokens; 0 means that nothing can be learned."""
         return int((self.labels != IGNORE_INDEX).sum())
