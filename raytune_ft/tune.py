@@ -33,6 +33,8 @@ INHERITED = (
     "eos_token",
 )  # fmt: skip
 TUNABLE = ("lora.", "train.", "model.")
+STEPS = ("train.epochs", "train.max_steps", "train.micro_batch_size", "train.accumulation")
+"""Fields that change the number of steps, which `data.compat` counts once for all trials."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,11 @@ def check(recipe: Recipe) -> None:
         if not field.startswith(TUNABLE):
             raise RecipeError(
                 f"tune.space: '{field}' cannot be swept; fields of lora, train and model can"
+            )
+        if recipe.data.compat is not None and field in STEPS:
+            raise RecipeError(
+                f"tune.space: '{field}' cannot be swept under data.compat, whose learning rate "
+                "goes by the steps counted before; leave out data.compat, or the field"
             )
         for value in [choice["low"], choice["high"]] if isinstance(choice, dict) else choice:
             with_values(recipe, {field: value})

@@ -102,14 +102,17 @@ class Run:
             "train": {"lr": 5.0},  # min_lr may be anything below
         }
 
-    def key(self, field: str = "train.seed", value: Any = 42) -> str:
+    def changed(self, field: str, value: Any) -> Recipe:
         changed = json.loads(json.dumps(self.recipe))
         if field.startswith(SOURCE):
             changed["data"]["sources"][0][field.removeprefix(SOURCE)] = value
         else:
             section, name = field.split(".")
             changed.setdefault(section, {})[name] = value
-        made = Recipe.model_validate(changed)
+        return Recipe.model_validate(changed)
+
+    def key(self, field: str = "train.seed", value: Any = 42) -> str:
+        made = self.changed(field, value)
         tokenizer = TextTokenizer.from_folder(made.model.path, made.model.eos_token)
         rows = open_sources(made.data, made.train.seed)
         training, _ = split_validation(rows, made.data, made.train.seed)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from raytune_ft.config.schema import Recipe
 from raytune_ft.data.cache.key import SOURCE, token_key
 from raytune_ft.data.encode import Example, encode_conversation, encode_prompt
 from raytune_ft.data.examples import Encoder, encode_rows
@@ -50,13 +48,7 @@ class Tokens(Run):
     """A recipe, its tokens and the key under which they would be kept."""
 
     def tokens(self, field: str, value: Any) -> tuple[list[tuple[bytes, bytes]], str]:
-        changed = json.loads(json.dumps(self.recipe))
-        if field.startswith(SOURCE):
-            changed["data"]["sources"][0][field.removeprefix(SOURCE)] = value
-        else:
-            section, name = field.split(".")
-            changed.setdefault(section, {})[name] = value
-        recipe = Recipe.model_validate(changed)
+        recipe = self.changed(field, value)
         own = TextTokenizer.from_folder(recipe.model.path, recipe.model.eos_token)
         rows, encoder = open_sources(recipe.data, recipe.train.seed), Encoder.of(recipe, own)
         found = encode_rows(rows, encoder, np.arange(len(rows)))
