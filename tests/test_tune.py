@@ -13,7 +13,9 @@ from raytune_ft.tune import STEPS, check
 
 def recipe(space: dict[str, Any], **data: Any) -> Recipe:
     section = {"sources": [{"path": "rows.jsonl"}], **data}
-    return Recipe.model_validate({"model": {"path": "m"}, "data": section, "tune": {"space": space}})
+    return Recipe.model_validate(
+        {"model": {"path": "m"}, "data": section, "tune": {"space": space}}
+    )
 
 
 @pytest.mark.parametrize("field", STEPS)
