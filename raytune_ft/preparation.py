@@ -23,7 +23,7 @@ from raytune_ft.data.feeder import Rows
 from raytune_ft.data.report import Report, nothing_left
 from raytune_ft.data.sources import RowSource
 from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
-from raytune_ft.data.windows import Feed, Measurement, make_feed
+from raytune_ft.data.windows import Measurement, make_feed
 from raytune_ft.errors import DataError, RecipeError
 from raytune_ft.model import loading
 from raytune_ft.screen import Screen
@@ -68,7 +68,7 @@ def prepare(recipe: Recipe, folder: RunFolder, source: str, screen: Screen) -> P
     seen = estimate(train)
     if not seen.packs:
         raise DataError(nothing_left(measured.report if measured else seen.report))
-    validation = Rows(_held_out(held_out, encoder, recipe)) if held_out is not None else None
+    validation = _held_out(held_out, encoder, recipe) if held_out is not None else None
     expected_steps = seen.steps(recipe)
 
     resolved = recipe.model_copy(
@@ -109,11 +109,15 @@ def record_of(report: Report, seen: Estimate, expected_steps: int) -> dict[str, 
     return {**report, **counts, "exact": seen.exact}
 
 
-def _held_out(rows: RowSource, encoder: Encoder, recipe: Recipe) -> Feed:
+def _held_out(rows: RowSource, encoder: Encoder, recipe: Recipe) -> Rows:
+    """Look at held-out rows now: their first use is an epoch away."""
     # the reference packs no held-out rows: each counts alone, under data.compat as well
     still = recipe.data.model_copy(update={"shuffle_before_pack": False, "compat": None})
-    alone = replace(encoder, data=still)
-    return make_feed(rows, alone, recipe.train.seed)
+    feed = make_feed(rows, replace(encoder, data=still), recipe.train.seed)
+    seen = estimate(feed)
+    if not seen.packs:
+        raise DataError(nothing_left(seen.report).replace("data.sources", "data.validation", 1))
+    return Rows(feed, made=tuple(seen.windows))
 
 
 def measure(rows: RowSource, encoder: Encoder, folder: RunFolder, screen: Screen) -> Measurement:

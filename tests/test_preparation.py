@@ -45,6 +45,15 @@ def test_no_row_to_train_on_is_one_line(tiny_model: Path, tmp_path: Path) -> Non
     assert not (tmp_path / "run").exists()
 
 
+def test_no_held_out_row_to_judge_is_told_before_training(
+    tiny_model: Path, chats: Path, tmp_path: Path
+) -> None:
+    held_out = write_jsonl(tmp_path / "held.jsonl", [{"messages": chat("Q", " ")}] * 2)
+    with pytest.raises(DataError, match=r"^data\.validation: none of 2 rows can be trained on: 2"):
+        prepared(tmp_path, tiny_model, chats, data={"validation": str(held_out)})
+    assert not (tmp_path / "run").exists()
+
+
 def test_mmlu_files_are_checked_first_and_travel_as_absolute_paths(
     tiny_model: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
