@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from raytune_ft.data.cache.store import LIMIT, PARTIAL_S, Store, limit_bytes
 from raytune_ft.data.files import kept
 from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
+from raytune_ft.data.windows import Feed, Window
 from raytune_ft.errors import RecipeError
 from tests.data.feeds import content, feed_of
 
@@ -28,6 +30,14 @@ def fill(root: Path, keys: dict[str, int]) -> None:
         for number in range(n_shards):
             Store(root).write(key, number, CONTENT)
         os.utime(root / key, (time.time() - 3600 * age,) * 2)
+
+
+def made_of(feed: Feed) -> list[Window]:
+    return [feed.window(0, number) for number in range(feed.n_windows)]
+
+
+def contents(windows: list[Window]) -> list[list[Any]]:
+    return [[content(pack) for pack in window.packs] for window in windows]
 
 
 def test_keys_used_longest_ago_make_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,13 +106,10 @@ def test_a_full_disk_is_told_once_and_ends_nothing(
     monkeypatch.setenv("RAYTUNE_CACHE", str(tmp_path))
     feed = feed_of(varied, tokenizer, cache=True, window=7)
     monkeypatch.setattr(kept, "RESERVE_BYTES", 2**60)
-    windows = [feed.window(0, number) for number in range(feed.n_windows)]
+    windows = made_of(feed)
     assert list(tmp_path.glob("tokens/*/*")) == []
     assert [line.count("data.cache: needs 0.00 GiB more") for line in caplog.messages] == [1]
-    plain = feed_of(varied, tokenizer, window=7)
-    for number, window in enumerate(windows):
-        wanted = plain.window(0, number)
-        assert [content(p) for p in window.packs] == [content(p) for p in wanted.packs]
+    assert contents(windows) == contents(made_of(feed_of(varied, tokenizer, window=7)))
 
 
 def test_a_folder_that_cannot_be_written_is_told_once_and_ends_nothing(
@@ -115,9 +122,9 @@ def test_a_folder_that_cannot_be_written_is_told_once_and_ends_nothing(
     monkeypatch.setenv("RAYTUNE_CACHE", str(tmp_path))
     feed = feed_of(varied, tokenizer, cache=True, window=7)
     (tmp_path / "tokens").write_text("no folder")
-    for number in range(feed.n_windows):
-        assert feed.window(0, number).report["rows"]
+    windows = made_of(feed)
     assert [line.count(f"{tmp_path}/tokens") for line in caplog.messages] == [1]
+    assert contents(windows) == contents(made_of(feed_of(varied, tokenizer, window=7)))
 
 
 def test_the_limit_has_a_default_and_its_mistakes_are_one_line(
