@@ -25,7 +25,7 @@ WINDOW = 1024
 AT_ONCE = 2
 PROCESSES = 2
 UNCOUNTED_WINDOWS = 8
-"""Some of these are made while the first one is waited for; behind them the reader waits for each."""
+"""Some are made while the first one is waited for; behind them the reader waits for each."""
 STREAM_EPOCHS = {"tokenizers": 2, "gigatoken": 8}
 PACKED_ROWS = {"ours": 1_000_000, "wrapped": 200_000, "bfd": 50_000}
 
