@@ -58,7 +58,7 @@ def prepare(recipe: Recipe, folder: RunFolder, source: str, screen: Screen) -> P
     screen.stage("model folder")
     model_folder = loading.prepare_folder(recipe.model.path, log=screen.line)
     tokenizer = TextTokenizer.from_folder(model_folder, recipe.model.eos_token)
-    encoder = Encoder(tokenizer, recipe.model.template, recipe.data)
+    encoder = Encoder.of(recipe, tokenizer)
     rows = sources.open_sources(recipe.data, recipe.train.seed)
     training, held_out = sources.split_validation(rows, recipe.data, recipe.train.seed)
     compat = recipe.data.compat is not None

@@ -15,6 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveInt = Annotated[int, Field(ge=1)]
 
+INITS = r"^(gaussian|orthogonal|pissa|pissa_niter_[1-9]\d{0,2}|olora|eva|loftq)$"
+"""PEFT's names of ways to begin an adapter."""
+
 NAME_PATTERN = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
 
 
@@ -44,6 +47,10 @@ class ModelSection(Section):
     """`lora` on an `nf4` base is QLoRA."""
     gradient_checkpointing: bool | Literal["auto"] = "auto"
     """Recompute activations in the backward pass; `auto`: only on a GPU with long packs."""
+    load_from: str | None = None
+    """Run, checkpoint or adapter whose trained weights this run begins with [load_from]."""
+    new_tokens: list[str] = []
+    """Tokens added to the vocabulary; their embeddings are trained beside the adapter."""
 
 
 class LoraSection(Section):
@@ -65,6 +72,11 @@ class LoraSection(Section):
     """Weight-decomposed update."""
     modules_to_save: list[str] = []
     """Modules trained in full beside the adapter."""
+    init_lora_weights: bool | Annotated[str, Field(pattern=INITS)] = True
+    """How the adapter begins: true (update 0), `gaussian`, `orthogonal`, `pissa`,
+    `pissa_niter_N`, `olora`, `eva`, `loftq`."""
+    loraplus_lr_ratio: Annotated[float, Field(gt=0.0)] | None = None
+    """Learning rate of the B matrices over that of the A matrices (LoRA+); null: the same."""
 
 
 class Source(Section):
@@ -163,9 +175,22 @@ class TrainSection(Section):
     """Optimizer steps in which lr rises from 0; set, it goes before `warmup_ratio`."""
     min_lr: Annotated[float, Field(ge=0.0)] = 0.0
     """lr at the end [eta_min]."""
-    optimizer: Literal["adamw", "paged_adamw_32bit", "paged_adamw_8bit", "adamw_8bit"] = "adamw"
+    optimizer: Literal[
+        "adamw", "paged_adamw_32bit", "paged_adamw_8bit", "adamw_8bit", "lion", "muon"
+    ] = "adamw"
     """`paged` moves to the host when the GPU is full, `8bit` keeps 2 bytes per weight
-    [optim_type]."""
+    [optim_type]; `lion` and `muon` keep one average, `muon` is for matrices."""
+    objective: Literal["sft", "dpo", "orpo"] = "sft"
+    """`sft` learns the answers of rows; `dpo` and `orpo` learn to prefer one answer to another."""
+    beta: Annotated[float, Field(gt=0.0)] = 0.1
+    """Strength of the preference: how near `dpo` stays to the first model, `orpo`'s odds ratio."""
+    neftune_noise_alpha: Annotated[float, Field(gt=0.0)] | None = None
+    """Noise on the embeddings in training (NEFTune); null: none."""
+    on_oom: Literal["stop", "halve"] = "stop"
+    """If the longest pack does not fit: say so and stop, or halve the micro-batch and double the
+    accumulation, which is the same mathematics."""
+    loss_spike: Annotated[float, Field(gt=1.0)] | None = None
+    """Stop where a step's loss is over so many times the median of the last 50; null: never."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     """Of adapters, the order of rows and dropout."""
     log_every: PositiveInt = 10
@@ -185,8 +210,35 @@ class ChatEvalSection(Section):
     """System text of the prompts; null takes `data.system`."""
     max_new_tokens: PositiveInt = 600
     """Longest answer."""
+    temperature: Annotated[float, Field(ge=0.0, le=5.0)] = 0.0
+    """Over 0, every prompt is answered a second time, drawn at this temperature."""
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Drawn answers use the likeliest tokens that make up this share."""
     mmlu: list[str] = []
     """Files of MMLU questions {input, output, subject}, answered after every epoch."""
+
+
+class EvalSection(Section):
+    """Held-out rows (`data.validation`), measured while a run goes on."""
+
+    every: Literal["epoch"] | PositiveInt = "epoch"
+    """`epoch`, or optimizer steps; always at the end."""
+    metric: str = "val_loss"
+    """What decides which checkpoint is best: `val_loss`, or one of `metrics` as `val_chrf`."""
+    mode: Literal["min", "max"] = "min"
+    """Which end of the metric is good."""
+    patience: PositiveInt | None = None
+    """End the run after so many measurements without a better one; null: never."""
+    min_delta: Annotated[float, Field(ge=0.0)] = 0.0
+    """By how much a better one has to be better."""
+    export: Literal["last", "best"] = "last"
+    """Which weights become the adapter at the end."""
+    metrics: list[Literal["exact_match", "chrf", "rouge"]] = []
+    """Metrics of answers that are written to held-out rows."""
+    rows: PositiveInt = 64
+    """Held-out rows that are answered for `metrics`."""
+    max_new_tokens: PositiveInt = 128
+    """Longest answer for `metrics`."""
 
 
 class CheckpointSection(Section):
@@ -209,8 +261,11 @@ class RunSection(Section):
     """Training processes; one GPU each where there are GPUs."""
     max_failures: Annotated[int, Field(ge=0)] = 3
     """Restarts from the last checkpoint after a lost worker."""
-    trackers: list[Literal["tensorboard"]] = ["tensorboard"]
+    trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = ["tensorboard"]
     """Where metrics go beside metrics.jsonl."""
+    collective_timeout: Annotated[int, Field(ge=5)] = 100
+    """Seconds that workers wait for each other in a step; then every one's stack is written and
+    they are started again."""
 
     @field_validator("name")
     @classmethod
@@ -247,24 +302,18 @@ class Recipe(Section):
     data: DataSection
     train: TrainSection = TrainSection()
     chat_eval: ChatEvalSection = ChatEvalSection()
+    eval: EvalSection = EvalSection()
     checkpoint: CheckpointSection = CheckpointSection()
     run: RunSection = RunSection()
     tune: TuneSection = TuneSection()
 
     @model_validator(mode="after")
     def _pairs_that_work(self) -> Recipe:
-        model, zero = self.model, self.train.deepspeed
-        if model.quantization != "none" and model.method == "full":
-            raise ValueError(
-                f"model.method 'full' cannot train {model.quantization} weights; "
-                "set model.quantization: none, or model.method: lora"
-            )
-        if model.quantization != "none" and zero.startswith("zero3"):
-            raise ValueError(
-                f"train.deepspeed '{zero}' cannot shard {model.quantization} weights; use zero2"
-            )
-        if self.train.min_lr > self.train.lr:
-            raise ValueError("train.min_lr is above train.lr; lower train.min_lr")
+        from raytune_ft.config.pairs import problem
+
+        found = problem(self)
+        if found is not None:
+            raise ValueError(found)
         return self
 
     @property

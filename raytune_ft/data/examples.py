@@ -46,11 +46,12 @@ class Encoder:
     tokenizer: TextTokenizer
     template: str
     data: DataSection
+    objective: str = "sft"
 
     @classmethod
     def of(cls, recipe: Recipe, tokenizer: TextTokenizer) -> Encoder:
         """Take what is needed from a recipe."""
-        return cls(tokenizer, recipe.model.template, recipe.data)
+        return cls(tokenizer, recipe.model.template, recipe.data, recipe.train.objective)
 
     @cached_property
     def bound_template(self) -> Template:

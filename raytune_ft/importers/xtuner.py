@@ -21,7 +21,7 @@ MACHINERY = (
     "launcher", "tokenizer", "trainer", "data_collator", "val_cfg", "test_cfg", "auto_scale_lr",
 )  # fmt: skip
 ELSEWHERE = {
-    "load_from": "give the weights to start from as model.path",
+    "load_from": "give a run or an adapter folder as model.load_from",
     "resume": "go on with a run by: raytune-ft train --resume RUN",
     "visualizer": "run.trackers: [tensorboard]",
     "sequence_parallel_size": "sequences stay whole on one GPU",

@@ -22,6 +22,7 @@ BRING_NO_SYSTEM = frozenset({
     "wizardlm_map_fn", "openai_map_fn", "msagent_react_map_fn", "openorca_map_fn",
 })  # fmt: skip
 """Those whose rows have no system text, or their own; XTuner gives them no other."""
+PLAIN_TEXT = "pretrain_map_fn"
 FILE_FORMATS = ("json", "csv", "parquet", "arrow", "text")
 """What `load_dataset` takes instead of a name, with the files in data_files."""
 READERS = ("process_hf_dataset", "process_ms_dataset")
@@ -142,6 +143,8 @@ def _map(keys: Keys) -> dict[str, Any]:
             f"did you mean {near}?" if near else "the columns decide; raytune-ft inspect shows it",
         )  # fmt: skip
         return {"system": ""}
+    if name == PLAIN_TEXT:
+        keys.draft.set("data.over_length", "split", value.line)  # no answer whose end may be lost
     return {"map": name, "system": "" if name in BRING_NO_SYSTEM else None}
 
 

@@ -14,7 +14,7 @@ from raytune_ft.config.schema import Recipe
 from raytune_ft.errors import CheckpointError, RecipeError
 from raytune_ft.training.checkpoint import TrainState
 
-FREE_SECTIONS = ("run", "tune", "checkpoint", "chat_eval")
+FREE_SECTIONS = ("run", "tune", "checkpoint", "chat_eval", "eval")
 """Sections that decide where a run happens and what it shows, and no number of its weights."""
 FREE_FIELDS = (
     "model.gradient_checkpointing",
@@ -24,6 +24,8 @@ FREE_FIELDS = (
     "train.micro_batch_size",
     "train.accumulation",
     "train.log_every",
+    "train.loss_spike",
+    "train.on_oom",
     "train.deepspeed",
 )
 """Fields of the other sections that may change on resume. Micro-batch, accumulation and workers

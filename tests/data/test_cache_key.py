@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -138,10 +139,18 @@ def test_a_field_that_changes_tokens_changes_the_key(run: Run, field: str) -> No
         known.add(key)
 
 
+NEED_ANOTHER = {"eval.export", "eval.metric", "eval.metrics", "eval.patience"}
+"""Accepted with held-out rows only."""
+
+
 @pytest.mark.parametrize("field", sorted(FIELDS["none"]))
 def test_any_other_field_keeps_the_key(run: Run, field: str) -> None:
+    accepted = 0
     for value in others(SCHEMA[field]):
-        assert run.key(field, value) == run.key(), (field, value)
+        with contextlib.suppress(ValidationError):  # a pair that the schema refuses
+            assert run.key(field, value) == run.key(), (field, value)
+            accepted += 1
+    assert accepted or field in NEED_ANOTHER
 
 
 @pytest.mark.parametrize(

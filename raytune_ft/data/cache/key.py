@@ -27,7 +27,7 @@ SOURCE = "data.sources[]."
 FIELDS: dict[Effect, frozenset[str]] = {
     # its value counts, for a data set that of the data set
     "value": frozenset(
-        {"data.compat", "data.fill", "data.system"}
+        {"data.compat", "data.fill", "data.system", "model.new_tokens", "train.objective"}
         | {SOURCE + name for name in ("columns", "loss", "map", "system")}
     ),
     # what it names counts: the tokenizer's files, the template's text
@@ -46,6 +46,11 @@ FIELDS: dict[Effect, frozenset[str]] = {
     ),
     "none": frozenset(
         {"data.cache", "data.on_error"}
+        | {"eval." + name for name in ("every", "export", "max_new_tokens", "metric", "metrics")}
+        | {"eval." + name for name in ("min_delta", "mode", "patience", "rows")}
+        | {"chat_eval.temperature", "chat_eval.top_p", "run.collective_timeout"}
+        | {"lora.init_lora_weights", "lora.loraplus_lr_ratio", "model.load_from"}
+        | {"train." + name for name in ("beta", "loss_spike", "neftune_noise_alpha", "on_oom")}
         | {"model." + name for name in ("double_quant", "dtype", "gradient_checkpointing")}
         | {"model.method", "model.quantization"}
         | {"lora." + name for name in ("alpha", "bias", "dropout", "modules_to_save", "r")}
@@ -82,6 +87,7 @@ def token_key(source: RowSource, encoder: Encoder, seed: int) -> str:
         "tokenizer": _plain(encoder.tokenizer.spec),
         "template": _plain(PROMPTS.get(encoder.template)),
         "cut_at": encoder.cut_at,
+        "objective": encoder.objective,
         "data": _values(data, "data."),
         "sources": [_values(one, SOURCE) for one in source.sources],
         "rows": source.fingerprint,

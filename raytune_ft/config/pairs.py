@@ -1,0 +1,54 @@
+"""Pairs: settings that do not work together, in one table; a recipe in, what to use instead out.
+
+What is refused here is refused before anything loads. What depends on the model's files or on the
+machine is checked in `survey`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from raytune_ft.config.schema import Recipe
+
+
+def problem(recipe: Recipe) -> str | None:
+    """Return the first pair that does not work, named with what to use instead; None if all do."""
+    return next(_problems(recipe), None)
+
+
+def _problems(recipe: Recipe) -> Iterator[str]:
+    yield from _of_method(recipe)
+    yield from _of_evaluation(recipe)
+
+
+def _of_method(recipe: Recipe) -> Iterator[str]:
+    model, zero = recipe.model, recipe.train.deepspeed
+    if model.quantization != "none" and model.method == "full":
+        yield (
+            f"model.method 'full' cannot train {model.quantization} weights; "
+            "set model.quantization: none, or model.method: lora"
+        )
+    if model.quantization != "none" and zero.startswith("zero3"):
+        yield f"train.deepspeed '{zero}' cannot shard {model.quantization} weights; use zero2"
+    if recipe.train.min_lr > recipe.train.lr:
+        yield "train.min_lr is above train.lr; lower train.min_lr"
+
+
+def _of_evaluation(recipe: Recipe) -> Iterator[str]:
+    wanted = recipe.eval
+    needs_rows = {
+        "eval.patience": wanted.patience is not None,
+        "eval.export: best": wanted.export == "best",
+        "eval.metrics": bool(wanted.metrics),
+    }
+    for name, asked in needs_rows.items():
+        if asked and recipe.data.validation is None:
+            yield f"{name} needs held-out rows; set data.validation, such as 0.1"
+    measured = {"val_loss", "val_perplexity", *(f"val_{name}" for name in wanted.metrics)}
+    if wanted.metric not in measured:
+        yield (
+            f"eval.metric '{wanted.metric}' is not measured; choose "
+            f"{', '.join(sorted(measured))}, or name it in eval.metrics"
+        )
