@@ -7,7 +7,8 @@ RaytuneError (1)
 ├── MemoryPlanError (4)   the run does not fit into the memory there is
 ├── CheckpointError (2)   a run folder or checkpoint is missing, damaged or of another recipe
 ├── TrainingError (5)     training stopped: loss not finite, nothing to learn from, worker lost
-└── ServeError (6)        the chat endpoint cannot start
+├── ServeError (6)        the chat endpoint cannot start
+└── Interrupted (75)      a run was asked to stop and did so behind a checkpoint: resumable
 
 A message is one line: where - what was found - what to do. Exceptions travel through Ray by
 pickle, so each is rebuilt from its message alone.
@@ -58,3 +59,9 @@ class ServeError(RaytuneError):
     """The chat endpoint cannot start."""
 
     exit_code = 6
+
+
+class Interrupted(RaytuneError):  # noqa: N818, it is no fault
+    """A run was asked to stop and did so behind a checkpoint; 75 is sysexits.h's "try again"."""
+
+    exit_code = 75

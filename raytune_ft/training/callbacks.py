@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -61,8 +62,11 @@ def build_hooks(
         if rank() == 0:
             _sample(recipe, voice, step, when, emit)
 
-    def validate(_step: int) -> float | None:
-        return held_out_loss(engine, validation()) if validation else None
+    def validate(_step: int) -> dict[str, float] | None:
+        if validation is None:
+            return None
+        loss = held_out_loss(engine, validation())
+        return {"val_loss": loss, "val_perplexity": math.exp(min(loss, 700.0))}
 
     def record(state: TrainState, steps: int) -> None:
         if rank() == 0:
@@ -84,7 +88,7 @@ def build_hooks(
         for questions in benchmarks:
             _benchmark(engine, recipe, voice, questions, step, emit)
 
-    return Hooks(sample=sample, validate=validate, benchmark=benchmark, record=record, save=save)
+    return Hooks(sample, validate, benchmark, record, save, interrupted=lambda: False)
 
 
 def held_out_loss(engine: Engine, packs: Iterable[Pack]) -> float:

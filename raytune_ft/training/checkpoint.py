@@ -51,6 +51,15 @@ class TrainState:
     """Tokens seen so far, all ranks."""
     targets: int = 0
     """Labelled tokens among them."""
+    losses: list[float] = field(default_factory=list)
+    """Of the last steps, as `stopping` remembers them."""
+    best: float | None = None
+    """Best value of `eval.metric` so far."""
+    best_step: int = 0
+    waited: int = 0
+    """Measurements since the best one."""
+    stopped: bool = False
+    """Whether `eval.patience` has ended the run."""
     recipe_hash: str = ""
     packs_per_step: int = 0
     data_fingerprint: str = ""
@@ -76,12 +85,12 @@ def save(
 ) -> Path:
     """Write the checkpoint of `state.step`, then remove all but the `keep` newest valid ones.
 
-    A `keep` of -1 removes none.
+    A `keep` of -1 removes none; the one of `state.best_step` stays in any case.
 
     Raises:
         CheckpointError: the disk refuses; names the folder. Earlier checkpoints are untouched.
     """
-    final = root / f"{STEP_PREFIX}{state.step:06d}"
+    final = root / folder_name(state.step)
     temporary = root / f".writing_{final.name}_{os.getpid()}"
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -102,8 +111,14 @@ def save(
             f"{final}: cannot be written ({error.strerror}); free space there or set run.storage"
         ) from error
     for old in valid_steps(root)[:-keep] if keep > 0 else []:
-        shutil.rmtree(old, ignore_errors=True)
+        if old.name != folder_name(state.best_step):
+            shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def folder_name(step: int) -> str:
+    """Return the name of a step's checkpoint."""
+    return f"{STEP_PREFIX}{step:06d}"
 
 
 def load(folder: Path) -> Loaded:

@@ -49,8 +49,12 @@ class Engine(ABC):
         """Add a micro-batch's gradient; return its summed token loss, a detached scalar."""
 
     @abstractmethod
-    def step(self, lr: float) -> float:
-        """Apply the summed gradient; return its norm before clipping."""
+    def step(self, lr: float) -> float | None:
+        """Apply the summed gradient; return its norm before clipping.
+
+        None: float16 gradients overflowed, no weight has changed, the loss scale is lower now,
+        and the gradients are gone.
+        """
 
     @abstractmethod
     def optimizer_state(self) -> State:

@@ -10,16 +10,19 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-import torch.distributed as dist
 
 from raytune_ft.config.schema import Recipe
 from raytune_ft.data.report import add_report
-from raytune_ft.errors import TrainingError
-from raytune_ft.training import data_record
+from raytune_ft.errors import Interrupted, TrainingError
+from raytune_ft.training import data_record, stopping
 from raytune_ft.training.batching import StepData
 from raytune_ft.training.checkpoint import TrainState
-from raytune_ft.training.engine import Engine, rank, world_size
+from raytune_ft.training.engine import Engine, rank
 from raytune_ft.training.schedule import Moment, expected_steps, in_warmup, lr_at, share_of
+from raytune_ft.training.vitals import Vitals, gather
+
+MAX_OVERFLOWS = 20
+"""Halvings of the loss scale for one step: from 2**16 to below any that helps."""
 
 
 class Emit(Protocol):
@@ -34,13 +37,15 @@ class Hooks:
 
     sample: Callable[[int, str], None]
     """(step, when) -> answers to the recipe's prompts."""
-    validate: Callable[[int], float | None]
-    """step -> loss on the held-out rows, if there are any."""
+    validate: Callable[[int], dict[str, float] | None]
+    """step -> what was measured on the held-out rows, `val_loss` and others, if there are any."""
     benchmark: Callable[[int], None]
     """step -> answers to the recipe's MMLU questions."""
     record: Callable[[TrainState, int], None]
     """(state, steps of the run) -> what became of the rows, written down."""
     save: Callable[[TrainState], None]
+    interrupted: Callable[[], bool]
+    """Whether this rank was asked to stop; one rank is enough, all stop after the same step."""
 
 
 def train(
@@ -62,60 +67,114 @@ def train(
 
     Raises:
         TrainingError: the loss or gradient is not finite, or a step has no labelled token.
+        Interrupted: the run was asked to stop; its checkpoint is written.
     """
     seed_step(recipe.train.seed, state.step)
     if state.step == 0:
         hooks.sample(0, "before")
     while not ended(state, recipe):
         started = time.perf_counter()
-        data = next(steps, None)
-        if data is None:
-            raise TrainingError(
-                f"step {state.step + 1}: the data ended in epoch {state.epoch + 1} of "
-                f"{recipe.train.epochs}"
-            )
+        data = _next(steps, state, recipe)
         waited = time.perf_counter() - started
-        step = state.step + 1
-        if data.n_targets == 0:
-            raise TrainingError(f"step {step}: no token of rows {data.row_ids[:5]} is trained")
-
-        seed_step(recipe.train.seed, step)
-        engine.module.train()
-        loss_sum = torch.zeros((), device=engine.device)
-        for batch in data.micro_batches:
-            loss_sum += engine.forward_backward(batch, data.n_targets)
-        loss = _sum_over_ranks(loss_sum) / data.n_targets
-        _stop_unless_finite("loss", loss, step, data)  # before the optimizer touches the weights
         lr = lr_at(moment(state, data, total_steps, recipe), recipe.train)
-        grad_norm = engine.step(lr)
-        _stop_unless_finite("gradient norm", grad_norm, step, data)
-
+        taken = take_step(engine, data, lr, state, recipe, waited, hooks.interrupted)
         seconds = time.perf_counter() - started
         _advance(state, data, total_steps, recipe)
-        last = ended(state, recipe)
+        stopping.remember(state, taken.loss)
         first_epoch_ends = data.ends_epoch and data.epoch == 0
         _tell_of_rows(state, data, first_epoch_ends, emit)
-        val_loss = hooks.validate(state.step) if last or data.ends_epoch else None
+
+        measured, improved = None, False
+        last = ended(state, recipe)
+        if last or _due(recipe.eval.every, state.step, data):
+            measured = hooks.validate(state.step)
+            improved = stopping.judge(state, measured, recipe.eval)
+            last = last or ended(state, recipe)
         share, total, exact = progress(state, total_steps, recipe)
         emit(
             "step", step=state.step, epoch=data.epoch, progress=state.progress, share=share,
-            total=total, exact=exact, loss=loss, val_loss=val_loss, lr=lr, grad_norm=grad_norm,
-            tokens=data.n_tokens, targets=data.n_targets, seconds=seconds,
-            tokens_per_s=data.n_tokens / seconds, data_seconds=waited, rows=data.row_ids,
-            memory_gib=memory_gib(engine.device),
+            total=total, exact=exact, loss=taken.loss, lr=lr, grad_norm=taken.grad_norm,
+            overflows=taken.overflows, tokens=data.n_tokens, targets=data.n_targets,
+            seconds=seconds, tokens_per_s=data.n_tokens / seconds, data_seconds=waited,
+            rank_seconds=taken.vitals.seconds, rows=data.row_ids,
+            memory_gib=memory_gib(engine.device), **{"val_loss": None, **(measured or {})},
         )  # fmt: skip
         every = recipe.chat_eval.every
         if every and state.step % every == 0 and not last:
             hooks.sample(state.step, "step")
         if last or data.ends_epoch:
             hooks.benchmark(state.step)
-        due = last or _due(recipe.checkpoint.every, state.step, data)
+        stop = taken.vitals.interrupted and not last
+        due = last or improved or stop or _due(recipe.checkpoint.every, state.step, data)
         if due or first_epoch_ends:
             hooks.record(state, total)
         if due:
             hooks.save(state)
+        if stop:
+            raise Interrupted(f"stopped after step {state.step}; its checkpoint is written")
     hooks.sample(state.step, "after")
     return state
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What came of one optimizer step."""
+
+    loss: float
+    """Per labelled token of the step, over all ranks."""
+    grad_norm: float
+    """Before clipping."""
+    overflows: int
+    """Times that float16 gradients overflowed and the step was taken again at a lower scale."""
+    vitals: Vitals
+
+
+def take_step(
+    engine: Engine,
+    data: StepData,
+    lr: float,
+    state: TrainState,
+    recipe: Recipe,
+    waited: float,
+    interrupted: Callable[[], bool],
+) -> Taken:
+    """Take the step after `state.step`, again at a lower loss scale where float16 overflows.
+
+    Raises:
+        TrainingError: nothing to learn, or a loss or gradient that no weight should see.
+    """
+    step = state.step + 1
+    if data.n_targets == 0:
+        raise TrainingError(f"step {step}: no token of rows {data.row_ids[:5]} is trained")
+    for overflows in range(MAX_OVERFLOWS):
+        seed_step(recipe.train.seed, step)
+        engine.module.train()
+        started = time.perf_counter()
+        loss_sum = torch.zeros((), device=engine.device)
+        for batch in data.micro_batches:
+            loss_sum += engine.forward_backward(batch, data.n_targets)
+        vitals = gather(loss_sum, interrupted(), time.perf_counter() - started, waited)
+        loss = vitals.loss_sum / data.n_targets
+        _stop_unless_finite("loss", loss, step, data)  # before the optimizer touches the weights
+        stopping.check_spike(state, loss, recipe.train.loss_spike, data.row_ids)
+        grad_norm = engine.step(lr)
+        if grad_norm is not None:
+            _stop_unless_finite("gradient norm", grad_norm, step, data)
+            return Taken(loss, grad_norm, overflows, vitals)
+    raise TrainingError(
+        f"step {step}: float16 gradients of rows {data.row_ids[:5]} overflowed {MAX_OVERFLOWS} "
+        "times in a row; set model.dtype: bfloat16 or float32"
+    )
+
+
+def _next(steps: Iterator[StepData], state: TrainState, recipe: Recipe) -> StepData:
+    data = next(steps, None)
+    if data is None:
+        raise TrainingError(
+            f"step {state.step + 1}: the data ended in epoch {state.epoch + 1} of "
+            f"{recipe.train.epochs}"
+        )
+    return data
 
 
 def seed_step(seed: int, step: int) -> None:
@@ -124,8 +183,10 @@ def seed_step(seed: int, step: int) -> None:
 
 
 def ended(state: TrainState, recipe: Recipe) -> bool:
-    """Tell whether a run has done all of its epochs, or `max_steps`."""
-    return state.epoch >= recipe.train.epochs or state.step == recipe.train.max_steps
+    """Tell whether a run has done all of its epochs, or `max_steps`, or was stopped early."""
+    return (
+        state.stopped or state.epoch >= recipe.train.epochs or state.step == recipe.train.max_steps
+    )
 
 
 def progress(state: TrainState, total_steps: int | None, recipe: Recipe) -> tuple[float, int, bool]:
@@ -174,12 +235,6 @@ def _tell_of_rows(state: TrainState, data: StepData, ends: bool, emit: Emit) -> 
 
 def _due(every: int | str, step: int, data: StepData) -> bool:
     return data.ends_epoch if isinstance(every, str) else step % every == 0
-
-
-def _sum_over_ranks(value: torch.Tensor) -> float:
-    if world_size() > 1:
-        dist.all_reduce(value)
-    return float(value)
 
 
 def _stop_unless_finite(what: str, value: float, step: int, data: StepData) -> None:

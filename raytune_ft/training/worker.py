@@ -21,13 +21,13 @@ from raytune_ft.data.packing import Pack, Position
 from raytune_ft.data.places import Placed
 from raytune_ft.data.templating.templates import get_template
 from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
-from raytune_ft.model import adapter, loading, side_files
-from raytune_ft.model.loss import TokenLoss
-from raytune_ft.training import checkpoint, identity, presets
+from raytune_ft.model import adapter, side_files
+from raytune_ft.training import checkpoint, identity
 from raytune_ft.training.batching import steps
+from raytune_ft.training.build import build_engine
 from raytune_ft.training.callbacks import Voice, build_hooks
 from raytune_ft.training.checkpoint import TrainState
-from raytune_ft.training.engine import Engine, TorchEngine, ZeroEngine, rank, world_size
+from raytune_ft.training.engine import Engine, rank, world_size
 from raytune_ft.training.loop import Emit, progress, train
 from raytune_ft.training.run_folder import Event, RunFolder, RunWriter
 
@@ -88,27 +88,6 @@ def run(
     return state
 
 
-def build_engine(
-    recipe: Recipe, model_folder: Path, device: torch.device
-) -> tuple[Engine, torch.nn.Module]:
-    """Load the model, attach the adapter and wrap both into the recipe's engine."""
-    head_trained = recipe.model.method == "full" or adapter.trains_head(recipe.lora)
-    model: Any = loading.load_model(model_folder, recipe.model, device, head_trained=head_trained)
-    if recipe.model.method == "lora":
-        model = adapter.attach(model, recipe.lora, recipe.train.seed)
-    else:
-        model.requires_grad_(True)
-    if _recompute(recipe, device):
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.enable_input_require_grads()
-    dtype = loading.compute_dtype(recipe.model, device)
-    config = presets.resolve(recipe, dtype, on_gpu=device.type == "cuda")
-    module = TokenLoss(model)
-    if config is None:
-        return TorchEngine(module, device, recipe.train), model
-    return ZeroEngine(module, device, recipe.train, config), model
-
-
 def _resume(
     engine: Engine, folder: RunFolder, recipe: Recipe, data_fingerprint: str, emit: Emit
 ) -> TrainState:
@@ -156,15 +135,6 @@ def _device(sharing: int) -> torch.device:
     # Ray gives a worker one thread; the ranks of this machine share its cores
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // sharing))
     return torch.device("cpu")
-
-
-def _recompute(recipe: Recipe, device: torch.device) -> bool:
-    choice = recipe.model.gradient_checkpointing
-    if choice == "auto":
-        return (
-            device.type == "cuda" and recipe.data.max_length * recipe.train.micro_batch_size > 512
-        )
-    return choice
 
 
 def _export(recipe: Recipe, model: Any, folder: RunFolder, base: str) -> None:

@@ -15,8 +15,13 @@ from raytune_ft.errors import CheckpointError, RecipeError
 from raytune_ft.training import identity
 
 FIXED_BY_SECTION = {
-    "model": ("path dtype quantization double_quant template eos_token method"),
-    "lora": ("r alpha dropout targets bias use_rslora use_dora modules_to_save"),
+    "model": (
+        "path dtype quantization double_quant template eos_token method load_from new_tokens"
+    ),
+    "lora": (
+        "r alpha dropout targets bias use_rslora use_dora modules_to_save "
+        "init_lora_weights loraplus_lr_ratio"
+    ),
     "data.sources": ("path name data_dir split map columns system loss weight limit"),
     "data": (
         "fill system max_length over_length pack shuffle_before_pack validation window "
@@ -24,7 +29,7 @@ FIXED_BY_SECTION = {
     ),
     "train": (
         "epochs max_steps lr betas weight_decay max_norm scheduler warmup_ratio "
-        "warmup_steps min_lr optimizer seed"
+        "warmup_steps min_lr optimizer seed objective beta neftune_noise_alpha"
     ),
 }
 """Fields that decide a run's numbers. Put a new field here, or into `identity.FREE_FIELDS`."""

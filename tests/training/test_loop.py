@@ -10,7 +10,7 @@ import copy
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +140,7 @@ def go(
         benchmark=note("benchmark"),
         record=lambda state, _: run.calls.append(("record", state.step)),
         save=save,
+        interrupted=lambda: False,
     )
     position = Position(run.state.epoch, run.state.window, run.state.pack)
     packs = iter_packs(feed, position, epochs=recipe.train.epochs)
@@ -260,7 +261,8 @@ def test_the_number_of_ranks_may_change_on_resume(
     ledger = [*first.steps[:5], *second.steps[: 11 - 5], *third.steps]
     for key in ("step", "rows", "lr", "tokens", "targets", "progress"):
         assert [e[key] for e in ledger] == [e[key] for e in whole.steps], key
-    assert third.state == whole.state
+    # this test's engine knows one rank's loss
+    assert replace(third.state, losses=[]) == replace(whole.state, losses=[])
 
 
 def test_what_ends_a_run_happens_once(
@@ -440,6 +442,7 @@ def test_what_is_no_number_ends_the_run_and_is_never_written_down(
     hooks = Hooks(
         sample=lambda _, when: seen.append(when),
         validate=refuse, benchmark=refuse, record=refuse, save=refuse,
+        interrupted=lambda: False,
     )  # fmt: skip
     engine, state = Sick(loss, norm), TrainState()
     recipe = recipe_of(rows, tiny_model, {})
