@@ -94,7 +94,7 @@ def cut_back(whole: RunFolder, folder: Path, step: int) -> Path:
 
 def ledger(run: RunFolder) -> list[dict[str, Any]]:
     """Lines of the metrics without what a clock or a machine says."""
-    varying = {"seconds", "tokens_per_s", "data_seconds", "memory_gib"}
+    varying = {"seconds", "tokens_per_s", "data_seconds", "rank_seconds", "memory_gib"}
     return [{k: v for k, v in e.items() if k not in varying} for e in read_jsonl(run.metrics)]
 
 
