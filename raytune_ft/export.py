@@ -94,7 +94,7 @@ def result_folder(folder: RunFolder) -> Path:
     for result in (folder.adapter, folder.model):
         if result.is_dir():
             return result
-    status = folder.info().get("status")
+    status = folder.status()
     raise CheckpointError(
         f"{folder.path}: the run is '{status}' and has no adapter yet; "
         f"finish it with: raytune-ft train --resume {folder.path}"

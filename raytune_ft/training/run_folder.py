@@ -17,6 +17,7 @@ from typing import Any
 
 from raytune_ft import __version__
 from raytune_ft.errors import CheckpointError
+from raytune_ft.training import liveness
 
 Event = dict[str, Any]
 
@@ -88,18 +89,29 @@ class RunFolder:
         content: Event = read_json(self.run_json)
         return content
 
+    def status(self) -> str:
+        """Return `running`, `done`, `failed` and the like; `interrupted` if its driver is gone."""
+        info = self.info()
+        said: str = info.get("status", "unknown")
+        gone = said == "running" and liveness.is_gone(info.get("driver") or {})
+        return "interrupted" if gone else said
+
     def update(self, **fields: Any) -> None:
         """Change fields of run.json, whole or not at all."""
         known = self.info() if self.run_json.is_file() else {}
         write_json(self.run_json, {**known, **fields})
 
     def create(self, name: str, recipe_yaml: str, **fields: Any) -> None:
-        """Make the folder with recipe.yaml, run.json and environment.json."""
+        """Make the folder with recipe.yaml, run.json and environment.json; this process drives."""
         self.path.mkdir(parents=True, exist_ok=True)
         self.recipe.write_text(recipe_yaml, encoding="utf-8")
         write_json(self.path / "environment.json", environment())
         created = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        self.update(name=name, status="running", created=created, version=__version__, **fields)
+        driver = liveness.this_process()
+        self.update(
+            name=name, status="running", driver=driver, created=created, version=__version__,
+            **fields,
+        )  # fmt: skip
 
     def cut_after(self, step: int) -> None:
         """Drop lines of later steps than `step` from the JSONL files."""
