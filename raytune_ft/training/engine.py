@@ -21,7 +21,7 @@ from torch import nn
 from raytune_ft.config.schema import TrainSection
 from raytune_ft.errors import CheckpointError
 from raytune_ft.training.batching import TensorBatch
-from raytune_ft.training.optim import build_optimizer
+from raytune_ft.training.optim import as_kept, build_optimizer, restore, set_lr, state_of
 
 State = dict[str, torch.Tensor]
 
@@ -58,7 +58,7 @@ class Engine(ABC):
 
     @abstractmethod
     def optimizer_state(self) -> State:
-        """Gather `parameter/key` tensors of parameter shape and `group<i>/key` scalars."""
+        """Gather `parameter/key` tensors: of the parameter's shape, in blocks, or scalars."""
 
     @abstractmethod
     def load(self, weights: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> None:
@@ -79,9 +79,16 @@ class Engine(ABC):
 class TorchEngine(Engine):
     """Plain torch: gradients stay whole and are summed over ranks once, at the step."""
 
-    def __init__(self, module: nn.Module, device: torch.device, train: TrainSection) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        device: torch.device,
+        train: TrainSection,
+        *,
+        b_lr_ratio: float | None = None,
+    ) -> None:
         super().__init__(module, device)
-        self.optimizer = build_optimizer(self.trained.values(), train)
+        self.optimizer = build_optimizer(self.trained, train, b_lr_ratio)
         self.max_norm = train.max_norm
 
     def forward_backward(self, batch: TensorBatch, n_targets: int) -> torch.Tensor:
@@ -95,34 +102,20 @@ class TorchEngine(Engine):
             for gradient in gradients:
                 dist.all_reduce(gradient)
         norm = nn.utils.clip_grad_norm_(self.trained.values(), self.max_norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_lr(self.optimizer, lr)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return float(norm)
 
     def optimizer_state(self) -> State:
-        state: State = {}
-        for name, parameter in self.trained.items():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                if torch.is_tensor(value) and value.shape == parameter.shape:
-                    state[f"{name}/{key}"] = value.detach().clone()
-                else:
-                    state[f"group0/{key}"] = torch.as_tensor(value).clone()
-        return state
+        return state_of(self.optimizer, self.trained)
 
     def load(self, weights: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> None:
         check_names(weights, self.trained)
-        shared = {k.split("/")[1]: v for k, v in state.items() if k.startswith("group0/")}
         with torch.no_grad():
             for name, parameter in self.trained.items():
                 parameter.copy_(weights[name])
-                own = {
-                    k.rpartition("/")[2]: v.to(parameter.device, copy=True)
-                    for k, v in state.items()
-                    if k.rpartition("/")[0] == name
-                }
-                self.optimizer.state[parameter] = {**_scalars(shared), **own}
+        restore(self.optimizer, self.trained, state)
 
     def weights(self) -> State:
         return {name: p.detach().clone() for name, p in self.trained.items()}
@@ -136,7 +129,13 @@ class ZeroEngine(Engine):
     """
 
     def __init__(
-        self, module: nn.Module, device: torch.device, train: TrainSection, config: dict[str, Any]
+        self,
+        module: nn.Module,
+        device: torch.device,
+        train: TrainSection,
+        config: dict[str, Any],
+        *,
+        b_lr_ratio: float | None = None,
     ) -> None:
         super().__init__(module, device)
         import deepspeed
@@ -144,7 +143,7 @@ class ZeroEngine(Engine):
         quiet_deepspeed(on_gpu=device.type == "cuda")
         _ensure_process_group(device)
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks its launcher for it; Ray sets it
-        optimizer = build_optimizer(self.trained.values(), train)
+        optimizer = build_optimizer(self.trained, train, b_lr_ratio)
         self.engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=optimizer,
@@ -162,20 +161,19 @@ class ZeroEngine(Engine):
         return loss_sum.detach()  # type: ignore[no-any-return]
 
     def step(self, lr: float) -> float:
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr
+        set_lr(self.engine.optimizer, lr)
         self.engine.step()
         return float(self.engine.get_global_grad_norm())
 
     def optimizer_state(self) -> State:
         state: State = {}
-        for index, (group, flat) in enumerate(self._groups()):
+        for group, flat in self._groups():
             for key, value in self.engine.optimizer.optimizer.state.get(flat, {}).items():
                 if torch.is_tensor(value) and value.shape == flat.shape:
                     full = _gather(value)
                     state.update({f"{n}/{key}": t for n, t in _split(full, group).items()})
                 elif not torch.is_tensor(value) or value.numel() == 1:
-                    state[f"group{index}/{key}"] = torch.as_tensor(value).clone()
+                    state.update({f"{n}/{key}": torch.as_tensor(value).clone() for n in group})
                 else:
                     raise CheckpointError(
                         f"train.optimizer keeps '{key}' in blocks, which ZeRO cannot re-shard; "
@@ -189,16 +187,24 @@ class ZeroEngine(Engine):
         with torch.no_grad():
             for name, parameter in self.trained.items():
                 parameter.copy_(weights[name])
-            for index, (group, flat) in enumerate(self._groups()):
+            for group, flat in self._groups():
                 flat.data.copy_(self._shard({n: weights[n] for n in group}, group, flat))
-                keys = {k.rpartition("/")[2] for k in state if k.rpartition("/")[0] in group}
-                own: dict[str, Any] = {
-                    key: self._shard({n: state[f"{n}/{key}"] for n in group}, group, flat)
-                    for key in sorted(keys)
-                }
-                prefix = f"group{index}/"
-                shared = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
-                zero.optimizer.state[flat] = {**_scalars(shared), **own}
+                zero.optimizer.state[flat] = self._shard_of_state(state, group, flat)
+
+    def _shard_of_state(
+        self,
+        state: Mapping[str, torch.Tensor],
+        group: Mapping[str, nn.Parameter],
+        flat: torch.Tensor,
+    ) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key in sorted({k.rpartition("/")[2] for k in state if k.rpartition("/")[0] in group}):
+            parts = {n: state[f"{n}/{key}"] for n in group}
+            whole = all(parts[n].shape == p.shape for n, p in group.items())
+            found[key] = (
+                self._shard(parts, group, flat) if whole else as_kept(next(iter(parts.values())))
+            )
+        return found
 
     def weights(self) -> State:
         weights: State = {}
@@ -255,11 +261,6 @@ def check_names(given: Mapping[str, torch.Tensor], trained: Mapping[str, nn.Para
             f"checkpoint and model differ in {len(wrong)} trained tensors, first '{wrong[0]}'; "
             "resume with the recipe that wrote it"
         )
-
-
-def _scalars(state: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """Give counters the type an optimizer expects: a float tensor for torch, int for others."""
-    return {k: v.clone() if v.is_floating_point() else int(v) for k, v in state.items()}
 
 
 def _gather(shard: torch.Tensor) -> torch.Tensor:
