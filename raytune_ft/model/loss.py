@@ -1,4 +1,4 @@
-"""Token loss: one batch of packs in, the summed loss of its labelled tokens out.
+"""Token loss: one batch of packs in, the loss of its labelled tokens out, summed or one by one.
 
 Packed is not mixed: a token sees earlier tokens of its own segment only, and a segment's first
 token is never predicted. The head runs at labelled positions only, in chunks, so the logits of
@@ -9,7 +9,7 @@ Shapes: B = packs, L = padded length, T = labelled tokens, H = hidden width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -64,6 +64,24 @@ class TokenLoss(nn.Module):
             (loss sum, float32 scalar; number of predicted labels, int64 scalar). Without any
             label the sum is 0 and gives zero gradients.
         """
+        losses, keep = self.token_losses(
+            input_ids, labels, position_ids, segment_ids, cu_seqlens, max_seqlen
+        )
+        return losses.sum(), keep.sum()
+
+    def token_losses(
+        self,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor,
+        position_ids: torch.Tensor,
+        segment_ids: torch.Tensor,
+        cu_seqlens: torch.Tensor | None = None,
+        max_seqlen: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the losses (T,) of predicted labels, and where they are, (B, L - 1).
+
+        Losses stand in the order of their tokens; arguments as for `forward`.
+        """
         keep = predicted(labels, segment_ids)
         targets = labels[:, 1:][keep].long()
         inputs = {
@@ -75,11 +93,18 @@ class TokenLoss(nn.Module):
         model = causal_model(self.model)
         if self._plain_head:
             hidden = model.base_model(**inputs).last_hidden_state[:, :-1][keep]
-            loss = head_loss(model.get_output_embeddings(), hidden, targets)
-        else:
-            at = nn.functional.pad(keep, (0, 1))
-            loss = sum_loss(model(**inputs, logits_to_keep=at).logits, targets)
-        return loss, keep.sum()
+            return head_losses(model.get_output_embeddings(), hidden, targets), keep
+        at = nn.functional.pad(keep, (0, 1))
+        return cross_entropies(model(**inputs, logits_to_keep=at).logits, targets), keep
+
+    def take_sums(self) -> dict[str, torch.Tensor]:
+        """Return what passes since the last call have summed up beside the loss; start anew."""
+        return {}
+
+    @staticmethod
+    def measures(sums: Mapping[str, float]) -> dict[str, float]:
+        """Turn such sums, added up over passes and ranks, into what stands in metrics.jsonl."""
+        return {}
 
 
 class Attention:
@@ -155,57 +180,58 @@ def predicted(labels: torch.Tensor, segment_ids: torch.Tensor) -> torch.Tensor:
     return inside & (labels[:, 1:] != IGNORE_INDEX)
 
 
-def head_loss(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Sum the cross entropy of `head(hidden)`, hidden (T, H), against `targets` (T,)."""
+def head_losses(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the cross entropies (T,) of `head(hidden)`, hidden (T, H), against `targets` (T,)."""
     differentiable = torch.is_grad_enabled() and hidden.requires_grad
     if differentiable and not any(p.requires_grad for p in head.parameters()):
-        return _FrozenHeadLoss.apply(hidden, targets, head)  # type: ignore[no-any-return, no-untyped-call]
+        return _FrozenHeadLosses.apply(hidden, targets, head)  # type: ignore[no-any-return, no-untyped-call]
 
-    def chunk_loss(part: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-        return sum_loss(head(part), wanted)
+    def chunk_losses(part: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        return cross_entropies(head(part), wanted)
 
-    total = torch.zeros((), dtype=_loss_dtype(hidden), device=hidden.device)
+    chunks = []
     for rows in _chunks(len(targets)):
         part = (hidden[rows], targets[rows])
         # recomputed in the backward pass, so that one chunk's logits exist at a time
-        total = total + (
-            checkpoint(chunk_loss, *part, use_reentrant=False)
+        chunks.append(
+            checkpoint(chunk_losses, *part, use_reentrant=False)
             if torch.is_grad_enabled()
-            else chunk_loss(*part)
+            else chunk_losses(*part)
         )
-    return total
+    return torch.cat(chunks)
 
 
-def sum_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Sum the cross entropy of logits (T, V) in float32, in float64 for a float64 model."""
-    return nn.functional.cross_entropy(logits.to(_loss_dtype(logits)), targets, reduction="sum")
+def cross_entropies(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the cross entropies of logits (T, V) in float32, in float64 for a float64 model."""
+    return nn.functional.cross_entropy(logits.to(_loss_dtype(logits)), targets, reduction="none")
 
 
-class _FrozenHeadLoss(torch.autograd.Function):
-    """Loss of a head that is not trained: its gradient is made on the way, chunk by chunk.
+class _FrozenHeadLosses(torch.autograd.Function):
+    """Losses of a head that is not trained: their gradients are made on the way, chunk by chunk.
 
-    Saves the second head product that recomputation costs, and keeps (T, H) instead of (T, V).
+    Saves the second head product that recomputation costs, and keeps (T, H) instead of (T, V). A
+    loss depends on its own row of hidden states alone, so a factor per row makes any gradient.
     """
 
     @staticmethod
     def forward(
         ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, head: nn.Module
     ) -> torch.Tensor:
-        total = torch.zeros((), dtype=_loss_dtype(hidden), device=hidden.device)
+        losses = torch.empty(len(targets), dtype=_loss_dtype(hidden), device=hidden.device)
         gradient = torch.empty_like(hidden)
         for rows in _chunks(len(targets)):
             with torch.enable_grad():
                 part = hidden[rows].detach().requires_grad_()
-                loss = sum_loss(head(part), targets[rows])
-            gradient[rows] = torch.autograd.grad(loss, part)[0]
-            total += loss.detach()
+                found = cross_entropies(head(part), targets[rows])
+                gradient[rows] = torch.autograd.grad(found.sum(), part)[0]
+            losses[rows] = found.detach()
         ctx.save_for_backward(gradient)
-        return total
+        return losses
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        return (gradient * grad_outputs[0]).to(gradient.dtype), None, None
+        return (gradient * grad_outputs[0].unsqueeze(1)).to(gradient.dtype), None, None
 
 
 def _chunks(n_rows: int) -> Iterator[slice]:

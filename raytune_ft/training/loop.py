@@ -19,7 +19,7 @@ from raytune_ft.training.batching import StepData
 from raytune_ft.training.checkpoint import TrainState
 from raytune_ft.training.engine import Engine, rank
 from raytune_ft.training.schedule import Moment, expected_steps, in_warmup, lr_at, share_of
-from raytune_ft.training.vitals import Vitals, gather
+from raytune_ft.training.vitals import Vitals, gather, measures, take_sums
 
 MAX_OVERFLOWS = 20
 """Halvings of the loss scale for one step: from 2**16 to below any that helps."""
@@ -97,7 +97,8 @@ def train(
             overflows=taken.overflows, tokens=data.n_tokens, targets=data.n_targets,
             seconds=seconds, tokens_per_s=data.n_tokens / seconds, data_seconds=waited,
             rank_seconds=taken.vitals.seconds, rows=data.row_ids,
-            memory_gib=memory_gib(engine.device), **{"val_loss": None, **(measured or {})},
+            memory_gib=memory_gib(engine.device), **taken.measures,
+            **{"val_loss": None, **(measured or {})},
         )  # fmt: skip
         every = recipe.chat_eval.every
         if every and state.step % every == 0 and not last:
@@ -127,6 +128,8 @@ class Taken:
     overflows: int
     """Times that float16 gradients overflowed and the step was taken again at a lower scale."""
     vitals: Vitals
+    measures: dict[str, float]
+    """What the objective measures beside its loss, such as `rewards_accuracy`."""
 
 
 def take_step(
@@ -149,18 +152,21 @@ def take_step(
     for overflows in range(MAX_OVERFLOWS):
         seed_step(recipe.train.seed, step)
         engine.module.train()
+        take_sums(engine.module)  # of held-out rows, and of a step that overflowed
         started = time.perf_counter()
         loss_sum = torch.zeros((), device=engine.device)
         for batch in data.micro_batches:
             loss_sum += engine.forward_backward(batch, data.n_targets)
-        vitals = gather(loss_sum, interrupted(), time.perf_counter() - started, waited)
+        seconds, sums = time.perf_counter() - started, take_sums(engine.module)
+        vitals = gather(loss_sum, interrupted(), seconds, waited, sums)
         loss = vitals.loss_sum / data.n_targets
         _stop_unless_finite("loss", loss, step, data)  # before the optimizer touches the weights
         stopping.check_spike(state, loss, recipe.train.loss_spike, data.row_ids)
         grad_norm = engine.step(lr)
         if grad_norm is not None:
             _stop_unless_finite("gradient norm", grad_norm, step, data)
-            return Taken(loss, grad_norm, overflows, vitals)
+            told = measures(engine.module, vitals.sums)
+            return Taken(loss, grad_norm, overflows, vitals, told)
     raise TrainingError(
         f"step {step}: float16 gradients of rows {data.row_ids[:5]} overflowed {MAX_OVERFLOWS} "
         "times in a row; set model.dtype: bfloat16 or float32"
