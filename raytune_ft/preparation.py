@@ -57,7 +57,9 @@ def prepare(recipe: Recipe, folder: RunFolder, source: str, screen: Screen) -> P
         mmlu.read_benchmark(path)  # a bad row ends the run here, not after the first epoch
     screen.stage("model folder")
     model_folder = loading.prepare_folder(recipe.model.path, log=screen.line)
-    tokenizer = TextTokenizer.from_folder(model_folder, recipe.model.eos_token)
+    tokenizer = TextTokenizer.from_folder(
+        model_folder, recipe.model.eos_token, recipe.model.new_tokens
+    )
     encoder = Encoder.of(recipe, tokenizer)
     rows = sources.open_sources(recipe.data, recipe.train.seed)
     training, held_out = sources.split_validation(rows, recipe.data, recipe.train.seed)
@@ -85,6 +87,7 @@ def prepare(recipe: Recipe, folder: RunFolder, source: str, screen: Screen) -> P
         quantization=recipe.model.quantization,
         double_quant=recipe.model.double_quant,
         eos_token=recipe.model.eos_token,
+        new_tokens=recipe.model.new_tokens,
         expected_steps=expected_steps,
     )
     record = record_of(measured.report if measured else seen.report, seen, expected_steps)

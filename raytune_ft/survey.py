@@ -65,7 +65,9 @@ def survey(recipe: Recipe) -> Survey:
         found.notes.append(f"model.path: {recipe.model.path} is not here; rows are not tokenised")
     else:
         found.config = read_config(folder)
-        found.tokenizer = TextTokenizer.from_folder(folder, recipe.model.eos_token)
+        found.tokenizer = TextTokenizer.from_folder(
+            folder, recipe.model.eos_token, recipe.model.new_tokens
+        )
         templates.get_template(recipe.model.template, found.tokenizer)
     check_deepspeed(recipe)
     count_rows(found)

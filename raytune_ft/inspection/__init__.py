@@ -65,7 +65,7 @@ def look(recipe: Recipe, title: str, rows: int) -> View:
     folder = survey.model_folder(recipe.model.path)
     if folder is None:
         folder = loading.prepare_folder(recipe.model.path, _say)
-    tokenizer = TextTokenizer.from_folder(folder, recipe.model.eos_token)
+    tokenizer = TextTokenizer.from_folder(folder, recipe.model.eos_token, recipe.model.new_tokens)
     encoder = Encoder.of(recipe, tokenizer)
     opened = sources.open_sources(recipe.data, recipe.train.seed)
     shown = _first_rows(opened, encoder, rows)

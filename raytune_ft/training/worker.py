@@ -67,7 +67,9 @@ def run(
 
     emit("stage", name="load model")
     engine, model = build_engine(recipe, Path(job.model_folder), device)
-    tokenizer = TextTokenizer.from_folder(job.model_folder, recipe.model.eos_token)
+    tokenizer = TextTokenizer.from_folder(
+        job.model_folder, recipe.model.eos_token, recipe.model.new_tokens
+    )
     voice = Voice(model, tokenizer, get_template(recipe.model.template, tokenizer))
     state = _resume(engine, folder, recipe, job.data_fingerprint, emit)
 

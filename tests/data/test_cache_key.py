@@ -114,7 +114,9 @@ class Run:
 
     def key(self, field: str = "train.seed", value: Any = 42) -> str:
         made = self.changed(field, value)
-        tokenizer = TextTokenizer.from_folder(made.model.path, made.model.eos_token)
+        tokenizer = TextTokenizer.from_folder(
+            made.model.path, made.model.eos_token, made.model.new_tokens
+        )
         rows = open_sources(made.data, made.train.seed)
         training, _ = split_validation(rows, made.data, made.train.seed)
         return token_key(training, Encoder.of(made, tokenizer), made.train.seed)
@@ -245,6 +247,7 @@ def test_every_value_of_a_tokenizer_counts(run: Run, tokenizer: TextTokenizer) -
         "chat_template": None,
         "silent_ids": frozenset({9}),
         "adds_bos": not spec.adds_bos,
+        "new_tokens": (("<new>", (5,)),),
     }
     assert set(changes) == set(vars(spec))
     keys = {token_key(rows, Encoder(tokenizer, "default", made.data), 42)}

@@ -52,19 +52,27 @@ class TextTokenizer:
         self.vocab_size: int = self._backend.get_vocab_size(with_added_tokens=True)
         added: dict[int, AddedToken] = self._backend.get_added_tokens_decoder()
         self.special_tokens = {token.content: id_ for id_, token in added.items() if token.special}
-        self._markers = {id_: token.content for id_, token in added.items() if is_marker(token)}
+        self.new_tokens = {self._backend.token_to_id(text): ids for text, ids in spec.new_tokens}
+        self._markers = {
+            id_: token.content
+            for id_, token in added.items()
+            if is_marker(token) and id_ not in self.new_tokens
+        }
         self._shy = {id_ for id_, token in added.items() if self._needs_company(token)}
         self._spelled = _spelled([added[id_] for id_ in self._markers], self._backend)
 
     @classmethod
-    def from_folder(cls, path: str | Path, eos_token: str | None = None) -> TextTokenizer:
+    def from_folder(
+        cls, path: str | Path, eos_token: str | None = None, new_tokens: Sequence[str] = ()
+    ) -> TextTokenizer:
         """Read a model folder; ModelError, one line, if that is impossible.
 
         Args:
             path: the folder.
             eos_token: ends an answer, whatever the folder says; a recipe's `model.eos_token`.
+            new_tokens: added behind the folder's own; a recipe's `model.new_tokens`.
         """
-        return cls(read_spec(Path(path), eos_token))
+        return cls(read_spec(Path(path), eos_token, new_tokens))
 
     def encode(self, text: str, foreign: Sequence[Span] = ()) -> list[int]:
         """Return the ids of `text`; adds nothing. Special tokens in the text count as such.

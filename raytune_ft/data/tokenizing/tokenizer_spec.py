@@ -19,6 +19,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from raytune_ft.config.cache import cache_dir
 from raytune_ft.data.tokenizing import sentencepiece_file, tiktoken_file
+from raytune_ft.data.tokenizing.new_tokens import NewToken, add_tokens
 from raytune_ft.errors import ModelError
 
 # Classes of 2023 whose code came with the checkpoint. They read their own file alone, so a
@@ -57,17 +58,23 @@ class TokenizerSpec:
     """Ids that text never becomes and that stand for no text, beside the special tokens."""
     adds_bos: bool = True
     """Whether the model's own tokenizer puts `bos_ids` before a text; Baichuan's does not."""
+    new_tokens: tuple[NewToken, ...] = ()
+    """Tokens that a recipe added, the last ids of the vocabulary."""
 
 
-def read_spec(folder: Path, eos_token: str | None = None) -> TokenizerSpec:
+def read_spec(
+    folder: Path, eos_token: str | None = None, new_tokens: Sequence[str] = ()
+) -> TokenizerSpec:
     """Read a model folder.
 
     Args:
         folder: holds a tokenizer.json, a tokenizer.model or a *.tiktoken file.
         eos_token: ends an answer, whatever the folder says.
+        new_tokens: texts that become tokens of their own.
 
     Raises:
         ModelError: the folder or a file of it cannot be used; one line.
+        RecipeError: a new token is none.
     """
     if not folder.is_dir():
         raise ModelError(f"{folder}: no such folder; model.path is the folder of a model")
@@ -76,6 +83,7 @@ def read_spec(folder: Path, eos_token: str | None = None) -> TokenizerSpec:
     backend, defaults = _read_backend(folder, config)
     special_map = read_json(folder / "special_tokens_map.json")
     _add_tokens(backend, folder, config, special_map)
+    added = add_tokens(backend, new_tokens, str(folder))
     named = _named_tokens(defaults, special_map, config)
     if eos_token is not None:
         named["eos_token"] = eos_token
@@ -94,6 +102,7 @@ def read_spec(folder: Path, eos_token: str | None = None) -> TokenizerSpec:
         chat_template=_chat_template(folder, config),
         silent_ids=_silent_ids(backend, config),
         adds_bos=config.get("add_bos_token") is not False,
+        new_tokens=added,
     )
 
 
