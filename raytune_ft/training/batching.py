@@ -8,7 +8,7 @@ batches without a label, which add zero to loss and gradients.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,7 +26,7 @@ TensorBatch = dict[str, torch.Tensor]
 class StepData:
     """What one rank needs for one optimizer step.
 
-    `n_packs`, `n_targets`, `n_tokens` and `row_ids` are those of all ranks together.
+    `n_packs`, `n_targets`, `n_tokens`, `n_pairs` and `row_ids` are those of all ranks together.
     """
 
     micro_batches: list[TensorBatch]
@@ -41,6 +41,8 @@ class StepData:
     """Epochs of rows visited behind this step."""
     report: Report
     """What became of the rows of windows that this step is the first to tell of."""
+    n_pairs: int = 0
+    """Sum of the squared lengths of all segments: what attention costs."""
 
     @property
     def ends_epoch(self) -> bool:
@@ -55,6 +57,14 @@ def count_targets(pack: Pack) -> int:
     return int(labelled.sum())
 
 
+def count_chosen(pack: Pack) -> int:
+    """Count labels that are predicted in a pack of pairs' chosen answers, every other segment."""
+    bounds = pack.cu_seqlens
+    chosen = np.repeat(np.arange(len(bounds) - 1) % 2 == 0, np.diff(bounds))
+    chosen[bounds[:-1]] = False
+    return int((chosen & (pack.labels != IGNORE_INDEX)).sum())
+
+
 def steps(
     packs: Iterable[Placed], train: TrainSection, *, rank: int, workers: int
 ) -> Iterator[StepData]:
@@ -62,7 +72,7 @@ def steps(
 
     Args:
         packs: in canonical order.
-        train: `micro_batch_size` and `accumulation` are read.
+        train: `micro_batch_size`, `accumulation` and `objective` are read.
         rank: 0 <= rank < workers.
         workers: number of ranks.
     """
@@ -82,17 +92,41 @@ def _step(group: list[Placed], train: TrainSection, rank: int, workers: int) -> 
     behind, report = group[-1].behind, new_report()
     for placed in group:
         add_report(report, placed.report)
+    packs = [placed.pack for placed in group]
+    n_targets = sum(count_targets(pack) for pack in packs)
+    batches = [to_tensors(collate(chunk)) if chunk else empty_batch() for chunk in chunks]
+    pairs = train.objective != "sft"
+    if pairs:
+        weights = pair_weights(packs, n_targets)
+        batches = [{**batch, **weights} for batch in batches]
     return StepData(
-        micro_batches=[to_tensors(collate(chunk)) if chunk else empty_batch() for chunk in chunks],
+        micro_batches=batches,
         n_packs=len(group),
-        n_targets=sum(count_targets(placed.pack) for placed in group),
-        n_tokens=sum(len(placed.pack.input_ids) for placed in group),
-        row_ids=[int(row) for placed in group for row in placed.pack.row_ids],
+        n_targets=n_targets,
+        n_tokens=sum(len(pack.input_ids) for pack in packs),
+        # both answers of a pair have its row's number
+        row_ids=[int(row) for pack in packs for row in pack.row_ids[:: 2 if pairs else 1]],
         position=behind,
         epoch=behind.epoch - (behind.window == behind.pack == 0),
         progress=group[-1].progress,
         report=report,
     )
+
+
+def pair_weights(packs: Sequence[Pack], n_targets: int) -> TensorBatch:
+    """Return the factors by which a step's sums become means, float64 scalars on the host.
+
+    Engines divide by a step's labelled tokens; `preference.PreferenceLoss` multiplies the losses
+    of pairs and those of chosen answers' tokens by these.
+    """
+    counts = {
+        "pair_weight": sum(len(pack.row_ids) // 2 for pack in packs),
+        "chosen_weight": sum(count_chosen(pack) for pack in packs),
+    }
+    return {
+        name: torch.tensor(n_targets / max(1, count), dtype=torch.float64)
+        for name, count in counts.items()
+    }
 
 
 def to_tensors(batch: dict[str, np.ndarray]) -> TensorBatch:

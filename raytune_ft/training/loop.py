@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import resource
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,8 +16,10 @@ from raytune_ft.errors import Interrupted, TrainingError
 from raytune_ft.training import data_record, stopping
 from raytune_ft.training.batching import StepData
 from raytune_ft.training.checkpoint import TrainState
-from raytune_ft.training.engine import Engine, rank
+from raytune_ft.training.engine import Engine, rank, world_size
+from raytune_ft.training.eta import Eta
 from raytune_ft.training.schedule import Moment, expected_steps, in_warmup, lr_at, share_of
+from raytune_ft.training.throughput import Meter
 from raytune_ft.training.vitals import Vitals, gather, measures, take_sums
 
 MAX_OVERFLOWS = 20
@@ -56,6 +57,7 @@ def train(
     total_steps: int | None,
     hooks: Hooks,
     emit: Emit,
+    known_steps: int | None = None,
 ) -> TrainState:
     """Run from `state` to the end of the recipe's epochs, or to `max_steps`.
 
@@ -64,12 +66,17 @@ def train(
         state: changed in place and returned.
         total_steps: of the whole run, where the learning rate goes by steps; None where it goes
             by rows.
+        known_steps: of the whole run, where they are sure though the learning rate goes by rows.
 
     Raises:
         TrainingError: the loss or gradient is not finite, or a step has no labelled token.
         Interrupted: the run was asked to stop; its checkpoint is written.
     """
     seed_step(recipe.train.seed, state.step)
+    again = recipe.train.objective == "dpo"  # the first model sees every token as well
+    eta = Eta(recipe)
+    meter = Meter.of(engine.module, engine.device, world_size(), forward_again=again)
+    hooks = eta.timed_hooks(hooks)
     if state.step == 0:
         hooks.sample(0, "before")
     while not ended(state, recipe):
@@ -90,15 +97,18 @@ def train(
             measured = hooks.validate(state.step)
             improved = stopping.judge(state, measured, recipe.eval)
             last = last or ended(state, recipe)
-        share, total, exact = progress(state, total_steps, recipe)
+        share, total, exact = progress(state, total_steps, recipe, known_steps)
         emit(
             "step", step=state.step, epoch=data.epoch, progress=state.progress, share=share,
             total=total, exact=exact, loss=taken.loss, lr=lr, grad_norm=taken.grad_norm,
             overflows=taken.overflows, tokens=data.n_tokens, targets=data.n_targets,
-            seconds=seconds, tokens_per_s=data.n_tokens / seconds, data_seconds=waited,
-            rank_seconds=taken.vitals.seconds, rows=data.row_ids,
-            memory_gib=memory_gib(engine.device), **taken.measures,
-            **{"val_loss": None, **(measured or {})},
+            seconds=seconds, data_seconds=waited, rank_seconds=taken.vitals.seconds,
+            eta_seconds=eta.left(state.step, state.progress, share, total, exact=exact),
+            **meter.figures(
+                tokens=data.n_tokens, targets=data.n_targets, pairs=data.n_pairs,
+                seconds=seconds, waited=taken.vitals.waited,
+            ),
+            rows=data.row_ids, **taken.measures, **{"val_loss": None, **(measured or {})},
         )  # fmt: skip
         every = recipe.chat_eval.every
         if every and state.step % every == 0 and not last:
@@ -195,12 +205,20 @@ def ended(state: TrainState, recipe: Recipe) -> bool:
     )
 
 
-def progress(state: TrainState, total_steps: int | None, recipe: Recipe) -> tuple[float, int, bool]:
+def progress(
+    state: TrainState, total_steps: int | None, recipe: Recipe, known_steps: int | None = None
+) -> tuple[float, int, bool]:
     """Return how far a run is behind its steps so far: share of it, its steps, whether exactly."""
+    if ended(state, recipe):
+        return 1.0, state.step, True
+    sure = recipe.eval.patience is None
     if total_steps is not None:
-        return state.step / total_steps, total_steps, True
+        return state.step / total_steps, total_steps, sure
     share = share_of(state.step, state.progress, recipe.train)
-    return share, *expected_steps(state.step, state.progress, recipe.train)
+    if known_steps is not None:
+        return share, known_steps, sure
+    total, exact = expected_steps(state.step, state.progress, recipe.train)
+    return share, total, exact and sure
 
 
 def moment(state: TrainState, data: StepData, total_steps: int | None, recipe: Recipe) -> Moment:
@@ -249,10 +267,3 @@ def _stop_unless_finite(what: str, value: float, step: int, data: StepData) -> N
             f"step {step}: {what} is {value} on rows {data.row_ids[:5]}; "
             "lower train.lr or look at these rows; the last checkpoint is unharmed"
         )
-
-
-def memory_gib(device: torch.device) -> float:
-    """Return the peak memory so far: allocated on a GPU, resident in a CPU process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

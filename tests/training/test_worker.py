@@ -22,6 +22,7 @@ from raytune_ft.data.windows import Feed, make_feed
 from raytune_ft.errors import CheckpointError
 from raytune_ft.training import worker
 from raytune_ft.training.run_folder import RunFolder, read_json, read_jsonl, write_json
+from raytune_ft.training.throughput import MOMENTARY
 from raytune_ft.training.worker import Job
 from tests import runs
 
@@ -94,8 +95,7 @@ def cut_back(whole: RunFolder, folder: Path, step: int) -> Path:
 
 def ledger(run: RunFolder) -> list[dict[str, Any]]:
     """Lines of the metrics without what a clock or a machine says."""
-    varying = {"seconds", "tokens_per_s", "data_seconds", "rank_seconds", "memory_gib"}
-    return [{k: v for k, v in e.items() if k not in varying} for e in read_jsonl(run.metrics)]
+    return [{k: v for k, v in e.items() if k not in MOMENTARY} for e in read_jsonl(run.metrics)]
 
 
 @pytest.mark.parametrize("step", [2, 5])
