@@ -119,6 +119,9 @@ class Screen:
     def _on_rows(self, event: Event) -> None:
         self.console.print(Text(event["text"], style="yellow"), soft_wrap=True)
 
+    def _on_warning(self, event: Event) -> None:
+        self._on_rows(event)
+
     def _on_mmlu(self, event: Event) -> None:
         self.line(mmlu_line(event))
 

@@ -10,21 +10,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from raytune_ft.data.report import Report, new_report
 from raytune_ft.errors import CheckpointError
+from raytune_ft.training import durable
+from raytune_ft.training.tensor_file import blocks_of, size_of
 
 MANIFEST = "manifest.json"
 STEP_PREFIX = "step_"
+WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
+FORMAT = 2
+"""Of state.json; 1 had no `format`."""
 
 
 @dataclass
@@ -64,6 +68,8 @@ class TrainState:
     packs_per_step: int = 0
     data_fingerprint: str = ""
     """Of the rows that the position counts in."""
+    format: int = FORMAT
+    """Of state.json, when this was written."""
 
 
 @dataclass(frozen=True)
@@ -83,36 +89,32 @@ def save(
     *,
     keep: int,
 ) -> Path:
-    """Write the checkpoint of `state.step`, then remove all but the `keep` newest valid ones.
+    """Write the checkpoint of `state.step`; when it reads back, remove all but the `keep` newest.
 
     A `keep` of -1 removes none; the one of `state.best_step` stays in any case.
 
     Raises:
-        CheckpointError: the disk refuses; names the folder. Earlier checkpoints are untouched.
+        CheckpointError: the disk refuses, or gives back something else; names the folder and the
+            bytes. Earlier checkpoints are untouched.
     """
     final = root / folder_name(state.step)
-    temporary = root / f".writing_{final.name}_{os.getpid()}"
     try:
         root.mkdir(parents=True, exist_ok=True)
-        for leftover in root.glob(".writing_*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        temporary.mkdir()
-        save_file(_plain(weights), temporary / "weights.safetensors")
-        save_file(_plain(optimizer), temporary / "optimizer.safetensors")
-        (temporary / "state.json").write_text(json.dumps(asdict(state), indent=1))
-        _seal(temporary)
-        if final.exists():
-            shutil.rmtree(final)
-        temporary.rename(final)
-        _fsync(root)
+        with durable.whole_folder(final) as temporary:
+            _fill(temporary, state, weights, optimizer)
     except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+        needed = size_of(weights) + size_of(optimizer)
         raise CheckpointError(
-            f"{final}: cannot be written ({error.strerror}); free space there or set run.storage"
+            f"{final}: cannot be written ({error.strerror}): it needs {_mib(needed)}, "
+            f"{_mib(_free(root))} are free on {mount_of(root)}; free space there or set run.storage"
         ) from error
-    for old in valid_steps(root)[:-keep] if keep > 0 else []:
-        if old.name != folder_name(state.best_step):
-            shutil.rmtree(old, ignore_errors=True)
+    problem = damage(final)
+    if problem:
+        raise CheckpointError(
+            f"{final}: {problem}: the disk does not keep what is written to it; set run.storage"
+        )
+    if keep > 0:
+        _prune(root, state, keep)
     return final
 
 
@@ -126,30 +128,62 @@ def load(folder: Path) -> Loaded:
     problem = damage(folder)
     if problem:
         raise CheckpointError(f"{folder}: {problem}; use an earlier checkpoint")
-    state = TrainState(**json.loads((folder / "state.json").read_text()))
-    return Loaded(
-        state,
-        load_file(folder / "weights.safetensors"),
-        load_file(folder / "optimizer.safetensors"),
-    )
+    return Loaded(read_state(folder), load_file(folder / WEIGHTS), load_file(folder / OPTIMIZER))
+
+
+def load_latest(root: Path, tell: Callable[[str], None] = lambda _: None) -> Loaded | None:
+    """Read the newest checkpoint that verifies, or None; `tell` is told of those that do not."""
+    for folder in reversed(step_folders(root)):
+        problem = damage(folder)
+        if problem is None:
+            return Loaded(
+                read_state(folder), load_file(folder / WEIGHTS), load_file(folder / OPTIMIZER)
+            )
+        tell(f"{folder}: {problem}; it is left out")
+    return None
 
 
 def latest(root: Path) -> Path | None:
     """Return the newest checkpoint that verifies, or None."""
-    steps = valid_steps(root)
-    return steps[-1] if steps else None
+    newest_first = reversed(step_folders(root))
+    return next((folder for folder in newest_first if damage(folder) is None), None)
 
 
 def valid_steps(root: Path) -> list[Path]:
-    """Return all checkpoints that verify, oldest first."""
-    found = sorted(root.glob(f"{STEP_PREFIX}*")) if root.is_dir() else []
-    return [folder for folder in found if damage(folder) is None]
+    """Return all checkpoints that verify, oldest first; every byte of them is read."""
+    return [folder for folder in step_folders(root) if damage(folder) is None]
 
 
-def damage(folder: Path) -> str | None:
-    """Say what is wrong with a checkpoint, or None if its files are what the manifest says."""
+def step_folders(root: Path) -> list[Path]:
+    """Return what has a checkpoint's name, oldest first, and look into none."""
+    found = root.glob(f"{STEP_PREFIX}*") if root.is_dir() else []
+    return sorted((p for p in found if p.name[len(STEP_PREFIX) :].isdigit()), key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """Return the optimizer step that a checkpoint's name tells."""
+    return int(folder.name.removeprefix(STEP_PREFIX))
+
+
+def read_state(folder: Path) -> TrainState:
+    """Read a checkpoint's state; CheckpointError if another version of this program wrote it."""
+    content: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    known = {found.name for found in fields(TrainState)}
+    if unknown := sorted(set(content) - known):
+        raise CheckpointError(
+            f"{folder}: a newer version of raytune_ft wrote it (its state has '{unknown[0]}'); "
+            "go on with that version"
+        )
+    return TrainState(**{"format": 1, **content})
+
+
+def damage(folder: Path, *, contents: bool = True) -> str | None:
+    """Say what is wrong with a checkpoint, or None if its files are what the manifest says.
+
+    Without `contents` only names and sizes are compared, which takes no time.
+    """
     try:
-        text = (folder / MANIFEST).read_text()
+        text = (folder / MANIFEST).read_text(encoding="utf-8")
         entries = json.loads(text)["files"]
         if text != _manifest(entries):
             return f"{MANIFEST} has changed since it was written"
@@ -161,24 +195,43 @@ def damage(folder: Path) -> str | None:
         path = folder / name
         if not path.is_file() or path.stat().st_size != entry["size"]:
             return f"'{name}' is missing or has another size"
-        if _sha256(path) != entry["sha256"]:
+        if contents and _sha256(path) != entry["sha256"]:
             return f"'{name}' has changed since it was written"
     return None
 
 
-def _plain(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+def mount_of(folder: Path) -> Path:
+    """Return the mount that a folder, there or not yet, is on."""
+    path = folder.resolve()
+    while not path.is_mount() and path != path.parent:
+        path = path.parent
+    return path
 
 
-def _seal(folder: Path) -> None:
-    files = sorted(p for p in folder.iterdir() if p.is_file())
-    entries = {p.name: {"size": p.stat().st_size, "sha256": _sha256(p)} for p in files}
-    for path in files:
-        _fsync(path)
-    manifest = folder / MANIFEST
-    manifest.write_text(_manifest(entries))
-    _fsync(manifest)
-    _fsync(folder)
+def _fill(
+    folder: Path,
+    state: TrainState,
+    weights: Mapping[str, torch.Tensor],
+    optimizer: Mapping[str, torch.Tensor],
+) -> None:
+    contents = {
+        WEIGHTS: blocks_of(weights),
+        OPTIMIZER: blocks_of(optimizer),
+        STATE: iter([json.dumps(asdict(state), indent=1).encode()]),
+    }
+    entries: dict[str, dict[str, Any]] = {}
+    for name, blocks in contents.items():
+        size, sha256 = durable.write(folder / name, blocks)
+        entries[name] = {"size": size, "sha256": sha256}
+    durable.write(folder / MANIFEST, [_manifest(entries).encode()])
+
+
+def _prune(root: Path, state: TrainState, keep: int) -> None:
+    """Remove what is older than the `keep` newest; the newest of all has just been verified."""
+    whole = [step_of(f) for f in step_folders(root) if damage(f, contents=False) is None]
+    for folder in step_folders(root):
+        if step_of(folder) < min(whole[-keep:]) and step_of(folder) != state.best_step:
+            durable.drop(folder)
 
 
 def _manifest(entries: dict[str, dict[str, Any]]) -> str:
@@ -196,9 +249,9 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _free(folder: Path) -> int:
+    return shutil.disk_usage(mount_of(folder)).free
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"

@@ -104,7 +104,9 @@ class RunFolder:
     def create(self, name: str, recipe_yaml: str, **fields: Any) -> None:
         """Make the folder with recipe.yaml, run.json and environment.json; this process drives."""
         self.path.mkdir(parents=True, exist_ok=True)
-        self.recipe.write_text(recipe_yaml, encoding="utf-8")
+        for left in self.path.glob(".*.[0-9]*"):  # of a driver that was killed as it wrote
+            left.unlink(missing_ok=True)
+        _replace(self.recipe, recipe_yaml)
         write_json(self.path / "environment.json", environment())
         created = datetime.now(timezone.utc).isoformat(timespec="seconds")
         driver = liveness.this_process()
@@ -114,12 +116,11 @@ class RunFolder:
         )  # fmt: skip
 
     def cut_after(self, step: int) -> None:
-        """Drop lines of later steps than `step` from the JSONL files."""
+        """Drop lines of later steps than `step` from the JSONL files; step 0 is the beginning."""
         for path in (self.metrics, self.samples, self.mmlu):
             if path.is_file():
-                kept = [
-                    e for e in read_jsonl(path) if e["step"] <= step and e.get("when") != "after"
-                ]
+                told = read_jsonl(path) if step else iter(())
+                kept = [e for e in told if e["step"] <= step and e.get("when") != "after"]
                 _replace(path, "".join(json.dumps(e, ensure_ascii=False) + "\n" for e in kept))
 
 

@@ -22,12 +22,13 @@ from raytune_ft.data.places import Placed
 from raytune_ft.data.templating.templates import get_template
 from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
 from raytune_ft.model import adapter, side_files
-from raytune_ft.training import checkpoint, identity
+from raytune_ft.training import checkpoint, durable, identity
 from raytune_ft.training.batching import steps
 from raytune_ft.training.build import build_engine
 from raytune_ft.training.callbacks import Voice, build_hooks
 from raytune_ft.training.checkpoint import TrainState
 from raytune_ft.training.engine import Engine, rank, world_size
+from raytune_ft.training.exclusive import only_writer
 from raytune_ft.training.loop import Emit, progress, train
 from raytune_ft.training.run_folder import Event, RunFolder, RunWriter
 
@@ -57,7 +58,21 @@ def run(
     validation: Callable[[], Iterable[Pack]] | None,
     show: Callable[[Event], None],
 ) -> TrainState:
-    """Load, resume if there is a checkpoint, train, and write the result."""
+    """Load, resume if there is a checkpoint, train, and write the result.
+
+    Raises:
+        CheckpointError: another process trains this run, or its checkpoint is of another recipe.
+    """
+    with only_writer(Path(job.run_path), wanted=rank() == 0):
+        return _run(job, packs, validation, show)
+
+
+def _run(
+    job: Job,
+    packs: PackStream,
+    validation: Callable[[], Iterable[Pack]] | None,
+    show: Callable[[Event], None],
+) -> TrainState:
     recipe = Recipe.model_validate(job.recipe)
     folder = RunFolder(job.run_path)
     device = _device(job.sharing)
@@ -93,13 +108,17 @@ def run(
 def _resume(
     engine: Engine, folder: RunFolder, recipe: Recipe, data_fingerprint: str, emit: Emit
 ) -> TrainState:
-    newest = checkpoint.latest(folder.checkpoints) if rank() == 0 else None
-    step = _from_rank_0(int(newest.name.removeprefix(checkpoint.STEP_PREFIX)) if newest else 0)
+    loaded = None
+    if rank() == 0:
+        for place in (folder.path, folder.checkpoints):
+            durable.tidy(place)
+        loaded = checkpoint.load_latest(folder.checkpoints, lambda text: emit("warning", text=text))
+    step = _from_rank_0(loaded.state.step if loaded else 0)
     if step == 0:
         if rank() == 0:
             folder.cut_after(0)
         return identity.new_state(recipe, data_fingerprint)
-    loaded = checkpoint.load(folder.checkpoints / f"{checkpoint.STEP_PREFIX}{step:06d}")
+    loaded = loaded or checkpoint.load(folder.checkpoints / checkpoint.folder_name(step))
     identity.check(loaded.state, recipe, data_fingerprint, str(folder.path))
     if rank() == 0:
         folder.cut_after(step)
@@ -141,9 +160,11 @@ def _device(sharing: int) -> torch.device:
 
 def _export(recipe: Recipe, model: Any, folder: RunFolder, base: str) -> None:
     if recipe.model.method == "lora":
-        adapter.save_adapter(model, folder.adapter, base)
+        with durable.whole_folder(folder.adapter) as place:
+            adapter.save_adapter(model, place, base)
     else:
-        side_files.save_full(model, Path(base), folder.model)
+        with durable.whole_folder(folder.model) as place:
+            side_files.save_full(model, Path(base), place)
 
 
 def _silent(kind: str, **fields: object) -> None:
