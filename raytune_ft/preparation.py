@@ -20,6 +20,7 @@ from raytune_ft.data import sources, stream
 from raytune_ft.data.counting import Estimate, estimate
 from raytune_ft.data.examples import Encoder
 from raytune_ft.data.feeder import Rows
+from raytune_ft.data.questions import held_out_questions
 from raytune_ft.data.report import Report, nothing_left
 from raytune_ft.data.sources import RowSource
 from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
@@ -27,7 +28,7 @@ from raytune_ft.data.windows import Measurement, make_feed
 from raytune_ft.errors import DataError, RecipeError
 from raytune_ft.model import loading
 from raytune_ft.screen import Screen
-from raytune_ft.training import mmlu
+from raytune_ft.training import answer_metrics, mmlu
 from raytune_ft.training.run_folder import RunFolder, write_json
 from raytune_ft.training.worker import Job
 
@@ -52,6 +53,7 @@ def prepare(recipe: Recipe, folder: RunFolder, source: str, screen: Screen) -> P
 
     Ray must be running. Raises RecipeError, ModelError or DataError with one line each.
     """
+    answer_metrics.check_installed(recipe.eval.metrics)
     mmlu_files = mmlu.absolute(recipe.chat_eval.mmlu)
     for path in recipe.chat_eval.mmlu:
         mmlu.read_benchmark(path)  # a bad row ends the run here, not after the first epoch
@@ -71,6 +73,9 @@ def prepare(recipe: Recipe, folder: RunFolder, source: str, screen: Screen) -> P
     if not seen.packs:
         raise DataError(nothing_left(measured.report if measured else seen.report))
     validation = _held_out(held_out, encoder, recipe) if held_out is not None else None
+    questions = []
+    if held_out is not None and recipe.eval.metrics:
+        questions = held_out_questions(held_out, encoder, recipe.eval.rows)
     expected_steps = seen.steps(recipe)
 
     resolved = recipe.model_copy(
@@ -100,8 +105,10 @@ def prepare(recipe: Recipe, folder: RunFolder, source: str, screen: Screen) -> P
         str(model_folder),
         expected_steps,
         compat,
+        seen.steps_are_sure(recipe),
         recipe.run.workers,
         training.fingerprint,
+        tuple(questions),
     )
     return Prepared(job, Rows(train, recipe.train.epochs, tuple(seen.windows)), validation)
 

@@ -30,6 +30,8 @@ STAGES = {
     "load model": "load model",
     "samples": "ask the sample prompts",
     "mmlu": "answer the MMLU questions",
+    "validation": "measure held-out rows",
+    "questions": "answer held-out rows",
     "train": "train",
     "checkpoint": "save checkpoint",
     "export": "write adapter",
@@ -88,7 +90,7 @@ class Screen:
         if name == "train":
             self._begun, self._spent = float(event.get("share") or 0.0), 0.0
         if self._live is None:
-            if name != self._stage and name not in ("checkpoint", "train"):
+            if name != self._stage and name not in ("checkpoint", "train", "validation"):
                 self.line(f"[{time.monotonic() - self.started:6.1f} s] {label}")
         else:
             self._bar(name, label, int(event.get("done") or event.get("step") or 0), total)

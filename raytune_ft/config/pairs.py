@@ -46,9 +46,23 @@ def _of_evaluation(recipe: Recipe) -> Iterator[str]:
     for name, asked in needs_rows.items():
         if asked and recipe.data.validation is None:
             yield f"{name} needs held-out rows; set data.validation, such as 0.1"
-    measured = {"val_loss", "val_perplexity", *(f"val_{name}" for name in wanted.metrics)}
-    if wanted.metric not in measured:
+    preference = recipe.train.objective != "sft"
+    if preference and wanted.metrics:
+        yield (
+            "eval.metrics compare an answer with a row's own, and preference rows have two; "
+            "set eval.metrics: [], or train.objective: sft"
+        )
+    better = {"val_loss": "min", "val_perplexity": "min"}
+    if preference:
+        better = {"val_loss": "min", "val_rewards_accuracy": "max", "val_rewards_margin": "max"}
+    better |= {f"val_{name}": "max" for name in wanted.metrics}
+    if wanted.metric not in better:
         yield (
             f"eval.metric '{wanted.metric}' is not measured; choose "
-            f"{', '.join(sorted(measured))}, or name it in eval.metrics"
+            f"{', '.join(sorted(better))}, or name it in eval.metrics"
+        )
+    elif wanted.mode != better[wanted.metric]:
+        yield (
+            f"eval.mode '{wanted.mode}' would keep the worst {wanted.metric}; "
+            f"set eval.mode: {better[wanted.metric]}"
         )

@@ -7,6 +7,7 @@ more, and because each request brings its own random state.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -46,16 +47,57 @@ def stream_ids(
     Raises:
         RecipeError: the prompt is empty or longer than the model's context.
     """
-    room = _room(model, len(prompt_ids))
+    room = room_for(model, len(prompt_ids))
     # checks run at the call, not at the first token
     return _stream(
         model,
         list(prompt_ids),
         frozenset(stop_ids),
         min(max_new_tokens, room),
-        _Sampler(_device(model), temperature, top_p, top_k, seed, repetition_penalty),
+        _Sampler(device_of(model), temperature, top_p, top_k, seed, repetition_penalty),
         cancelled or _never,
     )
+
+
+def logits_processors(
+    temperature: float, top_p: float, top_k: int, repetition_penalty: float = 1.0
+) -> Any:
+    """Return transformers' processors of logits; those of drawing only above temperature 0."""
+    from transformers import (
+        LogitsProcessorList,
+        RepetitionPenaltyLogitsProcessor,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
+
+    processors: Any = LogitsProcessorList()
+    if repetition_penalty != 1.0:
+        processors.append(RepetitionPenaltyLogitsProcessor(repetition_penalty))
+    if temperature <= 0.0:
+        return processors
+    processors.append(TemperatureLogitsWarper(float(temperature)))
+    if top_k > 0:
+        processors.append(TopKLogitsWarper(top_k))
+    if top_p < 1.0:
+        processors.append(TopPLogitsWarper(top_p))
+    return processors
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Switch dropout and recomputation off for a while, without gradients.
+
+    Not inference_mode: bitsandbytes keeps what it makes, and training needs it later.
+    """
+    training = _training_modules(model)
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 class _Sampler:
@@ -70,25 +112,10 @@ class _Sampler:
         seed: int | None,
         repetition_penalty: float,
     ) -> None:
-        from transformers import (
-            LogitsProcessorList,
-            RepetitionPenaltyLogitsProcessor,
-            TemperatureLogitsWarper,
-            TopKLogitsWarper,
-            TopPLogitsWarper,
-        )
-
         self.greedy = temperature <= 0.0
-        self.processors: Any = LogitsProcessorList()
-        if repetition_penalty != 1.0:
-            self.processors.append(RepetitionPenaltyLogitsProcessor(repetition_penalty))
+        self.processors = logits_processors(temperature, top_p, top_k, repetition_penalty)
         if self.greedy:
             return
-        self.processors.append(TemperatureLogitsWarper(float(temperature)))
-        if top_k > 0:
-            self.processors.append(TopKLogitsWarper(top_k))
-        if top_p < 1.0:
-            self.processors.append(TopPLogitsWarper(top_p))
         self.generator = torch.Generator(device)
         if seed is None:
             self.generator.seed()
@@ -114,7 +141,7 @@ def _stream(
 ) -> Iterator[int]:
     from transformers import DynamicCache
 
-    device = _device(model)
+    device = device_of(model)
     cache = DynamicCache(config=causal_model(model).config)
     seen = torch.tensor([prompt_ids], device=device)
     step = seen
@@ -153,7 +180,8 @@ def _last_logits(model: nn.Module, step: torch.Tensor, n_seen: int, cache: Any) 
     return logits
 
 
-def _room(model: nn.Module, n_prompt: int) -> int:
+def room_for(model: nn.Module, n_prompt: int) -> int:
+    """Return how many ids may follow a prompt; RecipeError if it is empty or too long itself."""
     if n_prompt == 0:
         raise RecipeError("prompt: no tokens; give a message")
     config = causal_model(model).config.get_text_config()
@@ -171,7 +199,8 @@ def _training_modules(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if module.training]
 
 
-def _device(model: nn.Module) -> torch.device:
+def device_of(model: nn.Module) -> torch.device:
+    """Return where a model's first weight is."""
     return next(model.parameters()).device
 
 

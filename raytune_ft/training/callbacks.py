@@ -1,51 +1,28 @@
-"""What a run does beside optimizing: answer prompts and MMLU, measure held-out loss, save."""
+"""What a run does beside optimizing: answer prompts and MMLU, measure held-out rows, save."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 
-import torch
 import torch.distributed as dist
-from torch import nn
 
 from raytune_ft.config.schema import Recipe
 from raytune_ft.data.encode import encode_prompt
-from raytune_ft.data.packing import Pack, collate
+from raytune_ft.data.packing import Pack
+from raytune_ft.data.questions import Question
 from raytune_ft.data.rows.formats import fill_text
-from raytune_ft.data.templating.templates import Template
-from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
-from raytune_ft.model.generate import stream_ids
-from raytune_ft.training import checkpoint, data_record, mmlu
-from raytune_ft.training.batching import to_tensors
+from raytune_ft.model.answers import Drawing
+from raytune_ft.training import answer_metrics, checkpoint, data_record, mmlu
+from raytune_ft.training.answering import Voice
 from raytune_ft.training.checkpoint import TrainState
 from raytune_ft.training.engine import Engine, rank, world_size
 from raytune_ft.training.loop import Emit, Hooks
 from raytune_ft.training.mmlu import Benchmark
 from raytune_ft.training.run_folder import RunFolder
+from raytune_ft.training.validation import held_out_figures
 
-
-@dataclass(frozen=True)
-class Voice:
-    """Everything needed to ask the model in training a question."""
-
-    model: nn.Module
-    tokenizer: TextTokenizer
-    template: Template
-
-    def answer(self, prompt: str, system: str, max_new_tokens: int) -> str:
-        """Answer one prompt greedily, so that two runs can be compared."""
-        messages = [{"role": "system", "content": system}] if system else []
-        messages.append({"role": "user", "content": prompt})
-        ids = stream_ids(
-            self.model,
-            encode_prompt(messages, self.template, self.tokenizer),
-            stop_ids=self.template.stop_ids,
-            max_new_tokens=max_new_tokens,
-            temperature=0.0,
-        )
-        return self.tokenizer.decode(list(ids)).strip()
+FIRST_TOKENS = 50
+"""Longest answer before training, as in XTuner v0.1.9: an untrained model may never end."""
 
 
 def build_hooks(
@@ -55,18 +32,20 @@ def build_hooks(
     voice: Voice,
     validation: Callable[[], Iterable[Pack]] | None,
     emit: Emit,
+    questions: Sequence[Question] = (),
 ) -> Hooks:
     """Bind the hooks of a run to its engine and folder."""
 
     def sample(step: int, when: str) -> None:
-        if rank() == 0:
-            _sample(recipe, voice, step, when, emit)
+        ask_prompts(recipe, voice, step, when, emit)
 
-    def validate(_step: int) -> dict[str, float] | None:
+    def validate(step: int) -> dict[str, float] | None:
         if validation is None:
             return None
-        loss = held_out_loss(engine, validation())
-        return {"val_loss": loss, "val_perplexity": math.exp(min(loss, 700.0))}
+        emit("stage", name="validation", step=step)
+        batch_tokens = recipe.train.micro_batch_size * recipe.data.max_length
+        measured = held_out_figures(engine, validation(), batch_tokens, voice.alive)
+        return {**measured, **ask_questions(recipe, voice, questions, step, emit)}
 
     def record(state: TrainState, steps: int) -> None:
         if rank() == 0:
@@ -85,22 +64,70 @@ def build_hooks(
     benchmarks = [mmlu.read_benchmark(path) for path in recipe.chat_eval.mmlu]
 
     def benchmark(step: int) -> None:
-        for questions in benchmarks:
-            _benchmark(engine, recipe, voice, questions, step, emit)
+        for known in benchmarks:
+            _benchmark(engine, recipe, voice, known, step, emit)
 
     return Hooks(sample, validate, benchmark, record, save, interrupted=lambda: False)
 
 
-def held_out_loss(engine: Engine, packs: Iterable[Pack]) -> float:
-    """Mean loss per labelled token over held-out packs; every rank computes the same number."""
-    engine.module.eval()
-    total, count = 0.0, 0
-    with torch.no_grad():
-        for pack in packs:
-            loss_sum, n_targets = engine.module(**engine.put(to_tensors(collate([pack]))))
-            total += float(loss_sum)
-            count += int(n_targets)
-    return total / max(1, count)
+def ask_prompts(recipe: Recipe, voice: Voice, step: int, when: str, emit: Emit) -> None:
+    """Answer the recipe's prompts, greedily and, if it says so, by drawing; emit each answer."""
+    wanted = recipe.chat_eval
+    if not wanted.prompts:
+        return
+    system = fill_text(
+        recipe.data.system if wanted.system is None else wanted.system, recipe.data.fill
+    )
+    prompts = [fill_text(prompt, recipe.data.fill) for prompt in wanted.prompts]
+    ids = [_encoded(prompt, system, voice) for prompt in prompts]
+    longest = wanted.max_new_tokens
+    if when == "before":
+        longest = min(longest, FIRST_TOKENS)
+    drawings = {"greedy": Drawing()}
+    if wanted.temperature > 0.0:
+        drawings["sampled"] = Drawing(wanted.temperature, wanted.top_p)
+    seeds = [seed_of(recipe.train.seed, step, place) for place in range(len(prompts))]
+    for kind, drawing in drawings.items():
+        emit("stage", name="samples", done=0, total=len(prompts), step=step)
+        answers = voice.answer(ids, longest, drawing, seeds)
+        for prompt, answer in zip(prompts, answers, strict=True):
+            emit(
+                "sample", step=step, when=when, prompt=prompt, answer=voice.text(answer),
+                kind=kind, tokens=len(answer.ids), stopped=answer.stopped,
+            )  # fmt: skip
+
+
+def seed_of(seed: int, step: int, place: int) -> int:
+    """Return the seed of one drawn answer: a run taken up again draws the same."""
+    return ((seed * 1_000_003 + step) * 8_191 + place) % 2**63
+
+
+def ask_questions(
+    recipe: Recipe, voice: Voice, questions: Sequence[Question], step: int, emit: Emit
+) -> dict[str, float]:
+    """Answer held-out rows and compare; emit each answer, return the metrics in percent."""
+    metrics = recipe.eval.metrics
+    if not metrics or not questions:
+        return {}
+    emit("stage", name="questions", done=0, total=len(questions), step=step)
+    found = voice.answer([asked.prompt for asked in questions], recipe.eval.max_new_tokens)
+    texts = [voice.text(answer) for answer in found]
+    for asked, answer, text in zip(questions, found, texts, strict=True):
+        emit(
+            "evaluation", step=step, row=asked.row, prompt=_spelled(voice, asked.prompt),
+            wanted=asked.answer, answer=text, tokens=len(answer.ids), stopped=answer.stopped,
+        )  # fmt: skip
+    return answer_metrics.score(metrics, texts, [asked.answer for asked in questions])
+
+
+def _encoded(prompt: str, system: str, voice: Voice) -> list[int]:
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": prompt})
+    return encode_prompt(messages, voice.template, voice.tokenizer)
+
+
+def _spelled(voice: Voice, ids: Sequence[int]) -> str:
+    return voice.tokenizer.decode(list(ids), skip_special_tokens=False)
 
 
 def _benchmark(
@@ -115,15 +142,3 @@ def _benchmark(
         lambda done, total: emit("stage", name="mmlu", done=done, total=total, step=step),
     )
     emit("mmlu", step=step, name=questions.name, **found)
-
-
-def _sample(recipe: Recipe, voice: Voice, step: int, when: str, emit: Emit) -> None:
-    prompts = recipe.chat_eval.prompts
-    system = recipe.data.system if recipe.chat_eval.system is None else recipe.chat_eval.system
-    for index, prompt in enumerate(prompts):
-        emit("stage", name="samples", done=index, total=len(prompts), step=step)
-        question = fill_text(prompt, recipe.data.fill)
-        answer = voice.answer(
-            question, fill_text(system, recipe.data.fill), recipe.chat_eval.max_new_tokens
-        )
-        emit("sample", step=step, when=when, prompt=question, answer=answer)

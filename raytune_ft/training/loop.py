@@ -29,7 +29,7 @@ MAX_OVERFLOWS = 20
 class Emit(Protocol):
     """Record one event of a run; only rank 0's goes anywhere."""
 
-    def __call__(self, kind: str, **fields: object) -> None: ...
+    def __call__(self, kind: str, /, **fields: object) -> None: ...
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,11 @@ class RunFolder:
         return self.path / "mmlu.jsonl"
 
     @property
+    def evaluations(self) -> Path:
+        """Answers to held-out rows, a line each."""
+        return self.path / "evaluations.jsonl"
+
+    @property
     def log(self) -> Path:
         return self.path / "run.log"
 
@@ -117,7 +122,7 @@ class RunFolder:
 
     def cut_after(self, step: int) -> None:
         """Drop lines of later steps than `step` from the JSONL files; step 0 is the beginning."""
-        for path in (self.metrics, self.samples, self.mmlu):
+        for path in (self.metrics, self.samples, self.mmlu, self.evaluations):
             if path.is_file():
                 told = read_jsonl(path) if step else iter(())
                 kept = [e for e in told if e["step"] <= step and e.get("when") != "after"]
@@ -137,13 +142,15 @@ class RunWriter:
 
             self.board = SummaryWriter(str(folder.path / "tensorboard"))
 
-    def __call__(self, kind: str, **fields: Any) -> None:
+    def __call__(self, kind: str, /, **fields: Any) -> None:
         """Record and show one event; `step`, `sample` and `mmlu` ones go to their JSONL files."""
         if kind == "step":
             append_jsonl(self.folder.metrics, fields)
             self._to_board(fields)
         elif kind == "sample":
             append_jsonl(self.folder.samples, fields)
+        elif kind == "evaluation":
+            append_jsonl(self.folder.evaluations, fields)
         elif kind == "mmlu":
             append_jsonl(self.folder.mmlu, fields)
             if self.board is not None:
@@ -151,7 +158,7 @@ class RunWriter:
                 self.board.add_scalar(key, fields["average"], fields["step"])
         elif kind == "end" and self.board is not None:
             self.board.close()
-        self.show({"kind": kind, **fields})
+        self.show({**fields, "kind": kind})
 
     def _to_board(self, fields: Event) -> None:
         if self.board is None:

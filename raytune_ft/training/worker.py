@@ -19,13 +19,15 @@ import torch.distributed as dist
 from raytune_ft.config.schema import Recipe
 from raytune_ft.data.packing import Pack, Position
 from raytune_ft.data.places import Placed
+from raytune_ft.data.questions import Question
 from raytune_ft.data.templating.templates import get_template
 from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
 from raytune_ft.model import adapter, side_files
-from raytune_ft.training import checkpoint, durable, identity
+from raytune_ft.training import best, checkpoint, durable, identity
+from raytune_ft.training.answering import Voice
 from raytune_ft.training.batching import steps
 from raytune_ft.training.build import build_engine
-from raytune_ft.training.callbacks import Voice, build_hooks
+from raytune_ft.training.callbacks import build_hooks
 from raytune_ft.training.checkpoint import TrainState
 from raytune_ft.training.engine import Engine, rank, world_size
 from raytune_ft.training.exclusive import only_writer
@@ -46,10 +48,14 @@ class Job:
     """Optimizer steps of the run, as far as they can be told before it."""
     counted: bool = False
     """Whether that is their exact number and the learning rate goes by it."""
+    sure: bool = False
+    """Whether that is their exact number, whatever the learning rate goes by."""
     sharing: int = 1
     """Training processes that share one machine's cores."""
     data_fingerprint: str = ""
     """Of the training rows; a checkpoint goes on with the same ones only."""
+    questions: tuple[Question, ...] = ()
+    """Held-out rows that are answered for `eval.metrics`."""
 
 
 def run(
@@ -85,22 +91,28 @@ def _run(
     tokenizer = TextTokenizer.from_folder(
         job.model_folder, recipe.model.eos_token, recipe.model.new_tokens
     )
-    voice = Voice(model, tokenizer, get_template(recipe.model.template, tokenizer))
+    voice = Voice(model, tokenizer, get_template(recipe.model.template, tokenizer), engine)
     state = _resume(engine, folder, recipe, job.data_fingerprint, emit)
 
-    hooks = build_hooks(engine, recipe, folder, voice, validation, emit)
+    hooks = build_hooks(engine, recipe, folder, voice, validation, emit, job.questions)
     counted = job.expected_steps if job.counted else None
-    share, total, exact = 0.0, job.expected_steps, job.counted
+    known = job.expected_steps if job.counted or job.sure else None
+    share, total, exact = 0.0, job.expected_steps, known is not None
     if state.step:
-        share, total, exact = progress(state, counted, recipe)
+        share, total, exact = progress(state, counted, recipe, known)
         hooks.record(state, total)  # what is known by now goes before what was estimated again
     emit("stage", name="train", step=state.step, total=total, exact=exact, share=share)
     with _closing(packs(Position(state.epoch, state.window, state.pack))) as stream:
         batches = steps(stream, recipe.train, rank=rank(), workers=world_size())
-        train(engine, recipe, batches, state, counted, hooks, emit)
+        train(engine, recipe, batches, state, counted, hooks, emit, known)
+    if recipe.eval.export == "best":
+        best.put_back(engine, folder.checkpoints, state)
+    with engine.whole():
+        if rank() == 0:
+            emit("stage", name="export")
+            _export(recipe, model, folder, job.model_folder)
     if rank() == 0:
-        emit("stage", name="export")
-        _export(recipe, model, folder, job.model_folder)
+        folder.update(**best.record(state, recipe.eval))
         emit("end")
     return state
 
@@ -167,5 +179,5 @@ def _export(recipe: Recipe, model: Any, folder: RunFolder, base: str) -> None:
             side_files.save_full(model, Path(base), place)
 
 
-def _silent(kind: str, **fields: object) -> None:
+def _silent(kind: str, /, **fields: object) -> None:
     """Events of ranks other than 0 go nowhere."""

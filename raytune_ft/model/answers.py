@@ -1,0 +1,196 @@
+"""Answers to many prompts at once: lists of ids in, new ids out, over one key-value cache.
+
+Prompts are padded at the left and the padding is masked, so that each answer is the one that
+`generate.stream_ids` gives to its prompt alone. A row that has ended leaves the batch.
+
+Shapes: B = rows not yet ended, P = longest prompt of the batch, n = tokens so far, V = words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from raytune_ft.model.generate import device_of, evaluating, logits_processors, room_for
+from raytune_ft.model.loss import causal_model
+
+ROWS_AT_ONCE = 16
+"""Prompts of one batch: its cache is so many times that of a chat."""
+
+Stopped = Literal["end", "length"]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was written behind one prompt."""
+
+    ids: list[int]
+    """Without the id that ended it."""
+    stopped: Stopped
+    """`length`: at `max_new_tokens` or the end of the model's context."""
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How a token is chosen; `temperature` 0 takes the likeliest."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+
+@dataclass
+class _Row:
+    place: int
+    """Of its prompt in the caller's list."""
+    prompt: list[int]
+    limit: int
+    generator: torch.Generator | None
+    ids: list[int] = field(default_factory=list)
+
+
+def answer_all(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    *,
+    stop_ids: Collection[int],
+    max_new_tokens: int,
+    drawing: Drawing = Drawing(),
+    seeds: Sequence[int] = (),
+    ends: Callable[[Sequence[int]], bool] | None = None,
+    after_token: Callable[[], None] | None = None,
+) -> list[Answer]:
+    """Answer all prompts; torch's own random state and the model's modes stay as they are.
+
+    Args:
+        model: a causal language model, quantised or not, with or without an adapter.
+        prompts: at least one id each.
+        stop_ids: ids that end an answer.
+        max_new_tokens: ids of an answer at most; the model's context may end it earlier.
+        drawing: how tokens are chosen.
+        seeds: one per prompt, of its own random state, where tokens are drawn.
+        ends: asked with an answer's ids after each; True ends it, the last id included.
+        after_token: called once per forward pass, such as to say that this process is alive.
+
+    Raises:
+        RecipeError: a prompt is empty or longer than the model's context.
+    """
+    rows = [
+        _Row(place, list(prompt), min(max_new_tokens, room_for(model, len(prompt))), None)
+        for place, prompt in enumerate(prompts)
+    ]
+    if drawing.temperature > 0.0:
+        for row, seed in zip(rows, seeds, strict=True):
+            row.generator = torch.Generator(device_of(model)).manual_seed(seed)
+    answers: dict[int, Answer] = {}
+    choose = _Chooser(drawing)
+    by_length = sorted(rows, key=lambda row: len(row.prompt))
+    with evaluating(model):
+        for start in range(0, len(rows), ROWS_AT_ONCE):
+            batch = _Batch(model, by_length[start : start + ROWS_AT_ONCE])
+            while batch.rows:
+                ended = _advance(batch, choose, frozenset(stop_ids), ends)
+                answers.update(ended)
+                if after_token is not None:
+                    after_token()
+    return [answers[place] for place in range(len(rows))]
+
+
+def _advance(
+    batch: _Batch,
+    choose: _Chooser,
+    stop_ids: frozenset[int],
+    ends: Callable[[Sequence[int]], bool] | None,
+) -> dict[int, Answer]:
+    """Write one more id of each row; return the answers that have ended."""
+    ended: dict[int, Answer] = {
+        row.place: Answer([], "length") for row in batch.rows if not row.limit
+    }
+    if ended:
+        batch.keep([i for i, row in enumerate(batch.rows) if row.limit])
+        return ended
+    chosen = choose(batch)
+    going = []
+    for index, (row, id_) in enumerate(zip(batch.rows, chosen, strict=True)):
+        if id_ not in stop_ids:
+            row.ids.append(id_)
+        if id_ in stop_ids or (ends is not None and ends(row.ids)):
+            ended[row.place] = Answer(row.ids, "end")
+        elif len(row.ids) == row.limit:
+            ended[row.place] = Answer(row.ids, "length")
+        else:
+            going.append(index)
+    batch.append(chosen)
+    if ended:
+        batch.keep(going)
+    return ended
+
+
+class _Batch:
+    """Rows that are written side by side, and what the model remembers of them."""
+
+    def __init__(self, model: nn.Module, rows: list[_Row]) -> None:
+        from transformers import DynamicCache
+
+        self.model, self.rows = model, rows
+        device = device_of(model)
+        self.n = max(len(row.prompt) for row in rows)
+        sizes = torch.tensor([len(row.prompt) for row in rows], device=device)
+        self.padding = self.n - sizes  # (B,)
+        padded = [[0] * (self.n - len(row.prompt)) + row.prompt for row in rows]
+        self.step = torch.tensor(padded, device=device)
+        self.cache: Any = DynamicCache(config=causal_model(model).config)
+
+    def logits(self) -> torch.Tensor:
+        """Run what is new of each row; return the last logits, float32 (B, V)."""
+        columns = torch.arange(self.n, device=self.step.device)
+        new = columns[self.n - self.step.shape[1] :]
+        positions = (new - self.padding[:, None]).clamp_(min=0)
+        padded = bool(self.padding.any())
+        outputs = self.model(
+            input_ids=self.step,
+            attention_mask=(columns >= self.padding[:, None]).long() if padded else None,
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        logits: torch.Tensor = outputs.logits[:, -1].float()
+        return logits
+
+    def append(self, chosen: Sequence[int]) -> None:
+        """Put one id behind each row."""
+        self.step = torch.tensor(chosen, device=self.step.device)[:, None]
+        self.n += 1
+
+    def keep(self, places: list[int]) -> None:
+        """Let all other rows go, and the memory that they take."""
+        self.rows = [self.rows[place] for place in places]
+        if self.rows:
+            index = torch.tensor(places, device=self.step.device)
+            self.step, self.padding = self.step[index], self.padding[index]
+            if self.cache.get_seq_length():
+                self.cache.batch_select_indices(index)
+
+
+class _Chooser:
+    """Choose an id for each row, by transformers' own processors of logits."""
+
+    def __init__(self, drawing: Drawing) -> None:
+        self.processors = logits_processors(drawing.temperature, drawing.top_p, drawing.top_k)
+
+    def __call__(self, batch: _Batch) -> list[int]:
+        scores = batch.logits()
+        generators = [row.generator for row in batch.rows]
+        if generators[0] is None:
+            chosen: list[int] = scores.argmax(-1).tolist()
+            return chosen
+        shares = self.processors(None, scores).softmax(-1)
+        return [
+            int(torch.multinomial(row, 1, generator=generator))
+            for row, generator in zip(shares, generators, strict=True)
+        ]
