@@ -189,13 +189,17 @@ def damage(folder: Path, *, contents: bool = True) -> str | None:
             return f"{MANIFEST} has changed since it was written"
     except FileNotFoundError:
         return f"no {MANIFEST}: the save was interrupted"
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         return f"{MANIFEST} is not readable"
     for name, entry in entries.items():
         path = folder / name
         if not path.is_file() or path.stat().st_size != entry["size"]:
             return f"'{name}' is missing or has another size"
-        if contents and _sha256(path) != entry["sha256"]:
+        try:
+            same = not contents or _sha256(path) == entry["sha256"]
+        except OSError as error:
+            return f"'{name}' cannot be read ({error.strerror})"
+        if not same:
             return f"'{name}' has changed since it was written"
     return None
 
@@ -229,8 +233,9 @@ def _fill(
 def _prune(root: Path, state: TrainState, keep: int) -> None:
     """Remove what is older than the `keep` newest; the newest of all has just been verified."""
     whole = [step_of(f) for f in step_folders(root) if damage(f, contents=False) is None]
+    oldest_kept = whole[-keep] if len(whole) > keep else 0
     for folder in step_folders(root):
-        if step_of(folder) < min(whole[-keep:]) and step_of(folder) != state.best_step:
+        if step_of(folder) < oldest_kept and step_of(folder) != state.best_step:
             durable.drop(folder)
 
 
