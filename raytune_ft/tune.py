@@ -148,7 +148,10 @@ def run_trial(config: dict[str, Any], prepared: Prepared) -> None:
     named = recipe.model_copy(update={"run": recipe.run.model_copy(update={"name": trial_id})})
     folder.create(name, loader.dump_yaml(named), **{key: info[key] for key in INHERITED})
     shutil.copy(base.path / "data.json", folder.path / "data.json")
-    job = replace(prepared.job, recipe=named.model_dump(mode="json"), run_path=str(folder.path))
+    job = replace(
+        prepared.job, recipe=named.model_dump(mode="json"), run_path=str(folder.path),
+        sure=False,  # its own batch or epochs may give it other steps than were told for all
+    )  # fmt: skip
 
     last: list[Event] = []
 

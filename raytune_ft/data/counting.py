@@ -39,6 +39,19 @@ class Estimate:
         steps = recipe.train.epochs * -(-self.packs // recipe.global_batch_size)
         return min(steps, recipe.train.max_steps or steps)
 
+    def steps_are_sure(self, recipe: Recipe) -> bool:
+        """Tell whether `steps` is what the run will have: every epoch has as many packs.
+
+        Best fit makes as many packs of the same lengths in any order, so one window that holds all
+        rows gives the same number in each epoch; several windows hold other rows in each.
+        """
+        data = recipe.data
+        if not self.exact or data.compat is not None:
+            return data.compat is not None
+        if recipe.train.epochs == 1 or not data.shuffle_before_pack or data.packing == "none":
+            return True
+        return data.packing == "best_fit" and len(self.windows) == 1
+
 
 def estimate(feed: Feed) -> Estimate:
     """Make the first windows of a run and conclude from them to all of an epoch.

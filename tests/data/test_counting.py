@@ -11,6 +11,7 @@ from raytune_ft.config.schema import Recipe
 from raytune_ft.data.counting import count_packs, estimate
 from raytune_ft.data.places import iter_packs
 from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
+from raytune_ft.training.batching import steps
 from tests.conftest import write_chats
 from tests.data.conftest import chat, write_jsonl
 from tests.data.feeds import COMPAT, PACKINGS, feed_of, measured
@@ -88,3 +89,28 @@ def test_steps_end_with_each_epoch_and_at_the_most_that_is_asked_for(
     assert steps() == 3 * int(np.ceil(40 / 8))
     assert steps(accumulation=8) == 3 * 3
     assert (steps(max_steps=4), steps(max_steps=400)) == (4, 15)
+
+
+@pytest.mark.parametrize("pack", PACKINGS)
+@pytest.mark.parametrize("window", [7, 20, 64])
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("over_length", ["cut", "split", "drop"])
+def test_steps_that_are_called_sure_are_those_of_the_run(
+    chats: Path, tokenizer: TextTokenizer, pack: str, window: int, shuffle: bool, over_length: str
+) -> None:
+    """Forty rows: one window of 64, two of 20, more of 7."""
+    data = {"pack": pack, "window": window, "shuffle_before_pack": shuffle, "max_length": 24}
+    feed = feed_of(chats, tokenizer, over_length=over_length, **data)
+    seen, told = estimate(feed), []
+    for epochs in (1, 3):
+        recipe = Recipe.model_validate({
+            "model": {"path": "m"}, "data": {"sources": [{"path": str(chats)}], **data},
+            "train": {"epochs": epochs, "accumulation": 3},
+        })  # fmt: skip
+        told.append(seen.steps_are_sure(recipe))
+        if told[-1]:
+            packs = list(iter_packs(feed, epochs=epochs))
+            made = list(steps(packs, recipe.train, rank=0, workers=1))
+            assert seen.steps(recipe) == len(made)
+    same_in_each_epoch = not shuffle or pack == "none" or (pack == "best_fit" and window == 64)
+    assert told == [window != 7, window != 7 and same_in_each_epoch]
