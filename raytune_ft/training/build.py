@@ -9,7 +9,7 @@ import torch
 
 from raytune_ft.config.schema import Recipe
 from raytune_ft.model import adapter, loading
-from raytune_ft.model.loss import TokenLoss
+from raytune_ft.model.preference import build_loss
 from raytune_ft.training import presets
 from raytune_ft.training.engine import Engine, TorchEngine, ZeroEngine
 
@@ -29,10 +29,10 @@ def build_engine(
         model.enable_input_require_grads()
     dtype = loading.compute_dtype(recipe.model, device)
     config = presets.resolve(recipe, dtype, on_gpu=device.type == "cuda")
-    module = TokenLoss(model)
+    module, ratio = build_loss(model, recipe.train), recipe.lora.loraplus_lr_ratio
     if config is None:
-        return TorchEngine(module, device, recipe.train), model
-    return ZeroEngine(module, device, recipe.train, config), model
+        return TorchEngine(module, device, recipe.train, dtype, b_lr_ratio=ratio), model
+    return ZeroEngine(module, device, recipe.train, config, b_lr_ratio=ratio), model
 
 
 def _recompute(recipe: Recipe, device: torch.device) -> bool:

@@ -1,84 +1,69 @@
-"""DeepSpeed configurations: presets by name, a user's own JSON, `auto` fields from the recipe.
-
-The presets are XTuner v0.1.9's. A user's number that contradicts the recipe is an error that
-names the key, because DeepSpeed would follow one and the loop the other.
-"""
+"""DeepSpeed configurations: a recipe in, complete keys out, `auto` filled from the recipe."""
 
 from __future__ import annotations
 
 import copy
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from raytune_ft.config import catalog
+from raytune_ft.config import zero
 from raytune_ft.config.schema import Recipe
 from raytune_ft.errors import RecipeError
-
-PRESETS = ("zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
+from raytune_ft.training.engine.scaling import INITIAL_POWER, WINDOW
 
 
 def resolve(recipe: Recipe, dtype: torch.dtype, *, on_gpu: bool) -> dict[str, Any] | None:
-    """Return the complete DeepSpeed configuration, or None for `train.deepspeed: none`."""
+    """Return the complete DeepSpeed configuration.
+
+    None: `train.deepspeed: none`, or a file of stage 0, which shards nothing.
+
+    Raises:
+        RecipeError: there is no such file, or one of its keys cannot be followed.
+    """
     name = recipe.train.deepspeed
     if name == "none":
         return None
-    config = _fill_auto(_read(name), recipe, dtype)
-    stage = config.get("zero_optimization", {}).get("stage", 0)
-    if stage == 3:
-        raise RecipeError(
-            f"train.deepspeed: '{name}' is ZeRO stage 3, which this version does not train; "
-            "use zero2 or zero2_offload"
-        )
+    config = copy.deepcopy(zero.read(name))
+    if found := zero.problem(config, recipe, str(dtype).removeprefix("torch.")):
+        raise RecipeError(f"train.deepspeed: {name}: {found}")
+    if zero.stage_of(config) == 0:
+        return None
+    config |= zero.wanted(recipe)
+    del config["train_batch_size"]  # DeepSpeed's product of the others, by the ranks there are
+    config["fp16"] = _half(config, "fp16", dtype == torch.float16)
+    config["bf16"] = _half(config, "bf16", dtype == torch.bfloat16)
+    config["zero_optimization"] = _without_auto(config["zero_optimization"])
+    if dtype != torch.float32:
+        _sum_in_float32(config)
     if not on_gpu:
         # a CPU has no side stream to overlap on, and DeepSpeed warns about it
-        config.get("zero_optimization", {})["overlap_comm"] = False
+        config["zero_optimization"]["overlap_comm"] = False
+    # the client's torch AdamW steps offloaded weights: DeepSpeed's own is compiled at the start
+    config |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+    config.setdefault("steps_per_print", 2**31)
     return config
 
 
-def _read(name: str) -> dict[str, Any]:
-    is_preset = name in PRESETS
-    path = (
-        catalog.configs_dir() / "deepspeed" / f"deepspeed_{name}.json" if is_preset else Path(name)
-    )
-    if not path.is_file():
-        raise RecipeError(
-            f"train.deepspeed: '{name}' is neither a file nor one of {', '.join(PRESETS)}, none"
-        )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: not a JSON file: {error}") from None
-    if not isinstance(config, dict):
-        raise RecipeError(f"{path}: expected a JSON object, got {type(config).__name__}")
-    return config
+def _half(config: dict[str, Any], key: str, enabled: bool) -> dict[str, Any]:
+    block = {**_without_auto(config.get(key, {})), "enabled": enabled}
+    if key == "fp16":
+        # one overflow halves the scale: the loop takes the same step again, not another
+        law = {"initial_scale_power": INITIAL_POWER, "loss_scale_window": WINDOW, "hysteresis": 1}
+        block = {**law, **block}
+    return block
 
 
-def _fill_auto(config: dict[str, Any], recipe: Recipe, dtype: torch.dtype) -> dict[str, Any]:
-    config = copy.deepcopy(config)
-    train = recipe.train
-    wanted: dict[str, float] = {
-        "train_micro_batch_size_per_gpu": train.micro_batch_size,
-        "gradient_accumulation_steps": train.accumulation,
-        "gradient_clipping": train.max_norm,
-    }
-    for key, value in wanted.items():
-        given = config.get(key, "auto")
-        if given not in ("auto", value):
-            raise RecipeError(
-                f"train.deepspeed: '{key}' is {given} in the file, but the recipe says {value}; "
-                'write "auto" there'
-            )
-        config[key] = value
-    config["fp16"] = {"enabled": dtype == torch.float16, "initial_scale_power": 16}
-    config["bf16"] = {"enabled": dtype == torch.bfloat16}
-    if "optimizer" in config or "scheduler" in config:
-        raise RecipeError(
-            "train.deepspeed: remove 'optimizer' and 'scheduler' from the file; "
-            "the recipe's train section sets both"
-        )
-    config["zero_allow_untested_optimizer"] = True
-    config["steps_per_print"] = 2**31
-    return config
+def _sum_in_float32(config: dict[str, Any]) -> None:
+    """Add up half-precision gradients in float32, over micro-batches and over ranks.
+
+    DeepSpeed's default is the weights' own type: each sum of bfloat16 numbers keeps 8 bits, so
+    that a long window of micro-batches loses small gradients.
+    """
+    config.setdefault("communication_data_type", "fp32")
+    config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+
+
+def _without_auto(block: dict[str, Any]) -> dict[str, Any]:
+    """Leave to DeepSpeed what a file leaves open."""
+    return {key: value for key, value in block.items() if value != zero.AUTO}

@@ -95,18 +95,18 @@ def plain(tiny_model: Path) -> tuple[State, list[float]]:
     return after_all_steps(build(tiny_model, 4, "none"))
 
 
-@pytest.mark.parametrize("zero", ["zero1", "zero2"])
+@pytest.mark.parametrize("zero", ["zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"])
 def test_zero_equals_plain_torch(
     tiny_model: Path, plain: tuple[State, list[float]], zero: str
 ) -> None:
     """float32: only the order of additions may differ."""
     weights, norms = after_all_steps(build(tiny_model, 4, zero))
-    close(weights, plain[0], 1e-6)
+    close(weights, plain[0], 5e-6)  # Adam divides by what may be near 0
     assert norms == pytest.approx(plain[1], rel=1e-5)
     assert max(norms) > 0.05, "clipping must have been at work"
 
 
-@pytest.mark.parametrize("zero", ["none", "zero2"])
+@pytest.mark.parametrize("zero", ["none", "zero1", "zero2", "zero3", "zero3_offload"])
 def test_reload_goes_on_bit_for_bit(tiny_model: Path, zero: str) -> None:
     engine = build(tiny_model, 4, zero)
     steps = batches()
@@ -123,8 +123,9 @@ def test_reload_goes_on_bit_for_bit(tiny_model: Path, zero: str) -> None:
         assert torch.equal(value, other.weights()[name]), name
 
 
-def test_state_moves_between_engines(tiny_model: Path) -> None:
-    one, other = build(tiny_model, 4, "none"), build(tiny_model, 4, "zero2")
+@pytest.mark.parametrize("pair", [("none", "zero3"), ("zero3", "zero2"), ("zero1", "none")])
+def test_state_moves_between_engines(tiny_model: Path, pair: tuple[str, str]) -> None:
+    one, other = (build(tiny_model, 4, zero) for zero in pair)
     steps = batches()
     advance(one, steps[0])
     other.load(one.weights(), one.optimizer_state())
