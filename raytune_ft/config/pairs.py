@@ -20,6 +20,7 @@ def problem(recipe: Recipe) -> str | None:
 
 def _problems(recipe: Recipe) -> Iterator[str]:
     yield from _of_method(recipe)
+    yield from _of_objective(recipe)
     yield from _of_evaluation(recipe)
 
 
@@ -34,6 +35,34 @@ def _of_method(recipe: Recipe) -> Iterator[str]:
         yield f"train.deepspeed '{zero}' cannot shard {model.quantization} weights; use zero2"
     if recipe.train.min_lr > recipe.train.lr:
         yield "train.min_lr is above train.lr; lower train.min_lr"
+
+
+def _of_objective(recipe: Recipe) -> Iterator[str]:
+    objective, data = recipe.train.objective, recipe.data
+    if objective == "sft":
+        return
+    if data.compat is not None:
+        yield (
+            f"data.compat {data.compat} had no train.objective '{objective}'; leave data.compat "
+            "out, or set train.objective: sft"
+        )
+    if data.packing == "concat":
+        yield f"data.pack 'concat' would cut the pairs of train.objective '{objective}'; use true"
+    if data.over_length == "split":
+        yield (
+            f"data.over_length 'split' would part the pairs of train.objective '{objective}'; "
+            "use cut, drop or error"
+        )
+    if any(source.loss == "all" for source in data.sources):
+        yield (
+            f"data.sources[].loss 'all' has no meaning for train.objective '{objective}', which "
+            "compares last answers; leave it out"
+        )
+    if objective == "dpo" and recipe.train.deepspeed.startswith("zero3"):
+        yield (
+            f"train.deepspeed '{recipe.train.deepspeed}' shards the weights that train.objective "
+            "'dpo' compares with those of the start; use zero2, or train.objective: orpo"
+        )
 
 
 def _of_evaluation(recipe: Recipe) -> Iterator[str]:

@@ -27,17 +27,27 @@ Text = tuple[str, tuple[tuple[int, int], ...]]
 
 @dataclass(frozen=True)
 class Example:
-    """One conversation as numbers; `input_ids` and `labels` are int32 of shape (n,)."""
+    """One conversation, or a pair of them, as numbers; `input_ids`, `labels` int32 (n,)."""
 
     input_ids: npt.NDArray[np.int32]
     labels: npt.NDArray[np.int32]
     uncut_length: int
     """Tokens before the cut at `max_length`; n if nothing was cut."""
+    n_chosen: int = 0
+    """Of a pair, tokens of the chosen conversation; those of the rejected one follow. 0: no
+    pair."""
 
     @cached_property
     def n_targets(self) -> int:
         """Number of labelled tokens; 0 means that nothing can be learned."""
         return int((self.labels != IGNORE_INDEX).sum())
+
+    @property
+    def teaches(self) -> bool:
+        """Whether there is a labelled token; in a pair one on either side."""
+        labelled = self.labels != IGNORE_INDEX
+        chosen, rejected = labelled[: self.n_chosen], labelled[self.n_chosen :]
+        return bool(rejected.any()) and (not self.n_chosen or bool(chosen.any()))
 
 
 def encode_conversation(
@@ -92,6 +102,32 @@ def encode_segments(
     if not compat:
         labels[:1] = IGNORE_INDEX
     return Example(input_ids[:max_length], labels, len(input_ids))
+
+
+def encode_pair(
+    chosen: Sequence[Segment],
+    rejected: Sequence[Segment],
+    tokenizer: TextTokenizer | Remembered,
+    max_length: int,
+) -> Example:
+    """Encode a pair of conversations as one example, the chosen one first.
+
+    Args:
+        chosen: what `written_segments` gives.
+        rejected: the same.
+        tokenizer: how text becomes ids.
+        max_length: of both together. Either side is cut at the right at its half; what a shorter
+            side leaves of its own, the other may take.
+    """
+    sides = [encode_segments(side, tokenizer) for side in (chosen, rejected)]
+    total, half = sum(side.uncut_length for side in sides), max_length // 2
+    rooms = [max(half, max_length - total + side.uncut_length) for side in sides]
+    return Example(
+        np.concatenate([side.input_ids[:n] for side, n in zip(sides, rooms, strict=True)]),
+        np.concatenate([side.labels[:n] for side, n in zip(sides, rooms, strict=True)]),
+        total,
+        min(rooms[0], sides[0].uncut_length),
+    )
 
 
 class Remembered:

@@ -14,6 +14,7 @@ from raytune_ft.config.schema import DataSection, Recipe, Source
 from raytune_ft.data.encode import (
     Example,
     Remembered,
+    encode_pair,
     encode_segments,
     texts_to_encode,
     written_segments,
@@ -30,9 +31,9 @@ from raytune_ft.data.report import (
     drop,
     name_place,
 )
-from raytune_ft.data.rows.formats import to_conversation
+from raytune_ft.data.rows.formats import to_conversation, to_pair
 from raytune_ft.data.rows.moss import are_fields, encode_fields
-from raytune_ft.data.segments import Loss, Segment
+from raytune_ft.data.segments import Conversation, Loss, Segment
 from raytune_ft.data.sources import Numbers, RowSource
 from raytune_ft.data.templating.templates import Template, get_template
 from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
@@ -80,11 +81,17 @@ class Encoder:
         Raises:
             DataError: the row cannot be used; begins with `where`.
         """
-        conversation = to_conversation(row, source, self.data, where)
+        rejected: Conversation | None = None
+        if self.objective == "sft":
+            conversation = to_conversation(row, source, self.data, where)
+        else:
+            conversation, rejected = to_pair(row, source, self.data, where) or (None, None)
         if conversation is None:
             return None
         try:
-            return Written(written_segments(conversation, self.bound_template), conversation.loss)
+            segments = written_segments(conversation, self.bound_template)
+            other = None if rejected is None else written_segments(rejected, self.bound_template)
+            return Written(segments, conversation.loss, other)
         except DataError as error:
             raise DataError(
                 f"{where}: {error}; correct the row, or leave it out with data.on_error: skip"
@@ -94,11 +101,14 @@ class Encoder:
         """Encode the texts of many rows at once."""
         compat = self.data.compat is not None
         tokenizer = self.tokenizer
-        texts = (texts_to_encode(row.segments, tokenizer, compat) for row in rows)
+        sides = (side for row in rows for side in (row.segments, row.rejected) if side)
+        texts = (texts_to_encode(side, tokenizer, compat) for side in sides)
         return Remembered(tokenizer, chain.from_iterable(texts))
 
     def encode_written(self, row: Written, tokenizer: TextTokenizer | Remembered) -> Example:
-        """Encode the segments of one row, cut at `cut_at`."""
+        """Encode the segments of one row, cut at `cut_at`; a pair always at `max_length`."""
+        if row.rejected is not None:
+            return encode_pair(row.segments, row.rejected, tokenizer, self.data.max_length)
         compat, segments = self.data.compat is not None, row.segments
         if segments and are_fields(segments):
             return encode_fields(segments, tokenizer, self.cut_at, row.loss, compat=compat)
@@ -106,7 +116,8 @@ class Encoder:
 
     def __getstate__(self) -> dict[str, object]:
         """Leave out the template, which is quickly bound again."""
-        return {key: self.__dict__[key] for key in ("tokenizer", "template", "data")}
+        kept = ("tokenizer", "template", "data", "objective")
+        return {key: self.__dict__[key] for key in kept}
 
 
 @dataclass(frozen=True)
@@ -115,6 +126,8 @@ class Written:
 
     segments: Sequence[Segment]
     loss: Loss
+    rejected: Sequence[Segment] | None = None
+    """Of a pair, the other conversation; `segments` are the chosen one's."""
 
 
 def encode_rows(
@@ -193,7 +206,7 @@ def _usable(
         drop(report, TOO_LONG, source.where(number))
         return None
     # the reference keeps rows of which only the question is left, and learns nothing from them
-    if not example.n_targets and (data.compat is None or not len(example.input_ids)):
+    if not example.teaches and (data.compat is None or not len(example.input_ids)):
         drop(report, UNTRAINED, source.where(number))
         return None
     if over:

@@ -53,7 +53,8 @@ class Pack:
 
     `input_ids`, `labels`, `position_ids` int32 (n,); `cu_seqlens` int32 (S + 1,), from 0 to n;
     `row_ids` int64 (S,), the number of each segment's row. A segment is a piece, and its first
-    label is IGNORE_INDEX; only with `data.compat` a pack is one segment of many pieces.
+    label is IGNORE_INDEX. A pair is two segments, chosen and rejected, with the same number. Only
+    with `data.compat` a pack is one segment of many pieces.
     """
 
     input_ids: Ints
@@ -208,23 +209,27 @@ class WindowTokens:
     """The rows of a window end to end, those that are left out with no token.
 
     `input_ids`, `labels` int32 (T,); `ends` int64 (rows + 1,): row r is tokens `ends[r]` to
-    `ends[r + 1]`.
+    `ends[r + 1]`; `chosen` int64 (rows,): of pairs, tokens of the chosen answer, which those of
+    the rejected one follow.
     """
 
     input_ids: Ints
     labels: Ints
     ends: Numbers
+    chosen: Numbers | None = None
 
     @classmethod
     def of(cls, examples: Sequence[Example | None]) -> WindowTokens:
         """Lay examples end to end; None is a row that is left out."""
         used = [example for example in examples if example is not None]
         sizes = [0 if example is None else len(example.input_ids) for example in examples]
+        chosen = [0 if example is None else example.n_chosen for example in examples]
         none = np.zeros(0, np.int32)
         return cls(
             np.concatenate([none, *(example.input_ids for example in used)]),
             np.concatenate([none, *(example.labels for example in used)]),
             _bounds(np.array(sizes, dtype=np.int64)),
+            np.array(chosen, dtype=np.int64) if any(chosen) else None,
         )
 
     @property
@@ -245,20 +250,24 @@ class WindowTokens:
         Args:
             laid: which stretches of the rows stand in which pack.
             row_ids: int64 (rows,), the numbers of the rows.
-            isolated: each piece is a segment of its own; if not, a pack is one segment.
+            isolated: each piece is a segment of its own, of a pair two; if not, a pack is one
+                segment.
         """
         rows, firsts = laid.pieces[:, 0], laid.pieces[:, 1]
         tokens = _spans(self.ends[rows] + firsts, laid.sizes)
         labels = self.labels[tokens]
         sizes, counts = laid.sizes, np.diff(laid.ends)
+        if self.chosen is not None:
+            chosen = self.chosen[rows]
+            sizes = np.stack([chosen, sizes - chosen], axis=1).ravel()
+            counts, rows = 2 * counts, np.repeat(rows, 2)
+        n_rows = counts
         if isolated:
             labels[_bounds(sizes)[:-1]] = IGNORE_INDEX
         else:
             sizes = np.diff(_bounds(sizes)[laid.ends])
             counts = np.ones_like(sizes)
-        return build_packs(
-            self.input_ids[tokens], labels, sizes, counts, row_ids[rows], np.diff(laid.ends)
-        )
+        return build_packs(self.input_ids[tokens], labels, sizes, counts, row_ids[rows], n_rows)
 
 
 def build_packs(

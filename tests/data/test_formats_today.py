@@ -294,8 +294,8 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "preferences": (
         {"prompt": "a", "chosen": "b", "rejected": "c"},
-        "preferences are learned by DPO and its like, which is another method; to learn the "
-        "chosen ones, set data.sources[].map: prompt_completion and columns {completion: chosen}",
+        "preferences are learned with train.objective dpo or orpo; to learn the chosen ones, "
+        "set data.sources[].map: prompt_completion and columns {completion: chosen}",
     ),
     "preferences as messages": (
         {"chosen": chat("a", "b"), "rejected": chat("a", "c")},
@@ -303,7 +303,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "marked answers": (
         {"prompt": "a", "completion": "b", "label": False},
-        "column label: preferences are learned by DPO",
+        "column label: answers that are marked one by one are learned by KTO",
     ),
     "unknown columns": (
         {"a": 1, "b": 2},

@@ -138,7 +138,7 @@ COLUMNS = [
     _row("a thousand columns", {f"c{i}": 1 for i in range(1000)}, "and 980 more",
          alone="and 980 more"),
     _row("preferences", {"prompt": "a", "chosen": "b", "rejected": "c"}, "no column 'messages'",
-         alone="preferences are learned by DPO"),
+         alone="preferences are learned with train.objective dpo or orpo"),
     _row("alpaca without output", {"instruction": "a"}, "no column 'output'", good=ALPACA,
          alone="no format fits the columns: instruction"),
     _row("alpaca with a null output", {"instruction": "a", "output": None},

@@ -7,7 +7,8 @@ without the rest of the file, no byte reaches Arrow before it is verified, and a
 place is noticed. Files are read, not mapped: a mapped file that loses its end kills the process.
 
 Columns, a row of the window each, in the order of the visit: `row` its number, `kind` one of
-EXAMPLE, NO_ANSWER and NOT_KEPT, `uncut` its tokens before the cut, `ids`, `trained`.
+EXAMPLE, NO_ANSWER and NOT_KEPT, `uncut` its tokens before the cut, `chosen` those of a pair's
+first answer, `ids`, `trained`.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ _SCHEMA = pa.schema(
         pa.field("row", pa.int64(), nullable=False),
         pa.field("kind", pa.uint8(), nullable=False),
         pa.field("uncut", pa.int32(), nullable=False),
+        pa.field("chosen", pa.int32(), nullable=False),
         pa.field("ids", pa.list_(pa.field("item", pa.int32(), nullable=False)), nullable=False),
         pa.field("trained", pa.list_(pa.field("item", pa.bool_(), nullable=False)), nullable=False),
     ]
@@ -180,10 +182,11 @@ class _Columns:
     """Verified batches as arrays."""
 
     def __init__(self, batch: Any) -> None:
-        rows, kinds, uncut, ids, trained = batch.columns
+        rows, kinds, uncut, chosen, ids, trained = batch.columns
         if any(column.null_count for column in (*batch.columns, ids.values, trained.values)):
             raise ValueError("a value is missing")
         self._rows, self._kinds, self._uncut = rows.to_numpy(), kinds.to_numpy(), uncut.to_numpy()
+        self._chosen = chosen.to_numpy()
         self._bounds = ids.offsets.to_numpy()
         if not np.array_equal(self._bounds, trained.offsets.to_numpy()):
             raise ValueError("tokens and labels differ in number")
@@ -201,7 +204,7 @@ class _Columns:
         here = slice(int(self._bounds[slot]), int(self._bounds[slot + 1]))
         ids = np.array(self._ids[here], np.int32)
         labels = np.where(self._trained[here], ids, IGNORE_INDEX).astype(np.int32)
-        return Example(ids, labels, int(self._uncut[slot]))
+        return Example(ids, labels, int(self._uncut[slot]), int(self._chosen[slot]))
 
 
 def _batch(rows: Numbers, outcomes: Sequence[Outcome]) -> Any:
@@ -219,6 +222,7 @@ def _batch(rows: Numbers, outcomes: Sequence[Outcome]) -> Any:
         pa.array(np.asarray(rows, np.int64)),
         pa.array(kinds),
         pa.array(uncut),
+        pa.array(np.array([example.n_chosen for example in kept], np.int32)),
         pa.ListArray.from_arrays(ends, pa.array(ids), type=_SCHEMA.field("ids").type),
         pa.ListArray.from_arrays(
             ends, pa.array(labels != IGNORE_INDEX), type=_SCHEMA.field("trained").type

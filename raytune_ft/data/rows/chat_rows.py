@@ -54,6 +54,11 @@ def from_messages(value: Any, where: str) -> list[Message]:
     Raises:
         DataError: a message lacks a part, holds more than text, or stands in the wrong place.
     """
+    return check_roles(read_messages(value, where), where)
+
+
+def read_messages(value: Any, where: str) -> list[Message]:
+    """Read messages as `from_messages`, in any order of roles: part of a conversation."""
     messages = []
     for place, item in enumerate(list_in(value, where), start=1):
         at = f"{where}, message {place}"
@@ -69,7 +74,7 @@ def from_messages(value: Any, where: str) -> list[Message]:
             if message["role"] == "tool" and item.get(key) is not None:
                 message[key] = text_in(item[key], f"{at}, '{key}'")
         messages.append(message)
-    return check_roles(messages, where)
+    return messages
 
 
 def _answer_parts(item: Mapping[str, Any], where: str) -> Message:
@@ -117,6 +122,11 @@ def from_senders(value: Any, where: str) -> list[Message]:
     Raises:
         DataError: as `from_messages`.
     """
+    return check_roles(read_senders(value, where), where)
+
+
+def read_senders(value: Any, where: str) -> list[Message]:
+    """Read messages as `from_senders`, in any order of roles: part of a conversation."""
     messages = []
     for place, item in enumerate(list_in(value, where), start=1):
         at = f"{where}, message {place}"
@@ -125,7 +135,7 @@ def from_senders(value: Any, where: str) -> list[Message]:
         if sender in _CALLS:
             message = {"role": "assistant", "content": "", "tool_calls": calls_in(content, at)}
         messages.append(message)
-    return check_roles(messages, where)
+    return messages
 
 
 def from_conversation(value: Any, where: str) -> list[Message]:

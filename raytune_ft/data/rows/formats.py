@@ -18,13 +18,10 @@ from raytune_ft.data.rows.columns import (
     check_text,
     check_texts,
     column_of,
-    describe,
-    from_json,
     names,
     renamed,
     shown,
     text_if_any,
-    text_in,
     text_of,
 )
 from raytune_ft.data.rows.map_functions import (
@@ -35,13 +32,21 @@ from raytune_ft.data.rows.map_functions import (
     turn,
 )
 from raytune_ft.data.rows.moss import moss_map
-from raytune_ft.data.rows.multi_turn import oasst1_map_fn
+from raytune_ft.data.rows.multi_turn import history_of, oasst1_map_fn
+from raytune_ft.data.rows.preference import (
+    BESIDE,
+    CHOSEN,
+    PROMPTS,
+    REJECTED,
+    advice_for_sft,
+    read_pair,
+)
 from raytune_ft.data.rows.recognition import Recognition, recognise
 from raytune_ft.data.rows.tool_rows import tools_of
 from raytune_ft.data.segments import Conversation, Message
 from raytune_ft.errors import DataError, RecipeError
 
-MOSS = "moss"
+MOSS, PREFERENCE = "moss", "preference"
 
 
 def _alpaca(row: Row, where: str) -> list[Message]:
@@ -53,26 +58,7 @@ def _alpaca(row: Row, where: str) -> list[Message]:
     system = text_if_any(row, "system", where)
     last = turn(f"{question}\n{extra}" if extra else question, answer)
     first = [{"role": "system", "content": system}] if system else []
-    return [*first, *_history(row, where), *last]
-
-
-def _history(row: Row, where: str) -> list[Message]:
-    """Read earlier turns: a list of [question, answer]."""
-    pairs = from_json(row.get("history"))
-    if pairs is None or pairs == "":
-        return []
-    where = f"{where}: column 'history'"
-    if not isinstance(pairs, list):
-        raise DataError(
-            f"{where} is {describe(pairs)}, not a list of pairs; correct the row, {OR_SKIP}"
-        )
-    messages: list[Message] = []
-    for place, pair in enumerate(pairs, start=1):
-        at = f"{where}, turn {place}"
-        if not isinstance(pair, list) or len(pair) != 2:
-            raise DataError(f"{at} is no pair [question, answer]; correct the row, {OR_SKIP}")
-        messages += turn(text_in(pair[0], at), text_in(pair[1], at))
-    return messages
+    return [*first, *history_of(row, where), *last]
 
 
 def _pair(question: str, answer: str) -> Format:
@@ -115,9 +101,7 @@ def _moss(row: Row, where: str) -> list[Message]:
 
 
 def _preference(row: Row, where: str) -> list[Message]:
-    found = recognise([row])
-    why = found.why if found.name == "preference" else "preferences need another method"
-    raise DataError(f"{where}: {why}, {OR_SKIP}")
+    raise AssertionError(f"{where}: a preference row is two conversations")
 
 
 TODAY: Mapping[str, Format] = {
@@ -134,7 +118,7 @@ TODAY: Mapping[str, Format] = {
     "text": Format(pretrain_map_fn, ("text",)),
     "oasst1": Format(oasst1_map_fn, ("text",)),
     MOSS: Format(_moss, ("meta_instruction", "chat"), ("num_turns",)),
-    "preference": Format(_preference, (), ("prompt", "chosen", "rejected", "label")),
+    PREFERENCE: Format(_preference, (CHOSEN, REJECTED), (*PROMPTS, *BESIDE, "tools")),
 }
 """Formats that people have, recognised from the columns."""
 FORMATS: Mapping[str, Format] = {**TODAY, **MAP_FUNCTIONS}
@@ -161,27 +145,73 @@ def to_conversation(
         DataError: the row has not the shape that its format needs; begins with `where`.
         RecipeError: no format or map function has this name.
     """
+    name, row, columns = _named(row, source, where)
+    if name == PREFERENCE:
+        advice = advice_for_sft(row, columns.get(CHOSEN, CHOSEN))
+        raise DataError(f"{where}: {advice}, {OR_SKIP}")
+    if name == MOSS:
+        written = moss_map(row, where, data.fill, data.compat)
+        return None if written is None else Conversation((), loss=source.loss, written=written)
+    format_ = format_of(name)
+    read = _COMPAT.get(name, format_.read) if data.compat else format_.read
+    messages = _finished(read(row, where), data.fill, where)
+    if not messages or not (data.compat or any(map(_answers, messages))):
+        return None
+    tools = _tools(row, where) if "tools" in format_.optional else ()
+    return Conversation(_with_system(messages, source, data), tools, source.loss)
+
+
+def to_pair(
+    row: Row, source: Source, data: DataSection, where: str = "row"
+) -> tuple[Conversation, Conversation] | None:
+    """Turn a preference row into the conversations with its chosen and its rejected answer.
+
+    They differ in their last message, the only one that is learned. Arguments as for
+    `to_conversation`; None when an answer is empty.
+
+    Raises:
+        DataError: the row has one answer, or not the shape that it needs; begins with `where`.
+        RecipeError: no format or map function has the name of `map`.
+    """
+    name, row, _ = _named(row, source, where)
+    if name != PREFERENCE:
+        format_of(name)
+        raise DataError(
+            f"{where}: {name} rows have one answer, and train.objective dpo and orpo compare two; "
+            f"give rows with columns chosen and rejected, or set train.objective: sft, {OR_SKIP}"
+        )
+    both = [_finished(messages, data.fill, where) for messages in read_pair(row, where)]
+    if not all(_answers(messages[-1]) for messages in both):
+        return None
+    tools = _tools(row, where)
+    chosen, rejected = (_with_system(messages, source, data) for messages in both)
+    return Conversation(chosen, tools, "last"), Conversation(rejected, tools, "last")
+
+
+def _named(row: Row, source: Source, where: str) -> tuple[str, Row, Mapping[str, str]]:
+    """Return a row's format, the row with the columns that it expects, and their own names."""
     name, columns = source.map, source.columns
     if name is None:
         found = recognise([row], columns)
         if found.name is None:
             raise DataError(f"{where}: {found.why}, {OR_SKIP}")
         name, columns = found.name, dict(found.columns)
-    format_, row = format_of(name), renamed(row, columns)
-    if name == MOSS:
-        written = moss_map(row, where, data.fill, data.compat)
-        return None if written is None else Conversation((), loss=source.loss, written=written)
-    read = _COMPAT.get(name, format_.read) if data.compat else format_.read
-    messages = _finished(read(row, where), data.fill, where)
-    if not messages or not (data.compat or any(map(_answers, messages))):
-        return None
-    tools = tools_of(row, where) if "tools" in format_.optional else ()
+    return name, renamed(row, columns), columns
+
+
+def _tools(row: Row, where: str) -> Sequence[Mapping[str, Any]]:
+    tools = tools_of(row, where)
     check_texts(list(tools), f"{where}: column 'tools'")
+    return tools
+
+
+def _with_system(messages: list[Message], source: Source, data: DataSection) -> list[Message]:
+    """Begin with the recipe's system text, unless the row has one or is mere text."""
     system = data.system if source.system is None else source.system
     has_system = any(message["role"] == "system" for message in messages)
     if system and not has_system and len(messages) > 1:
-        messages.insert(0, {"role": "system", "content": fill_text(system, data.fill)})
-    return Conversation(messages, tools, source.loss)
+        return [{"role": "system", "content": fill_text(system, data.fill)}, *messages]
+    return messages
 
 
 def _finished(messages: list[Message], fill: Mapping[str, str], where: str) -> list[Message]:

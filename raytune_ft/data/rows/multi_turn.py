@@ -1,4 +1,4 @@
-"""Multi-turn map functions: dialogues in a text, or in lists of messages with loose order."""
+"""Earlier turns: dialogues in a text, in lists of messages with loose order, or in pairs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,17 @@ from collections.abc import Mapping
 from itertools import dropwhile
 
 from raytune_ft.data.rows.chat_rows import field
-from raytune_ft.data.rows.columns import Row, column_of, list_in, shown, text_of
+from raytune_ft.data.rows.columns import (
+    OR_SKIP,
+    Row,
+    column_of,
+    describe,
+    from_json,
+    list_in,
+    shown,
+    text_in,
+    text_of,
+)
 from raytune_ft.data.segments import Message
 from raytune_ft.errors import DataError
 
@@ -100,3 +110,24 @@ def _turns(messages: list[Message], joint: str = "") -> list[Message]:
             done.append({"role": "assistant", "content": content})
             system, questions = "", []
     return done
+
+
+def history_of(row: Row, where: str) -> list[Message]:
+    """Read the turns before a row's own: a list of [question, answer] in column `history`."""
+    pairs = from_json(row.get("history"))
+    if pairs is None or pairs == "":
+        return []
+    where = f"{where}: column 'history'"
+    if not isinstance(pairs, list):
+        raise DataError(
+            f"{where} is {describe(pairs)}, not a list of pairs; correct the row, {OR_SKIP}"
+        )
+    messages: list[Message] = []
+    for place, pair in enumerate(pairs, start=1):
+        at = f"{where}, turn {place}"
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise DataError(f"{at} is no pair [question, answer]; correct the row, {OR_SKIP}")
+        question, answer = (text_in(text, at) for text in pair)
+        messages.append({"role": "user", "content": question})
+        messages.append({"role": "assistant", "content": answer})
+    return messages

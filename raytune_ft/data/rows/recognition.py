@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from raytune_ft.data.rows.columns import Row, from_json, names, renamed, shown
+from raytune_ft.data.rows.preference import pair_columns, read_columns
 
 SAMPLE_ROWS = 32
 """First rows of a data set that decide on its format."""
@@ -153,21 +154,19 @@ def _found(
 
 def _preference(row: Row, present: set[str]) -> Recognition | None:
     """Find answers that are compared or marked: learning them all would teach the bad ones too."""
-    if {"chosen", "rejected"} <= present:
-        pair = _is_list(row["chosen"])
-        advice = "openai and columns {messages: chosen}"
-        if not pair:
-            advice = "prompt_completion and columns {completion: chosen}"
-        told, answers = "columns chosen, rejected", "the chosen ones"
-    elif isinstance(row.get("label"), bool) and {"prompt", "completion"} <= present:
-        told, answers, advice = "column label", "them all", "prompt_completion"
-    else:
-        return None
-    return Recognition(
-        "preference",
-        f"{told}: preferences are learned by DPO and its like, which is another method; "
-        f"to learn {answers}, set data.sources[].map: {advice}",
-    )
+    pair = pair_columns(present)
+    if pair is not None:
+        columns = dict(zip(("chosen", "rejected"), pair, strict=True))
+        renames = {expected: own for expected, own in columns.items() if expected != own}
+        read = {columns.get(name, name) for name in read_columns(renamed(row, columns))}
+        return _found("preference", row, (read | {"tools"}) & row.keys(), renames)
+    if isinstance(row.get("label"), bool) and {"prompt", "completion"} <= present:
+        return Recognition(
+            None,
+            "column label: answers that are marked one by one are learned by KTO, which is "
+            f"another method; to learn them all, {_SET_MAP} to prompt_completion",
+        )
+    return None
 
 
 def _moss(row: Row, present: set[str]) -> Recognition | None:
