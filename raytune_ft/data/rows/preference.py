@@ -43,6 +43,7 @@ _FORMATS = {
     "question": "question_answer and columns {answer: %s}",
     "query": "query_response and columns {response: %s}",
     "input": "input_output and columns {output: %s}",
+    "messages": "prompt_completion and columns {prompt: messages, completion: %s}",
 }
 """Column that is answered -> how to learn one of the answers alone."""
 
@@ -65,10 +66,13 @@ def read_columns(row: Row) -> set[str]:
 def advice_for_sft(row: Row, chosen: str) -> str:
     """Say how the chosen answers of such rows, whose own column is `chosen`, are learned alone."""
     told = "columns chosen, rejected: preferences are learned with train.objective dpo or orpo"
-    if _is_whole(row.get(CHOSEN)):
+    column = next((name for name in PROMPTS if row.get(name) is not None), "prompt")
+    whole = _is_whole(row.get(CHOSEN))
+    if whole and _items(row[CHOSEN]) is not None:
         how = "openai" if chosen == "messages" else f"openai and columns {{messages: {chosen}}}"
+    elif whole or column == "conversations" or isinstance(row.get(CHOSEN), Mapping):
+        return f"{told}; to learn the chosen ones, write rows as {{'messages': [...]}}"
     else:
-        column = next((name for name in PROMPTS if row.get(name) is not None), "prompt")
         known = _FORMATS.get(column, "prompt_completion and columns {completion: %s}")
         how = known % chosen
     return f"{told}; to learn the chosen ones, set data.sources[].map: {how}"
