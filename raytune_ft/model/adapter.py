@@ -1,13 +1,16 @@
 """Adapters: low-rank updates attached to, saved from and loaded onto a frozen model.
 
-Folders are PEFT's own (adapter_config.json, adapter_model.safetensors), so plain peft reads them.
+Folders are PEFT's own (adapter_config.json, adapter_model.safetensors), so plain peft reads them,
+and they are always for the base as it is in its files, whatever the adapter began with.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import shutil
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,6 +19,8 @@ from torch import nn
 
 from raytune_ft.config.schema import LoraSection
 from raytune_ft.errors import CheckpointError, ModelError, RecipeError
+from raytune_ft.model import beginnings, new_tokens
+from raytune_ft.model.beginnings import PEFT_PREFIX, Source
 from raytune_ft.model.families.fused_adapter import to_native
 from raytune_ft.model.families.layout import IDENTITY, Layout, Widths, widths_of
 from raytune_ft.model.merge import MergeReport, merge_to
@@ -26,7 +31,8 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 __all__ = [
-    "MergeReport", "attach", "has_head", "load_adapter", "merge_to", "save_adapter", "trains_head",
+    "MergeReport", "Source", "attach", "has_head", "keep_beginning", "load_adapter", "merge_to",
+    "save_adapter", "trains_head",
 ]  # fmt: skip
 
 CONFIG_FILE = "adapter_config.json"
@@ -36,33 +42,81 @@ PICKLED_FILE = "adapter_model.bin"
 HEAD = "lm_head"
 
 
-def attach(model: nn.Module, lora: LoraSection, seed: int) -> PeftModel:
-    """Wrap a frozen model with a new adapter, which changes nothing until it is trained.
+def attach(
+    model: nn.Module,
+    lora: LoraSection,
+    seed: int,
+    *,
+    source: Source | None = None,
+    kept: Path | None = None,
+    new_ids: Collection[int] = (),
+) -> PeftModel:
+    """Wrap a frozen model with a new adapter.
 
-    The weights depend on `seed` alone, whatever drew random numbers before; the caller's random
-    state is left as it was. Adapter weights of half-precision models are float32.
+    The weights depend on `seed` alone, and for some beginnings on the base and the first rows,
+    whatever drew random numbers before; the caller's random state is left as it was. What is
+    trained is float32, but whole modules of half-precision models.
+
+    Args:
+        model: as `load_model` gave it; `pissa` and `olora` change its weights.
+        lora: the recipe's section.
+        seed: of the random numbers.
+        source: what `loftq` and `eva` look at.
+        kept: where `keep_beginning` wrote, if it did, this very beginning is taken from.
+        new_ids: tokens whose rows are trained beside the adapter; the model has these rows.
 
     Raises:
-        RecipeError: a name in `lora.targets` or `lora.modules_to_save` is not in the model.
+        RecipeError: a name in `lora.targets` or `lora.modules_to_save` is not in the model, or
+            the adapter cannot begin so.
     """
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=_targets(model, lora),
-        bias=lora.bias,
-        use_rslora=lora.use_rslora,
-        use_dora=lora.use_dora,
-        modules_to_save=_modules_to_save(model, lora) or None,
-    )
+    again = kept is not None and (kept / CONFIG_FILE).is_file()
+    if kept is not None and again:
+        config = read_adapter_config(kept)
+        config.inference_mode = False
+    else:
+        config = _new_config(model, lora, new_ids)
     _prepare_head(model, config)
     with torch.random.fork_rng(), quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(seed)
-        return get_peft_model(model, config)
+        wrapped = _wrapped(model, config)
+        if kept is not None and again:
+            _put_weights(wrapped, read_adapter_weights(kept), kept)
+            if beginnings.moves_base(lora.init_lora_weights):
+                beginnings.take_out(wrapped)
+        else:
+            beginnings.begin(wrapped, lora, source)
+    return wrapped
+
+
+def _new_config(model: nn.Module, lora: LoraSection, new_ids: Collection[int]) -> Any:
+    from peft import EvaConfig, LoraConfig
+
+    targets, whole = _targets(model, lora), _modules_to_save(model, lora)
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        bias=lora.bias,
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        modules_to_save=whole or None,
+        init_lora_weights=beginnings.peft_init(lora),
+        eva_config=EvaConfig() if lora.init_lora_weights == "eva" else None,
+        trainable_token_indices=new_tokens.trained_rows(model, new_ids, targets, whole),
+    )
+
+
+def _wrapped(model: nn.Module, config: Any) -> PeftModel:
+    from peft import get_peft_model
+
+    wrapped = get_peft_model(cast(Any, model), config)
+    for name, parameter in wrapped.named_parameters():
+        if "trainable_tokens_delta" in name:  # as PEFT has it for A and B
+            parameter.data = parameter.data.float()
+    return wrapped
 
 
 def linear_names(model: nn.Module) -> list[str]:
@@ -78,14 +132,43 @@ def linear_names(model: nn.Module) -> list[str]:
 
 
 def save_adapter(model: nn.Module, folder: Path, base: str) -> None:
-    """Write the adapter as PEFT does; the configuration comes last and names `base`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {k: v.detach().cpu().contiguous() for k, v in _adapter_state(model).items()}
-    save_tensors(tensors, folder / WEIGHTS_FILE)
+    """Write the adapter as PEFT does; the configuration comes last and names `base`.
 
+    Where a beginning moved the base's weights, what is written has twice the rank: the trained
+    product less the first one, so that it is right on the base as it was.
+    """
     config: dict[str, Any] = cast(Any, model).peft_config["default"].to_dict()
+    tensors = _adapter_state(model)
+    first = beginnings.first_of(model)
+    for name, (a, b) in first.items():
+        for key, part, dim in (("lora_A", a, 0), ("lora_B", -b, 1)):
+            trained = tensors[f"{name}.{key}.weight"]
+            tensors[f"{name}.{key}.weight"] = torch.cat([trained, part.to(trained)], dim)
+    if first:
+        r, alpha = config["r"], config["lora_alpha"]
+        config |= {"r": 2 * r, "lora_alpha": 2 * alpha}
+        if config["use_rslora"]:
+            config |= {"use_rslora": False, "lora_alpha": 2 * alpha * math.sqrt(r)}
+    _write(folder, tensors, {**config, "base_model_name_or_path": base, "inference_mode": True})
+
+
+def keep_beginning(model: nn.Module, folder: Path) -> None:
+    """Write what an adapter begins with, whole or not at all, for `attach` in a later process."""
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    _write(part, _adapter_state(model), cast(Any, model).peft_config["default"].to_dict())
+    part.rename(folder)
+
+
+def _write(folder: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
     content = {key: _plain(value) for key, value in config.items()}
-    content |= {"base_model_name_or_path": base, "inference_mode": True}
+    # how it began is no matter of who loads it: PEFT would begin anew, and change the base again
+    content |= {"init_lora_weights": True, "eva_config": None, "loftq_config": {}}
+    save_tensors(
+        {key: value.detach().cpu().contiguous() for key, value in tensors.items()},
+        folder / WEIGHTS_FILE,
+    )
     (folder / CONFIG_FILE).write_text(
         json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8"
     )
@@ -99,24 +182,41 @@ def load_adapter(model: nn.Module, folder: Path) -> PeftModel:
     Raises:
         CheckpointError: a file is missing, or saved tensors, targets and model do not match.
     """
-    from peft import get_peft_model, set_peft_model_state_dict
-
     layout = getattr(type(model), "layout", IDENTITY)
     config, weights = read_adapter(folder, layout, widths_of(cast(Any, model).config))
     _check_targets(model, config, folder)
     _prepare_head(model, config)
+    new_tokens.widen(model, _rows(model, config, weights))
     with torch.random.fork_rng(), quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         config.inference_mode = True
         try:
-            wrapped = get_peft_model(model, config)
+            wrapped = _wrapped(model, config)
         except ValueError as error:
             reason = str(error).partition("\n")[0]
             raise CheckpointError(f"{folder}: adapter does not fit the model ({reason})") from None
-        _check_same(folder, weights, _adapter_state(wrapped))
-        set_peft_model_state_dict(wrapped, weights)
+        _put_weights(wrapped, weights, folder)
     wrapped.eval()
     return wrapped
+
+
+def _put_weights(wrapped: PeftModel, weights: dict[str, torch.Tensor], folder: Path) -> None:
+    from peft import set_peft_model_state_dict
+
+    _check_same(folder, weights, _adapter_state(wrapped))
+    set_peft_model_state_dict(wrapped, weights)
+
+
+def _rows(model: Any, config: Any, weights: dict[str, torch.Tensor]) -> int:
+    """Return the rows that an adapter's tokens need in the embedding."""
+    found = config.trainable_token_indices or {}
+    listed = found.values() if isinstance(found, dict) else [found]
+    needed = [max(ids) + 1 for ids in listed if ids]
+    for name, module in model.named_modules():
+        if module in (model.get_input_embeddings(), model.get_output_embeddings()):
+            saved = weights.get(f"{PEFT_PREFIX}{name}.weight")
+            needed += [] if saved is None else [len(saved)]
+    return max(needed, default=0)
 
 
 def read_adapter(
