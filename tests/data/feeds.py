@@ -57,10 +57,10 @@ def fingerprint(placed: Placed) -> tuple[object, ...]:
 
 
 def lone_examples(feed: Feed) -> list[np.ndarray]:
-    """The ids of every row, uncut."""
+    """The ids of every row, uncut; those of pairs as they are cut."""
     whole = Encoder(
         feed.encoder.tokenizer, "tokenizer",
-        feed.encoder.data.model_copy(update={"pack": "concat"}),
+        feed.encoder.data.model_copy(update={"pack": "concat"}), feed.encoder.objective,
     )  # fmt: skip
     found = [
         whole.encode(row, feed.source.source_of(number), "row")

@@ -154,20 +154,36 @@ CASES: dict[str, dict[str, Any]] = {
     "weights": {"weights": (2.0, 0.5)},
     "concat": {"pack": "concat"},
     "split": {"over_length": "split"},
+    "pairs": {"objective": "dpo"},
 }
 
 
 def feed_of_case(paths: list[Path], tokenizer: TextTokenizer, case: str) -> Feed:
     changes = dict(CASES[case])
     weights = changes.pop("weights", (1.0, 1.0))
+    objective = changes.pop("objective", "sft")
+    if objective != "sft":
+        paths = [as_pairs(path) for path in paths]
+    loss = "all" if objective == "sft" else "last"
     sources = [
-        {"path": str(path), "weight": weight, "loss": "all"}
+        {"path": str(path), "weight": weight, "loss": loss}
         for path, weight in zip(paths, weights, strict=True)
     ]
-    values = {"sources": sources, "max_length": 24 if case == "split" else 64, "window": 16,
+    sizes = {"split": 24, "pairs": 128}
+    values = {"sources": sources, "max_length": sizes.get(case, 64), "window": 16,
               "shuffle_rows": 48, **changes}  # fmt: skip
     data = DataSection.model_validate(values)
-    return make_feed(open_sources(data, 1), Encoder(tokenizer, "tokenizer", data), 5)
+    encoder = Encoder(tokenizer, "tokenizer", data, objective)
+    return make_feed(open_sources(data, 1), encoder, 5)
+
+
+def as_pairs(path: Path) -> Path:
+    """Give each conversation of a file a shorter answer that is rejected."""
+    rows = [json.loads(line)["messages"] for line in path.read_text().splitlines()]
+    pairs = [{"chosen": row, "rejected": row[-1]["content"][:5]} for row in rows]
+    target = path.with_name(f"pairs_{path.name}")
+    target.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    return target
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -186,7 +186,9 @@ OWN_ROWS = {"hh-rlhf", "LLaMA-Factory, sharegpt", "Axolotl, chat_template"}
 def test_the_advice_for_learning_chosen_answers_alone_works(name: str) -> None:
     row = SHAPES[name][0]
     source = Source(path="rows.jsonl")
-    with pytest.raises(DataError, match="preferences are learned with train.objective dpo") as got:
+    with pytest.raises(
+        DataError, match=r"preferences are learned with train\.objective dpo"
+    ) as got:
         to_conversation(row, source, DataSection(sources=[source]), "x.jsonl:7")
     advice = str(got.value).partition("set data.sources[].map: ")[2].partition(", or leave")[0]
     map_, _, columns = advice.partition(" and columns ")
