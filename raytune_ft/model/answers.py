@@ -43,6 +43,9 @@ class Drawing:
     top_k: int = 0
 
 
+GREEDY = Drawing()
+
+
 @dataclass
 class _Row:
     place: int
@@ -59,7 +62,7 @@ def answer_all(
     *,
     stop_ids: Collection[int],
     max_new_tokens: int,
-    drawing: Drawing = Drawing(),
+    drawing: Drawing = GREEDY,
     seeds: Sequence[int] = (),
     ends: Callable[[Sequence[int]], bool] | None = None,
     after_token: Callable[[], None] | None = None,

@@ -6,7 +6,7 @@ exchanges, so that none waits longer than it takes to write a few tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from torch import nn
 
 from raytune_ft.data.templating.templates import Template
 from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
-from raytune_ft.model.answers import Answer, Drawing, answer_all
+from raytune_ft.model.answers import GREEDY, Answer, Drawing, answer_all
 from raytune_ft.training.engine import Engine, rank, world_size
 
 TOKENS_PER_EXCHANGE = 16
@@ -30,14 +30,12 @@ class Voice:
     tokenizer: TextTokenizer
     template: Template
     engine: Engine
-    alive: Callable[[], None] = lambda: None
-    """Called for each token, so that nobody takes a rank for hung."""
 
     def answer(
         self,
         prompts: Sequence[Sequence[int]],
         max_new_tokens: int,
-        drawing: Drawing = Drawing(),
+        drawing: Drawing = GREEDY,
         seeds: Sequence[int] = (),
     ) -> list[Answer]:
         """Answer encoded prompts; every rank has to call it, and gets all answers.
@@ -49,7 +47,7 @@ class Voice:
             seeds: one per prompt, where tokens are drawn.
         """
         mine = range(rank(), len(prompts), world_size())
-        company = _Company(self.engine.device, self.alive)
+        company = _Company(self.engine.device)
         with self.engine.whole():
             found = answer_all(
                 self.model,
@@ -77,12 +75,11 @@ class _Company:
     Every rank makes the same exchanges: one per so many tokens, and then more until none writes.
     """
 
-    def __init__(self, device: torch.device, alive: Callable[[], None]) -> None:
-        self.device, self.alive, self.tokens = device, alive, 0
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.tokens = device, 0
 
     def token(self) -> None:
         """Note that this rank has written another token."""
-        self.alive()
         self.tokens += 1
         if self.tokens % TOKENS_PER_EXCHANGE == 0:
             self._writing(here=True)
@@ -90,7 +87,7 @@ class _Company:
     def finish(self) -> None:
         """Wait until no rank is writing any more."""
         while self._writing(here=False):
-            self.alive()
+            pass
 
     def _writing(self, *, here: bool) -> bool:
         if world_size() == 1:

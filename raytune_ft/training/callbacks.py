@@ -11,7 +11,7 @@ from raytune_ft.data.encode import encode_prompt
 from raytune_ft.data.packing import Pack
 from raytune_ft.data.questions import Question
 from raytune_ft.data.rows.formats import fill_text
-from raytune_ft.model.answers import Drawing
+from raytune_ft.model.answers import GREEDY, Drawing
 from raytune_ft.training import answer_metrics, checkpoint, data_record, mmlu
 from raytune_ft.training.answering import Voice
 from raytune_ft.training.checkpoint import TrainState
@@ -44,7 +44,7 @@ def build_hooks(
             return None
         emit("stage", name="validation", step=step)
         batch_tokens = recipe.train.micro_batch_size * recipe.data.max_length
-        measured = held_out_figures(engine, validation(), batch_tokens, voice.alive)
+        measured = held_out_figures(engine, validation(), batch_tokens)
         return {**measured, **ask_questions(recipe, voice, questions, step, emit)}
 
     def record(state: TrainState, steps: int) -> None:
@@ -83,7 +83,7 @@ def ask_prompts(recipe: Recipe, voice: Voice, step: int, when: str, emit: Emit) 
     longest = wanted.max_new_tokens
     if when == "before":
         longest = min(longest, FIRST_TOKENS)
-    drawings = {"greedy": Drawing()}
+    drawings = {"greedy": GREEDY}
     if wanted.temperature > 0.0:
         drawings["sampled"] = Drawing(wanted.temperature, wanted.top_p)
     seeds = [seed_of(recipe.train.seed, step, place) for place in range(len(prompts))]

@@ -8,7 +8,7 @@ and on packing and batches only as far as the model's own arithmetic does.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -25,19 +25,13 @@ LARGEST_EXPONENT = 700.0
 """exp() of more is no float64."""
 
 
-def held_out_figures(
-    engine: Engine,
-    packs: Iterable[Pack],
-    batch_tokens: int,
-    alive: Callable[[], None] = lambda: None,
-) -> dict[str, float]:
+def held_out_figures(engine: Engine, packs: Iterable[Pack], batch_tokens: int) -> dict[str, float]:
     """Measure held-out packs with dropout off; every rank has to call it.
 
     Args:
         engine: its module is measured, and is left in the modes that it was in.
         packs: in their order, all of them on every rank.
         batch_tokens: tokens of a batch, padding included, unless a single pack has more.
-        alive: called after each batch.
 
     Returns:
         `val_loss`, per labelled token, and `val_perplexity`; of a preference objective
@@ -60,7 +54,6 @@ def held_out_figures(
             found = [float(value) for value in (loss_sum, count, *sums.values())]
             empty = [0.0] * len(found)
             rows += [found if place == rank() else empty for place in range(len(group))]
-            alive()
     totals = dict(zip(names, _added(engine.device, rows), strict=True))
     if not totals.get("count"):
         raise TrainingError("data.validation: no token is labelled; name rows with answers")
