@@ -173,7 +173,7 @@ class ZeroEngine(Engine):
         if self.stage < 3:
             yield
             return
-        from deepspeed.zero import GatheredParameters
+        from deepspeed.runtime.zero import GatheredParameters
 
         offload = self.zero.parameter_offload
         with GatheredParameters(list(self.module.parameters())):
