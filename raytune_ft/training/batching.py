@@ -8,18 +8,33 @@ batches without a label, which add zero to loss and gradients.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 
-from raytune_ft.config.schema import TrainSection
 from raytune_ft.data.packing import IGNORE_INDEX, Pack, Position, collate
 from raytune_ft.data.places import Placed
 from raytune_ft.data.report import Report, add_report, new_report
 
 TensorBatch = dict[str, torch.Tensor]
+
+
+class Sizes(Protocol):
+    """How a rank's packs become micro-batches, `TrainSection`'s fields; may change between steps,
+    but not the product of the first two."""
+
+    @property
+    def micro_batch_size(self) -> int: ...
+
+    @property
+    def accumulation(self) -> int: ...
+
+    @property
+    def objective(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -43,6 +58,8 @@ class StepData:
     """What became of the rows of windows that this step is the first to tell of."""
     n_pairs: int = 0
     """Sum of the squared lengths of all segments: what attention costs."""
+    remade: Callable[[], StepData] | None = None
+    """Makes the same step again, of micro-batches as large as they are to be by now."""
 
     @property
     def ends_epoch(self) -> bool:
@@ -65,9 +82,7 @@ def count_chosen(pack: Pack) -> int:
     return int((chosen & (pack.labels != IGNORE_INDEX)).sum())
 
 
-def steps(
-    packs: Iterable[Placed], train: TrainSection, *, rank: int, workers: int
-) -> Iterator[StepData]:
+def steps(packs: Iterable[Placed], train: Sizes, *, rank: int, workers: int) -> Iterator[StepData]:
     """Group packs into optimizer steps and keep this rank's share.
 
     Args:
@@ -85,7 +100,7 @@ def steps(
             group = []
 
 
-def _step(group: list[Placed], train: TrainSection, rank: int, workers: int) -> StepData:
+def _step(group: list[Placed], train: Sizes, rank: int, workers: int) -> StepData:
     mine = [placed.pack for placed in group[rank::workers]]
     size = train.micro_batch_size
     chunks = [mine[i * size : (i + 1) * size] for i in range(train.accumulation)]
@@ -110,6 +125,7 @@ def _step(group: list[Placed], train: TrainSection, rank: int, workers: int) -> 
         epoch=behind.epoch - (behind.window == behind.pack == 0),
         progress=group[-1].progress,
         report=report,
+        remade=functools.partial(_step, group, train, rank, workers),
     )
 
 

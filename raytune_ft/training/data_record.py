@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from raytune_ft.data.report import CUT, SPLIT, Report
+from raytune_ft.data.report import CUT, SPLIT, Report, add_report
+from raytune_ft.training.batching import StepData
 from raytune_ft.training.checkpoint import TrainState
 from raytune_ft.training.run_folder import RunFolder, read_json, write_json
 
@@ -30,6 +31,27 @@ def write(folder: RunFolder, state: TrainState, max_length: int, steps: int) -> 
     path = folder.path / FILE
     known: dict[str, Any] = read_json(path) if path.is_file() else {}
     write_json(path, {**known, **counts(state, max_length), "steps": steps})
+
+
+def count(state: TrainState, data: StepData, *, ends: bool) -> list[str]:
+    """Count what became of the first epoch's rows; return a line where a new kind of loss comes up.
+
+    Args:
+        state: behind the step.
+        data: of the step.
+        ends: whether the first epoch ends with it, which is told in any case.
+    """
+    if data.epoch > 0:
+        return []
+    known = kinds(state.rows)
+    add_report(state.rows, data.report)
+    state.packs += data.n_packs
+    state.pack_tokens += data.n_tokens
+    found = kinds(state.rows)
+    if not (found - known or (ends and found)):
+        return []
+    line = loss_line(state.rows)
+    return [f"first epoch: {line}" if ends else line]
 
 
 def counts(state: TrainState, max_length: int) -> dict[str, Any]:

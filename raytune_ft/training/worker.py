@@ -23,7 +23,7 @@ from raytune_ft.data.questions import Question
 from raytune_ft.data.templating.templates import get_template
 from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
 from raytune_ft.model import adapter, side_files
-from raytune_ft.training import best, checkpoint, durable, identity
+from raytune_ft.training import best, checkpoint, course, dry_step, durable, identity
 from raytune_ft.training.answering import Voice
 from raytune_ft.training.batching import steps
 from raytune_ft.training.build import build_engine
@@ -31,8 +31,11 @@ from raytune_ft.training.callbacks import build_hooks
 from raytune_ft.training.checkpoint import TrainState
 from raytune_ft.training.engine import Engine, rank, world_size
 from raytune_ft.training.exclusive import only_writer
-from raytune_ft.training.loop import Emit, progress, train
-from raytune_ft.training.run_folder import Event, RunFolder, RunWriter
+from raytune_ft.training.guards import Guards, guarded
+from raytune_ft.training.loop import Emit, train
+from raytune_ft.training.recording import recorded
+from raytune_ft.training.room import Room
+from raytune_ft.training.run_folder import Event, RunFolder
 
 PackStream = Callable[[Position], Iterator[Placed]]
 
@@ -63,28 +66,32 @@ def run(
     packs: PackStream,
     validation: Callable[[], Iterable[Pack]] | None,
     show: Callable[[Event], None],
+    guards: Guards = Guards(),  # noqa: B008, frozen
 ) -> TrainState:
     """Load, resume if there is a checkpoint, train, and write the result.
 
     Raises:
         CheckpointError: another process trains this run, or its checkpoint is of another recipe.
+        MemoryPlanError: the longest batch does not fit into memory.
+        Interrupted: `guards` said so; the checkpoint of the last step is written.
     """
-    with only_writer(Path(job.run_path), wanted=rank() == 0):
-        return _run(job, packs, validation, show)
+    recipe, folder = Recipe.model_validate(job.recipe), RunFolder(job.run_path)
+    with only_writer(folder.path, wanted=rank() == 0), recorded(folder, recipe, show) as emit:
+        return _run(job, packs, validation, emit, guards)
 
 
 def _run(
     job: Job,
     packs: PackStream,
     validation: Callable[[], Iterable[Pack]] | None,
-    show: Callable[[Event], None],
+    emit: Emit,
+    guards: Guards,
 ) -> TrainState:
-    recipe = Recipe.model_validate(job.recipe)
     folder = RunFolder(job.run_path)
+    room = Room.of(Recipe.model_validate(job.recipe), folder.path)
+    recipe = room.fitting()
     device = _device(job.sharing)
-    emit: Emit = _silent
-    if rank() == 0:
-        emit = RunWriter(folder, show, tensorboard="tensorboard" in recipe.run.trackers)
+    room.tell = lambda text: emit("warning", text=text)
 
     emit("stage", name="load model")
     engine, model = build_engine(recipe, Path(job.model_folder), device)
@@ -93,18 +100,25 @@ def _run(
     )
     voice = Voice(model, tokenizer, get_template(recipe.model.template, tokenizer), engine)
     state = _resume(engine, folder, recipe, job.data_fingerprint, emit)
+    if dry_step.wanted(engine):
+        emit("stage", name="dry step")
+        dry_step.find_room(engine, room)
 
     hooks = build_hooks(engine, recipe, folder, voice, validation, emit, job.questions)
     counted = job.expected_steps if job.counted else None
     known = job.expected_steps if job.counted or job.sure else None
     share, total, exact = 0.0, job.expected_steps, known is not None
     if state.step:
-        share, total, exact = progress(state, counted, recipe, known)
+        share, total, exact = course.progress(state, counted, recipe, known)
         hooks.record(state, total)  # what is known by now goes before what was estimated again
     emit("stage", name="train", step=state.step, total=total, exact=exact, share=share)
-    with _closing(packs(Position(state.epoch, state.window, state.pack))) as stream:
-        batches = steps(stream, recipe.train, rank=rank(), workers=world_size())
-        train(engine, recipe, batches, state, counted, hooks, emit, known)
+    place = Position(state.epoch, state.window, state.pack)
+    with (
+        guarded(guards, hooks, engine, recipe, folder) as safe_hooks,
+        _closing(packs(place)) as stream,
+    ):
+        batches = steps(stream, room, rank=rank(), workers=world_size())
+        train(engine, recipe, batches, state, counted, safe_hooks, emit, known, room)
     if recipe.eval.export == "best":
         best.put_back(engine, folder.checkpoints, state)
     with engine.whole():
@@ -113,7 +127,6 @@ def _run(
             _export(recipe, model, folder, job.model_folder)
     if rank() == 0:
         folder.update(**best.record(state, recipe.eval))
-        emit("end")
     return state
 
 
@@ -127,15 +140,15 @@ def _resume(
         loaded = checkpoint.load_latest(folder.checkpoints, lambda text: emit("warning", text=text))
     step = _from_rank_0(loaded.state.step if loaded else 0)
     if step == 0:
-        if rank() == 0:
-            folder.cut_after(0)
+        redone = folder.cut_after(0) if rank() == 0 else 0
+        if redone:
+            emit("resumed", step=0, redone=redone)
         return identity.new_state(recipe, data_fingerprint)
     loaded = loaded or checkpoint.load(folder.checkpoints / checkpoint.folder_name(step))
     identity.check(loaded.state, recipe, data_fingerprint, str(folder.path))
-    if rank() == 0:
-        folder.cut_after(step)
+    redone = folder.cut_after(step) if rank() == 0 else 0
     engine.load(loaded.weights, loaded.optimizer)
-    emit("resumed", step=step)
+    emit("resumed", step=step, redone=redone)
     return loaded.state
 
 
@@ -177,7 +190,3 @@ def _export(recipe: Recipe, model: Any, folder: RunFolder, base: str) -> None:
     else:
         with durable.whole_folder(folder.model) as place:
             side_files.save_full(model, Path(base), place)
-
-
-def _silent(kind: str, /, **fields: object) -> None:
-    """Events of ranks other than 0 go nowhere."""
