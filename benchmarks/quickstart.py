@@ -14,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from raytune_ft.training.report import summarize
+from raytune_ft.training.reporting import summarize
 from raytune_ft.training.run_folder import RunFolder
 
 

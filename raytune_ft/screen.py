@@ -13,15 +13,17 @@ from typing import Any
 from rich.console import Console
 from rich.live import Live
 from rich.panel import Panel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
 from raytune_ft.training.data_record import loss_line
-from raytune_ft.training.report import Summary, moments
+from raytune_ft.training.reporting import Summary, clock, moments
 
 Event = dict[str, Any]
 
+SLOW_DATA = 0.05
+"""Share of a step from which waiting for data is worth a word."""
 STAGES = {
     "model folder": "model folder",
     "ray": "start Ray",
@@ -46,15 +48,12 @@ class Screen:
         self.console = console or Console(stderr=True, highlight=False)
         self.log_every = log_every
         self.started = time.monotonic()
-        self._begun = 0.0
-        self._spent = 0.0
         self._stage = ""
         self._live: Live | None = None
         self._bars = Progress(
             TextColumn("{task.description:<24}"),
             BarColumn(bar_width=28),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
+            TextColumn("{task.fields[count]}"),
             TextColumn("{task.fields[note]}"),
             console=self.console,
         )
@@ -87,36 +86,35 @@ class Screen:
     def _on_stage(self, event: Event) -> None:
         name, total = str(event["name"]), int(event.get("total") or 0)
         label = STAGES.get(name, name)
-        if name == "train":
-            self._begun, self._spent = float(event.get("share") or 0.0), 0.0
         if self._live is None:
             if name != self._stage and name not in ("checkpoint", "train", "validation"):
                 self.line(f"[{time.monotonic() - self.started:6.1f} s] {label}")
         else:
-            self._bar(name, label, int(event.get("done") or event.get("step") or 0), total)
+            done = int(event.get("done") or event.get("step") or 0)
+            self._bar(name, label, done, total, exact=bool(event.get("exact", True)))
         self._stage = name
 
-    def _bar(self, name: str, label: str, done: int, total: int) -> None:
+    def _bar(
+        self, name: str, label: str, done: int, total: int, *, exact: bool = True, note: str = ""
+    ) -> None:
         if self._stage in self._tasks and self._stage not in (name, "train"):
             finished = self._bars.tasks[self._tasks[self._stage]]
             self._bars.update(finished.id, total=finished.total or 1, completed=finished.total or 1)
         if name not in self._tasks:
-            self._tasks[name] = self._bars.add_task(label, total=total or None, note="")
-        self._bars.update(self._tasks[name], completed=done, total=total or None)
+            self._tasks[name] = self._bars.add_task(label, total=None, note="", count="")
+        count = f"{done:,}/{'' if exact else '~'}{total:,}" if total else ""
+        self._bars.update(
+            self._tasks[name], completed=done, total=total or None, count=count, note=note
+        )
 
     def _on_step(self, event: Event) -> None:
-        self._spent += event["seconds"]
-        ahead = 1.0 - event["share"]
-        left = self._spent / (event["share"] - self._begun) * ahead if ahead else 0.0
-        if self._live is not None and "train" in self._tasks:
-            self._bars.update(
-                self._tasks["train"],
-                completed=event["step"],
-                total=event["total"],
+        if self._live is not None:
+            self._bar(
+                "train", STAGES["train"], event["step"], event["total"], exact=event["exact"],
                 note=_short(event),
-            )
-        if event["step"] % self.log_every == 0 or event["step"] == 1 or not ahead:
-            self.line(step_line(event, left))
+            )  # fmt: skip
+        if event["step"] % self.log_every == 0 or event["step"] == 1 or event["share"] == 1.0:
+            self.line(step_line(event))
 
     def _on_rows(self, event: Event) -> None:
         self.console.print(Text(event["text"], style="yellow"), soft_wrap=True)
@@ -128,10 +126,13 @@ class Screen:
         self.line(mmlu_line(event))
 
     def _on_resumed(self, event: Event) -> None:
-        self.line(f"resumed from the checkpoint of step {event['step']}")
+        again = f"; {event['redone']} steps are taken again" if event.get("redone") else ""
+        self.line(f"resumed from the checkpoint of step {event['step']}{again}")
 
-    def _on_restart(self, _event: Event) -> None:
-        self.line("[yellow]a worker was lost; going on from the last checkpoint[/]")
+    def _on_restart(self, event: Event) -> None:
+        why = f" ({event['why']})" if event.get("why") else ""
+        words = f"a worker was lost{why}; going on from the last checkpoint"
+        self.console.print(Text(words, style="yellow"), soft_wrap=True)
 
     def summary(self, summary: Summary, folder: str, next_commands: list[str]) -> None:
         """Print the answers side by side and the panel that ends a run."""
@@ -140,8 +141,12 @@ class Screen:
         self.console.print(_panel(summary, folder, next_commands))
 
 
-def step_line(event: Event, seconds_left: float) -> str:
-    """Format one step: always the same order, always with units; `~` marks an estimate."""
+def step_line(event: Event) -> str:
+    """Format one step: always the same order, always with units; `~` marks an estimate.
+
+    What cannot be told here, as MFU without a GPU, or is as it should be, as data that is there
+    when it is wanted, is left out.
+    """
     about = "" if event["exact"] else "~"
     parts = [
         f"step {event['step']}/{about}{event['total']}",
@@ -151,8 +156,12 @@ def step_line(event: Event, seconds_left: float) -> str:
         f"{event['seconds']:.2f} s",
         f"{event['tokens_per_s']:,.0f} tok/s",
         f"mem {event['memory_gib']:.1f} GiB",
-        f"eta {_clock(seconds_left)}",
+        f"eta {clock(event['eta_seconds'])}",
     ]
+    if event["mfu"] is not None:
+        parts.insert(6, f"mfu {event['mfu']:.1%}")
+    if event["data_wait"] >= SLOW_DATA:
+        parts.insert(-2, f"data {event['data_wait']:.0%}")
     if event.get("val_loss") is not None:
         parts.insert(2, f"held-out {event['val_loss']:.4f}")
     return " | ".join(parts)
@@ -169,13 +178,9 @@ def mmlu_line(event: Event) -> str:
 
 def _short(event: Event) -> str:
     return (
-        f"loss {event['loss']:.3f}  lr {event['lr']:.1e}  {event['tokens_per_s']:,.0f} tok/s  "
-        f"{event['memory_gib']:.1f} GiB"
+        f"eta {clock(event['eta_seconds'])}  loss {event['loss']:.3f}  lr {event['lr']:.1e}  "
+        f"{event['tokens_per_s']:,.0f} tok/s  {event['memory_gib']:.1f} GiB"
     )
-
-
-def _clock(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
 def answers_table(summary: Summary) -> Table:
@@ -211,8 +216,31 @@ def _panel(summary: Summary, folder: str, next_commands: list[str]) -> Panel:
     grid.add_row(
         "loss", f"{summary.first_loss:.3f} → {summary.last_loss:.3f}, {summary.steps} steps"
     )
-    grid.add_row("speed", f"{summary.tokens_per_s:,.0f} tok/s, {_clock(summary.seconds)} of steps")
+    if summary.val_loss is not None:
+        grid.add_row("held out", _held_out(summary))
+    grid.add_row("speed", _speed(summary))
+    if summary.memory_gib is not None:
+        grid.add_row("memory", f"{summary.memory_gib:.2f} GiB at the peak")
+    if summary.redone:
+        grid.add_row("redone", f"{summary.redone:,} steps after lost workers")
     grid.add_row("files", folder)
     grid.add_row("report", f"{folder}/report.html")
     grid.add_row("next", "\n".join(next_commands))
     return Panel(grid, title="done", title_align="left", border_style="green")
+
+
+def _held_out(summary: Summary) -> str:
+    best = summary.best or {}
+    text = f"loss {summary.val_loss:.4f}"
+    if not best:
+        return text
+    return f"{text}; best {best['metric']} {best['value']:.4g} at step {best['step']}"
+
+
+def _speed(summary: Summary) -> str:
+    parts = [f"{summary.tokens_per_s:,.0f} tok/s"]
+    if summary.mfu is not None:
+        parts.append(f"mfu {summary.mfu:.1%}")
+    if summary.data_wait is not None and summary.data_wait >= SLOW_DATA:
+        parts.append(f"{summary.data_wait:.0%} waiting for data")
+    return ", ".join([*parts, f"{clock(summary.seconds)} of steps"])

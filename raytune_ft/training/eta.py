@@ -43,7 +43,7 @@ class Eta:
     def timed_hooks(self, hooks: H) -> H:
         """Return a dataclass of hooks whose `EXTRAS` are measured from now on."""
         watched = {name: self._timed(name, getattr(hooks, name)) for name in EXTRAS}
-        return replace(hooks, **watched)  # type: ignore[type-var, no-any-return]
+        return replace(hooks, **watched)  # type: ignore[type-var]
 
     def left(self, step: int, progress: float, share: float, total: int, *, exact: bool) -> float:
         """Note the end of a step; return the seconds from now to the end of training.

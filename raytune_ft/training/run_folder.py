@@ -1,7 +1,7 @@
 """The run folder: every file of a run, who writes it and when (docs/architecture.md).
 
-Only rank 0 writes. Lines of `metrics.jsonl`, `samples.jsonl` and `mmlu.jsonl` beyond the step
-that a run is taken up from are cut off, so each step stands there once.
+Only rank 0 writes (`recording`). Lines of the JSONL files beyond the step that a run is taken up
+from are cut off, so each step stands there once.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -73,6 +73,11 @@ class RunFolder:
         return self.path / "evaluations.jsonl"
 
     @property
+    def resumes(self) -> Path:
+        """A line for each time that the run was taken up from a checkpoint."""
+        return self.path / "resumes.jsonl"
+
+    @property
     def log(self) -> Path:
         return self.path / "run.log"
 
@@ -120,52 +125,19 @@ class RunFolder:
             **fields,
         )  # fmt: skip
 
-    def cut_after(self, step: int) -> None:
-        """Drop lines of later steps than `step` from the JSONL files; step 0 is the beginning."""
+    def cut_after(self, step: int) -> int:
+        """Drop lines of later steps than `step` from the JSONL files; step 0 is the beginning.
+
+        Returns:
+            The number of steps that stood there and will be taken again.
+        """
+        last = max((e["step"] for e in read_jsonl(self.metrics)), default=0)
         for path in (self.metrics, self.samples, self.mmlu, self.evaluations):
             if path.is_file():
                 told = read_jsonl(path) if step else iter(())
                 kept = [e for e in told if e["step"] <= step and e.get("when") != "after"]
                 _replace(path, "".join(json.dumps(e, ensure_ascii=False) + "\n" for e in kept))
-
-
-class RunWriter:
-    """Sinks of a run's events: JSONL, TensorBoard, and a function that shows them to a person."""
-
-    def __init__(
-        self, folder: RunFolder, show: Callable[[Event], None], *, tensorboard: bool
-    ) -> None:
-        self.folder, self.show = folder, show
-        self.board: Any = None
-        if tensorboard:
-            from tensorboardX import SummaryWriter
-
-            self.board = SummaryWriter(str(folder.path / "tensorboard"))
-
-    def __call__(self, kind: str, /, **fields: Any) -> None:
-        """Record and show one event; `step`, `sample` and `mmlu` ones go to their JSONL files."""
-        if kind == "step":
-            append_jsonl(self.folder.metrics, fields)
-            self._to_board(fields)
-        elif kind == "sample":
-            append_jsonl(self.folder.samples, fields)
-        elif kind == "evaluation":
-            append_jsonl(self.folder.evaluations, fields)
-        elif kind == "mmlu":
-            append_jsonl(self.folder.mmlu, fields)
-            if self.board is not None:
-                key = f"{fields['name']}/average"
-                self.board.add_scalar(key, fields["average"], fields["step"])
-        elif kind == "end" and self.board is not None:
-            self.board.close()
-        self.show({**fields, "kind": kind})
-
-    def _to_board(self, fields: Event) -> None:
-        if self.board is None:
-            return
-        for key in ("loss", "lr", "grad_norm", "tokens_per_s", "val_loss"):
-            if fields.get(key) is not None:
-                self.board.add_scalar(f"train/{key}", fields[key], fields["step"])
+        return max(0, last - step)
 
 
 def environment() -> Event:
@@ -201,11 +173,12 @@ def read_jsonl(path: Path) -> Iterator[Event]:
     """Yield the lines of a JSONL file; a last line that a crash cut short is left out."""
     if not path.is_file():
         return
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            yield json.loads(line)
-        except ValueError:
-            return
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:  # not splitlines: a text may hold other line ends than ours
+            try:
+                yield json.loads(line)
+            except ValueError:
+                return
 
 
 def read_json(path: Path) -> Any:

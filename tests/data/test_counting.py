@@ -99,7 +99,7 @@ def test_steps_that_are_called_sure_are_those_of_the_run(
     chats: Path, tokenizer: TextTokenizer, pack: str, window: int, shuffle: bool, over_length: str
 ) -> None:
     """Forty rows: one window of 64, two of 20, more of 7."""
-    data = {"pack": pack, "window": window, "shuffle_before_pack": shuffle, "max_length": 24}
+    data = {"pack": pack, "window": window, "shuffle_before_pack": shuffle, "max_length": 48}
     feed = feed_of(chats, tokenizer, over_length=over_length, **data)
     seen, told = estimate(feed), []
     for epochs in (1, 3):

@@ -21,8 +21,9 @@ from raytune_ft.errors import DataError, RecipeError
 from raytune_ft.model import loading
 from raytune_ft.screen import Screen
 from raytune_ft.training import mmlu
-from raytune_ft.training.report import mmlu_table
-from raytune_ft.training.run_folder import RunFolder, RunWriter, read_jsonl
+from raytune_ft.training.recording import RunWriter
+from raytune_ft.training.reporting.tables import mmlu_table
+from raytune_ft.training.run_folder import RunFolder, read_jsonl
 from tests.conftest import WORDS
 from tests.data.conftest import write_jsonl
 
@@ -234,7 +235,10 @@ def test_the_recipe_asks_the_reference_s_two_files(
 def test_figures_are_written_and_printed_once_and_cut_off_at_a_resume(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     console = Console(record=True, width=200)
-    writer = RunWriter(folder, Screen(1, console=console), tensorboard=False)
+    recipe = Recipe.model_validate({
+        "model": {"path": "m"}, "data": {"sources": [{"path": "d"}]}, "run": {"trackers": []},
+    })  # fmt: skip
+    writer = RunWriter(folder, recipe, Screen(1, console=console))
     found = {"questions": 40, "cut": 0, **mmlu.figures({"astronomy": (1, 4), "virology": (1, 3)})}
     for step in (5, 10):
         writer("mmlu", step=step, name="mmlu_fs_val", **found)
