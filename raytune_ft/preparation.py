@@ -28,8 +28,8 @@ from raytune_ft.data.windows import Measurement, make_feed
 from raytune_ft.errors import DataError, RecipeError
 from raytune_ft.model import loading
 from raytune_ft.screen import Screen
-from raytune_ft.training import answer_metrics, mmlu
-from raytune_ft.training.run_folder import RunFolder, write_json
+from raytune_ft.training import answer_metrics, liveness, mmlu
+from raytune_ft.training.run_folder import STARTING, RunFolder, read_json, write_json
 from raytune_ft.training.worker import Job
 
 
@@ -140,19 +140,29 @@ def measure(rows: RowSource, encoder: Encoder, folder: RunFolder, screen: Screen
 
 
 def new_folder(recipe: Recipe, source: str) -> RunFolder:
-    """Make an empty folder for a new run; RecipeError if that run exists."""
+    """Make an empty folder for a new run; RecipeError if that run exists.
+
+    One in which a driver was killed before its run began is taken over.
+    """
     now = datetime.now().astimezone()
     name = recipe.run.name or f"{loader.recipe_stem(source)}_{now:%Y%m%d_%H%M%S}"
     path = Path(recipe.run.storage).expanduser().resolve() / name
-    if path.exists():
+    if path.exists() and not _never_began(path):
         raise RecipeError(
             f"run.name: '{path}' exists; go on with it by --resume {path}, or choose another name"
         )
     try:
-        path.mkdir(parents=True)
+        path.mkdir(parents=True, exist_ok=True)
+        write_json(path / STARTING, liveness.this_process())
     except OSError as error:
         raise RecipeError(f"run.storage: '{path}' cannot be made: {error.strerror}") from None
     return RunFolder(path)
+
+
+def _never_began(path: Path) -> bool:
+    if not (path / STARTING).is_file():
+        return False
+    return liveness.is_gone(read_json(path / STARTING))
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from raytune_ft.cluster import noise_to, ray_session
 from raytune_ft.config.schema import Recipe
 from raytune_ft.data.feeder import Supply, feeding
 from raytune_ft.preparation import Prepared, new_folder, prepare, removed_unless_started
+from raytune_ft.resume import open_run, resumable
 from raytune_ft.screen import Screen
 from raytune_ft.training import report, worker
 from raytune_ft.training.run_folder import Event, RunFolder, append_jsonl, read_jsonl
@@ -43,8 +44,14 @@ def train(recipe: Recipe, *, source: str, resume: str | None = None) -> int:
     """
     survey.check_names(recipe)
     survey.check_deepspeed(recipe)
-    folder = RunFolder.existing(resume) if resume else new_folder(recipe, source)
-    with removed_unless_started(folder), noise_to(folder.path / "run.log") as terminal:
+    folder = open_run(resume) if resume else new_folder(recipe, source)
+    if folder is None:
+        return 0
+    with (
+        removed_unless_started(folder),
+        resumable(folder, shown(folder)),
+        noise_to(folder.path / "run.log") as terminal,
+    ):
         screen = Screen(
             recipe.train.log_every,
             console=Console(file=terminal, highlight=False),

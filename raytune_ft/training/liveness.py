@@ -39,6 +39,11 @@ def is_gone(process: dict[str, Any]) -> bool:
     return began is not None and began != process.get("began")
 
 
+def is_here(process: dict[str, Any]) -> bool:
+    """Tell whether a process of this machine, as `this_process` described it, is at work."""
+    return process.get("host") == socket.gethostname() and not is_gone(process)
+
+
 def _began(pid: int) -> str | None:
     """Return boot and ticks; None where there is no /proc, "zombie" for one that has ended."""
     try:

@@ -25,6 +25,9 @@ PACKAGES = (
     "torch", "transformers", "peft", "bitsandbytes", "deepspeed", "ray", "datasets", "accelerate",
 )  # fmt: skip
 
+STARTING = ".starting"
+"""Says which process begins a run, until run.json does."""
+
 
 class RunFolder:
     """Paths and small files of one run."""
@@ -124,6 +127,7 @@ class RunFolder:
             name=name, status="running", driver=driver, created=created, version=__version__,
             **fields,
         )  # fmt: skip
+        (self.path / STARTING).unlink(missing_ok=True)
 
     def cut_after(self, step: int) -> int:
         """Drop lines of later steps than `step` from the JSONL files; step 0 is the beginning.

@@ -1,0 +1,67 @@
+"""Resume: which run `--resume RUN` may go on with, and how one ends whose Ray was lost.
+
+A killed driver says nothing; what its run is then, the process in its record tells. A killed raylet
+or head node ends the driver, which says how to go on.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from raytune_ft.errors import CheckpointError, Interrupted, RaytuneError, TrainingError
+from raytune_ft.training import liveness
+from raytune_ft.training.run_folder import RunFolder
+
+
+def open_run(path: str) -> RunFolder | None:
+    """Open a run to go on with; None, and a line on stderr, if there is nothing to go on with.
+
+    Raises:
+        CheckpointError: it is no run folder, or a process of this machine trains it just now.
+    """
+    folder = RunFolder.existing(path)
+    info, status = folder.info(), folder.status()
+    result = next((p for p in (folder.adapter, folder.model) if p.is_dir()), None)
+    if status == "done" and result is not None and (folder.path / "report.html").is_file():
+        print(
+            f"{path}: this run is finished, its result is {result}; to train on from there, begin "
+            f"another one with model.load_from={path}",
+            file=sys.stderr,
+        )
+        return None
+    driver = info.get("driver") or {}
+    if status == "running" and liveness.is_here(driver):
+        raise CheckpointError(
+            f"{path}: process {driver['pid']} trains this run; wait until it ends, or end it"
+        )
+    return folder
+
+
+@contextmanager
+def resumable(folder: RunFolder, shown: str) -> Iterator[None]:
+    """Say in one line how to go on where Ray itself is lost while the block runs.
+
+    Args:
+        folder: of the run.
+        shown: its path as a person would type it.
+
+    Raises:
+        Interrupted: Ray was lost under a run that had begun.
+        TrainingError: before it had.
+    """
+    from ray.exceptions import RayError, RayTaskError
+
+    try:
+        yield
+    except RayError as error:
+        if isinstance(error, RaytuneError | RayTaskError):
+            raise
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        if not folder.run_json.is_file():
+            raise TrainingError(f"Ray was lost ({reason}); start the run again") from None
+        folder.update(status="interrupted")
+        raise Interrupted(
+            f"{shown}: Ray was lost ({reason}); go on with: raytune-ft train --resume {shown}"
+        ) from None
