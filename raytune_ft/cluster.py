@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,9 @@ QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }
 """Set in this process and inherited by every Ray worker on this machine."""
+ALLOCATION = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+"""torch reads it when it first takes GPU memory. Packs of differing lengths otherwise leave gaps,
+until after hours a batch does not fit that did at first."""
 
 
 @contextmanager
@@ -50,6 +54,11 @@ def noise_to(log: Path) -> Iterator[TextIO]:
         terminal.close()
 
 
+def session_folder() -> Path:
+    """Return where a Ray that is started here keeps logs, and what does not fit into memory."""
+    return Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()) / "ray"
+
+
 @contextmanager
 def ray_session(*, dashboard: bool = False) -> Iterator[None]:
     """Join the cluster that RAY_ADDRESS names, or start Ray on this machine, loopback only.
@@ -58,6 +67,9 @@ def ray_session(*, dashboard: bool = False) -> Iterator[None]:
     """
     for key, value in QUIET.items():
         os.environ.setdefault(key, value)
+    chosen = any(key in os.environ for key in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"))
+    allocation = {} if chosen else ALLOCATION
+    os.environ.update(allocation)
     warnings.filterwarnings("ignore", category=FutureWarning, module="ray.*")
     import ray
 
@@ -65,7 +77,11 @@ def ray_session(*, dashboard: bool = False) -> Iterator[None]:
         yield
         return
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+        ray.init(
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            runtime_env={"env_vars": allocation},
+        )
     else:
         ray.init(
             address="local",

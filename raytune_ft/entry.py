@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from raytune_ft.errors import RaytuneError
+from raytune_ft.errors import Interrupted, RaytuneError
 
 INTERRUPTED = 130
 BROKEN_PIPE = 141
@@ -34,6 +34,9 @@ def exit_code(work: Callable[[], int | None]) -> int:
     """Run a command and return its exit code, having told the user what was wrong."""
     try:
         return work() or 0
+    except Interrupted as end:  # what was asked for is no error
+        print(end, file=sys.stderr, flush=True)
+        return end.exit_code
     except RaytuneError as error:
         tell(str(error))
         return error.exit_code

@@ -24,8 +24,10 @@ TensorBatch = dict[str, torch.Tensor]
 
 
 class Sizes(Protocol):
-    """How a rank's packs become micro-batches, `TrainSection`'s fields; may change between steps,
-    but not the product of the first two."""
+    """How packs become micro-batches, fields of `TrainSection`.
+
+    They may change between steps, but not the product of the first two.
+    """
 
     @property
     def micro_batch_size(self) -> int: ...

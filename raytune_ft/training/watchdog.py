@@ -101,8 +101,9 @@ class Watchdog:
         faulthandler.unregister(signal.SIGUSR1)
         if self._signalled is not None:
             self._signalled.close()
-        with contextlib.suppress(OSError):
-            (self.place.folder / f".pulse_{self.place.rank}.json").unlink()
+        for name in (f".pulse_{self.place.rank}.json", f".signal_{self.place.rank}"):
+            with contextlib.suppress(OSError):
+                (self.place.folder / name).unlink()
 
     def _watch(self) -> None:
         looked = time.monotonic()

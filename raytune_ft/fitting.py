@@ -1,0 +1,225 @@
+"""Fit: a prepared run in, its Ray Train workers seen through to their end.
+
+What ends a run comes back as one error of `errors`: what a worker wrote down, a signal, or workers
+that were lost too often. The main thread only waits, so that signals reach it at once.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import ray
+
+from raytune_ft import errors
+from raytune_ft.cluster import noise_to
+from raytune_ft.config.schema import Recipe
+from raytune_ft.data.feeder import Supply
+from raytune_ft.preparation import Prepared
+from raytune_ft.screen import Screen
+from raytune_ft.training import failures, worker
+from raytune_ft.training.checkpoint import step_folders, step_of
+from raytune_ft.training.guards import Guards
+from raytune_ft.training.interruption import AskedToEnd
+from raytune_ft.training.run_folder import Event, RunFolder
+from raytune_ft.training.watchdog import PATIENCE_S
+from raytune_ft.wish import GRACE_S, Wish
+
+POLL_SECONDS = 0.2
+ASK_SECONDS = 0.5
+ALONE_SECONDS = 10.0
+"""Behind the failure that ends a run, for workers that have not met it."""
+CPUS_PER_WORKER = 0.5
+"""Less than a core, so that several workers find room on a small machine."""
+
+
+def fit(prepared: Prepared, supply: Supply, folder: RunFolder, screen: Screen) -> None:
+    """Run the workers to the end.
+
+    Raises:
+        RaytuneError: what ended them, as a worker told it; TrainingError if it could not.
+        Interrupted: a signal asked for the end; the run can be taken up again.
+    """
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    recipe = Recipe.model_validate(prepared.job.recipe)
+    failures.begin(folder)
+    on_gpu = ray.cluster_resources().get("GPU", 0) >= 1
+    mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
+    trainer = TorchTrainer(
+        train_loop_per_worker,
+        train_loop_config={"job": prepared.job, "supply": supply, "mailbox": mailbox},
+        # for the start, in which ranks take their time; guards.guarded sets that of the steps
+        torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo", timeout_s=PATIENCE_S),
+        scaling_config=ScalingConfig(
+            num_workers=recipe.run.workers,
+            use_gpu=on_gpu,
+            resources_per_worker={"CPU": CPUS_PER_WORKER, **({"GPU": 1} if on_gpu else {})},
+        ),
+        run_config=RunConfig(
+            name=f"attempt_{os.getpid()}",
+            storage_path=str(folder.path / "ray"),
+            failure_config=FailureConfig(max_failures=recipe.run.max_failures),
+        ),
+    )
+    screen.stage("workers")
+    with Wish() as wish, watched(mailbox, screen, folder):
+        ended = Fit(trainer)
+        try:
+            see_through(ended, wish, mailbox, folder, screen)
+        except errors.Interrupted:
+            folder.update(status="stopped")
+            raise
+        except errors.RaytuneError:
+            folder.update(status="failed")
+            raise
+
+
+class Fit(threading.Thread):
+    """`trainer.fit()` beside the main thread, which signals wake; Ray Train would handle them."""
+
+    def __init__(self, trainer: Any) -> None:
+        super().__init__(daemon=True)
+        self.trainer = trainer
+        self.error: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        """Keep what it raises."""
+        try:
+            self.trainer.fit()
+        except BaseException as error:  # a Ray that is shut down ends it by SystemExit
+            self.error = error
+
+
+def see_through(ended: Fit, wish: Wish, mailbox: Any, folder: RunFolder, screen: Screen) -> None:
+    """Wait for the workers; raise what ends the run, though some of them may not know it yet."""
+    told, known = False, 0.0
+    while ended.is_alive():
+        ended.join(POLL_SECONDS)
+        if wish.signal is not None and not told:
+            told = True
+            mailbox.stop.remote()
+            screen.line("stopping behind this step's checkpoint; once more stops at once")
+        if failures.fatal(folder) is not None:
+            known = known or time.monotonic()
+            if time.monotonic() - known > ALONE_SECONDS:
+                break  # the others wait for a worker that is done
+        if wish.is_late:
+            break
+    on = f"go on with raytune-ft train --resume {shown(folder)}"
+    fatal = failures.fatal(folder)
+    if isinstance(fatal, errors.Interrupted):
+        raise errors.Interrupted(f"{fatal}; {on}")
+    if fatal is not None:
+        raise fatal
+    if wish.is_late:
+        steps = step_folders(folder.checkpoints)
+        last = f"its checkpoint of step {step_of(steps[-1])} stands" if steps else "it has none yet"
+        raise errors.Interrupted(f"stopped in a step longer than {GRACE_S:g} s; {last}; {on}")
+    if isinstance(ended.error, ray.train.TrainingFailedError):
+        said = failures.last(folder)
+        raise errors.TrainingError(
+            f"the workers ended and may not be started again (run.max_failures), the last time: "
+            f"{said['words'] if said else failures.last_line(ended.error)}; see "
+            f"{shown(folder)}/run.log"
+        ) from None
+    if ended.error is not None:
+        raise ended.error
+
+
+def train_loop_per_worker(config: dict[str, Any]) -> None:
+    """Entry on each Ray Train worker: bind the streams and hand over to training.worker."""
+    job: worker.Job = config["job"]
+    supply: Supply = config["supply"]
+    mailbox = config["mailbox"]
+    rank = ray.train.get_context().get_world_rank()
+    packs, validation = supply.of_rank(rank)
+    folder = RunFolder(job.run_path)
+    with noise_to(folder.log), AskedToEnd() as killed, asked_by(mailbox) as asked:
+        guards = Guards(interrupted=lambda: killed() or asked(), watched=True)
+        failures.guard(
+            lambda: worker.run(job, packs, validation, mailbox.put.remote, guards), folder, rank
+        )
+    ray.train.report({"done": True})
+
+
+@contextmanager
+def asked_by(mailbox: Any) -> Iterator[Callable[[], bool]]:
+    """Ask the driver beside the training whether the run is to stop; yield what tells it."""
+    asked, done = threading.Event(), threading.Event()
+
+    def ask() -> None:
+        with suppress(ray.exceptions.RayError):  # the driver is gone, and with it this process
+            while not done.wait(ASK_SECONDS) and not asked.is_set():
+                if ray.get(mailbox.stopping.remote()):
+                    asked.set()
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        yield asked.is_set
+    finally:
+        done.set()
+
+
+class Mailbox:
+    """Carries events from rank 0 to the driver's screen, and the wish to stop to the workers."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self.asked = False
+
+    def stop(self) -> None:
+        """Ask the workers to stop."""
+        self.asked = True
+
+    def stopping(self) -> bool:
+        """Tell whether they were asked to."""
+        return self.asked
+
+    def put(self, event: Event) -> None:
+        """Add one event."""
+        self.events.append(event)
+
+    def take(self) -> list[Event]:
+        """Hand over all events since the last call."""
+        events, self.events = self.events, []
+        return events
+
+
+@contextmanager
+def watched(mailbox: Any, screen: Screen, folder: RunFolder) -> Iterator[None]:
+    """Show what arrives in the mailbox while the block runs."""
+    done = threading.Event()
+
+    def show() -> None:
+        loads = 0
+        while True:
+            ended = done.wait(POLL_SECONDS)
+            for event in ray.get(mailbox.take.remote()):
+                loads += event.get("name") == "load model"
+                if loads > 1 and event.get("name") == "load model":
+                    said = failures.last(folder)
+                    screen({"kind": "restart", "why": said["words"] if said else ""})
+                screen(event)
+            if ended:
+                return
+
+    thread = threading.Thread(target=show, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join(timeout=10)
+
+
+def shown(folder: RunFolder) -> str:
+    """Write a path as a person would type it here."""
+    path = os.path.relpath(folder.path)
+    return str(folder.path) if path.startswith("..") else path
