@@ -20,6 +20,8 @@ def problem(recipe: Recipe) -> str | None:
 
 def _problems(recipe: Recipe) -> Iterator[str]:
     yield from _of_method(recipe)
+    yield from _of_adapter(recipe)
+    yield from _of_optimizer(recipe)
     yield from _of_objective(recipe)
     yield from _of_evaluation(recipe)
 
@@ -35,6 +37,71 @@ def _of_method(recipe: Recipe) -> Iterator[str]:
         yield f"train.deepspeed '{zero}' cannot shard {model.quantization} weights; use zero2"
     if recipe.train.min_lr > recipe.train.lr:
         yield "train.min_lr is above train.lr; lower train.min_lr"
+
+
+def _of_adapter(recipe: Recipe) -> Iterator[str]:
+    model, lora, zero = recipe.model, recipe.lora, recipe.train.deepspeed
+    twice = sorted({text for text in model.new_tokens if model.new_tokens.count(text) > 1})
+    if twice:
+        yield f"model.new_tokens has '{twice[0]}' twice; leave one out"
+    if any(not text.strip() for text in model.new_tokens):
+        yield "model.new_tokens has a token of blanks; leave it out"
+    if model.method == "full":
+        return
+    init = str(lora.init_lora_weights)
+    if init.startswith(("pissa", "olora")) and model.quantization != "none":
+        yield (
+            f"lora.init_lora_weights '{init}' moves weights out of the base, and what is left "
+            f"would be quantised anew: no adapter would fit the base itself; "
+            f"{'use loftq' if model.quantization == 'nf4' else 'leave it out'}, or set "
+            "model.quantization: none"
+        )
+    if init == "loftq" and model.quantization != "nf4":
+        yield (
+            "lora.init_lora_weights 'loftq' makes up for what NF4 loses; set model.quantization: "
+            "nf4, or use pissa"
+        )
+    if init == "orthogonal" and lora.r % 2:
+        yield f"lora.init_lora_weights 'orthogonal' needs an even lora.r; use {lora.r + 1}"
+    if model.load_from is not None and init.startswith(("pissa", "olora", "loftq", "eva")):
+        yield (
+            f"lora.init_lora_weights '{init}' is how a new adapter begins, and model.load_from "
+            "gives one that has begun; leave one of them out"
+        )
+    if zero.startswith("zero3"):
+        for name, asked in (
+            ("lora.use_dora", lora.use_dora),
+            ("model.new_tokens", model.new_tokens),
+        ):
+            if asked:
+                yield f"train.deepspeed '{zero}' shards the weights that {name} reads; use zero2"
+
+
+def _of_optimizer(recipe: Recipe) -> Iterator[str]:
+    train = recipe.train
+    if train.deepspeed.startswith("zero") and (found := unsharded(train.optimizer)):
+        yield f"train.deepspeed '{train.deepspeed}' {found}"
+    if train.neftune_noise_alpha is not None and train.objective != "sft":
+        yield (
+            f"train.neftune_noise_alpha would make train.objective '{train.objective}' compare "
+            "answers to shaken questions; leave it out, or set train.objective: sft"
+        )
+
+
+def unsharded(optimizer: str) -> str | None:
+    """Say why ZeRO cannot spread an optimizer's state over ranks, and what to do; None if it can.
+
+    ZeRO lays weights end to end and cuts them anywhere: numbers must not depend on their
+    neighbours.
+    """
+    if optimizer == "muon":
+        return "cuts up the matrices that train.optimizer 'muon' needs whole; set it to none"
+    if optimizer.endswith("8bit"):
+        return (
+            f"cuts up the blocks in which train.optimizer '{optimizer}' keeps its averages; set "
+            "it to none, or use paged_adamw_32bit"
+        )
+    return None
 
 
 def _of_objective(recipe: Recipe) -> Iterator[str]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from raytune_ft.config import catalog
 from raytune_ft.config.document import nearest
+from raytune_ft.config.pairs import unsharded
 from raytune_ft.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -110,6 +111,8 @@ def problem(config: dict[str, Any], recipe: Recipe, dtype: str) -> str | None:
             return f"'{key}' is {given} in the file, but the recipe says {numbers[key]}; {_WRITE}"
         if key in HALVES and (found := _half_problem(key, given, dtype)):
             return found
+    if stage_of(config) in (1, 2, 3) and (found := unsharded(recipe.train.optimizer)):
+        return f"'zero_optimization.stage' {found}"
     known = (*numbers, *HALVES, *FREE, "zero_optimization")
     return _unknown("", config, known) or _zero_problem(_block(config, "zero_optimization"))
 

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from raytune_ft.config import problems
 from raytune_ft.config.document import KeyPath
+from raytune_ft.config.pairs import unsharded
 from raytune_ft.config.schema import Recipe
 from raytune_ft.errors import RecipeError
 from raytune_ft.importers.values import Unknown, Value
@@ -89,6 +90,17 @@ class Draft:
             for key, value in keys.unread():
                 self.note(value.line, f"{keys.shown(key, value)} is left out", keys.unread_means)
         self.sections.clear()
+        self._part_from_zero()
+
+    def _part_from_zero(self) -> None:
+        """Leave ZeRO out where it cannot spread the optimizer's state, as other trainers let it."""
+        optimizer, zero = self.get("train.optimizer"), self.get("train.deepspeed")
+        if optimizer is None or zero == "none" or not unsharded(optimizer):
+            return
+        line = self.lines["train", "optimizer"]
+        if zero is not None:
+            self.note(line, f"{zero} does not go with {optimizer}", "train.deepspeed is none")
+        self.set("train.deepspeed", "none", line)
 
     def report(self) -> list[str]:
         """Return a line per thing that was not carried over, and one for the machinery."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import warnings
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -153,11 +152,8 @@ def save_adapter(model: nn.Module, folder: Path, base: str) -> None:
 
 
 def keep_beginning(model: nn.Module, folder: Path) -> None:
-    """Write what an adapter begins with, whole or not at all, for `attach` in a later process."""
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    _write(part, _adapter_state(model), cast(Any, model).peft_config["default"].to_dict())
-    part.rename(folder)
+    """Write what an adapter begins with, for `attach` in a later process."""
+    _write(folder, _adapter_state(model), cast(Any, model).peft_config["default"].to_dict())
 
 
 def _write(folder: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
@@ -165,6 +161,8 @@ def _write(folder: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any
     content = {key: _plain(value) for key, value in config.items()}
     # how it began is no matter of who loads it: PEFT would begin anew, and change the base again
     content |= {"init_lora_weights": True, "eva_config": None, "loftq_config": {}}
+    if isinstance(content["target_modules"], list):
+        content["target_modules"] = sorted(content["target_modules"])
     save_tensors(
         {key: value.detach().cpu().contiguous() for key, value in tensors.items()},
         folder / WEIGHTS_FILE,

@@ -32,6 +32,9 @@ FIRST = "raytune_first"
 """Attribute of a wrapped model: the pairs whose product was taken out of its base."""
 PEFT_PREFIX = "base_model.model."
 ADAPTER = "default"
+LOSS_INPUTS = (
+    "input_ids", "labels", "position_ids", "segment_ids", "cu_seqlens", "max_seqlen",
+)  # fmt: skip
 EVA_PASSES = 60
 """Over the samples; directions that have not settled by then never will, on these rows."""
 
@@ -161,12 +164,15 @@ def _begin_loftq(model: Any, source: Source | None) -> None:
     waiting = {name.removeprefix(PEFT_PREFIX): layer for name, layer in layers_of(model)}
 
     def visit(name: str, weight: torch.Tensor) -> torch.Tensor:
-        layer = waiting.pop(name.removesuffix(".weight"), None)
+        place = name.removesuffix(".weight")
+        layer = waiting.pop(place, None)
         if layer is not None:
-            _check_rank(name, layer, "loftq")
+            _check_rank(place, layer, "loftq")
             stored = layer.get_base_layer().weight
             if not hasattr(stored, "quant_state"):
-                raise RecipeError(f"lora.targets: {name} is not quantised; loftq is for NF4 layers")
+                raise RecipeError(
+                    f"lora.targets: {place} is not quantised; loftq is for NF4 layers"
+                )
             seen = dequantized(stored.data, stored.quant_state).float()
             put(layer, loftq(weight.to(seen) - seen, layer.r[ADAPTER], _scale(layer)))
             _renew_lengths(layer)
@@ -217,7 +223,7 @@ def _begin_eva(model: Any, lora: LoraSection, source: Source | None) -> None:
                 "lora.init_lora_weights 'eva': the directions of the first rows do not settle; "
                 "lower lora.r, raise train.accumulation or choose another beginning"
             )
-        loss(**inputs)
+        loss(**{key: inputs[key] for key in LOSS_INPUTS if key in inputs})
 
     chosen = [batch for batch in samples if len(_looked_at(batch, None)) >= wanted]
     with quiet():
@@ -234,8 +240,8 @@ def _begin_eva(model: Any, lora: LoraSection, source: Source | None) -> None:
 
 def _rho(model: Any) -> float:
     """Return how many times r directions each layer may get: PEFT's 2, or as many as it has."""
-    most = [min(layer.in_features, layer.out_features) for _, layer in layers_of(model)]
-    return min(2.0, min(most) / float(model.peft_config[ADAPTER].r))
+    most = [int(min(layer.in_features, layer.out_features)) for _, layer in layers_of(model)]
+    return min(2.0, min(most) / int(model.peft_config[ADAPTER].r))
 
 
 def _looked_at(batch: Batch, _config: Any) -> torch.Tensor:

@@ -2,37 +2,81 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from raytune_ft.config.schema import Recipe
-from raytune_ft.model import adapter, loading
+from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
+from raytune_ft.model import adapter, beginnings, loading, new_tokens, noise
 from raytune_ft.model.preference import build_loss
-from raytune_ft.training import presets
-from raytune_ft.training.engine import Engine, TorchEngine, ZeroEngine
+from raytune_ft.training import durable, presets
+from raytune_ft.training.batching import TensorBatch
+from raytune_ft.training.engine import Engine, TorchEngine, ZeroEngine, rank
+
+Samples = Callable[[], Iterable[TensorBatch]]
+BEGINNING = "beginning"
+"""In a run's folder: what its adapter began with, where finding it takes long or needs rows."""
 
 
 def build_engine(
-    recipe: Recipe, model_folder: Path, device: torch.device
+    recipe: Recipe,
+    model_folder: Path,
+    device: torch.device,
+    samples: Samples | None = None,
+    run: Path | None = None,
 ) -> tuple[Engine, torch.nn.Module]:
-    """Load the model, attach the adapter and wrap both into the recipe's engine."""
+    """Load the model, attach the adapter and wrap both into the recipe's engine.
+
+    Args:
+        recipe: every section but `run` and `tune` may count.
+        model_folder: checked by `prepare_folder`.
+        device: of this rank.
+        samples: gives the first micro-batches, the same on every rank; `eva` looks at them.
+        run: folder in which an adapter's beginning is kept, and looked for.
+    """
     head_trained = recipe.model.method == "full" or adapter.trains_head(recipe.lora)
     model: Any = loading.load_model(model_folder, recipe.model, device, head_trained=head_trained)
+    pieces = _new_tokens(recipe, model_folder)
+    new_tokens.make_room(model, pieces)
     if recipe.model.method == "lora":
-        model = adapter.attach(model, recipe.lora, recipe.train.seed)
+        source = adapter.Source(model_folder, samples)
+        model = _adapted(model, recipe, source, run, pieces)
     else:
         model.requires_grad_(True)
     if _recompute(recipe, device):
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     dtype = loading.compute_dtype(recipe.model, device)
     config = presets.resolve(recipe, dtype, on_gpu=device.type == "cuda")
     module, ratio = build_loss(model, recipe.train), recipe.lora.loraplus_lr_ratio
+    if recipe.train.neftune_noise_alpha is not None:
+        noise.install(module, model, recipe.train.neftune_noise_alpha)
     if config is None:
         return TorchEngine(module, device, recipe.train, dtype, b_lr_ratio=ratio), model
     return ZeroEngine(module, device, recipe.train, config, b_lr_ratio=ratio), model
+
+
+def _new_tokens(recipe: Recipe, model_folder: Path) -> new_tokens.Pieces:
+    if not recipe.model.new_tokens:
+        return {}
+    section = recipe.model
+    read = TextTokenizer.from_folder(model_folder, section.eos_token, section.new_tokens)
+    return read.new_tokens
+
+
+def _adapted(
+    model: Any, recipe: Recipe, source: adapter.Source, run: Path | None, ids: Collection[int]
+) -> Any:
+    lora, seed = recipe.lora, recipe.train.seed
+    kept = run / BEGINNING if run and beginnings.is_kept(lora.init_lora_weights) else None
+    wrapped = adapter.attach(model, lora, seed, source=source, kept=kept, new_ids=ids)
+    if kept is not None and rank() == 0 and not kept.exists():
+        with durable.whole_folder(kept) as place:
+            adapter.keep_beginning(wrapped, place)
+    return wrapped
 
 
 def _recompute(recipe: Recipe, device: torch.device) -> bool:

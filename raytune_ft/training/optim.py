@@ -10,11 +10,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
 from raytune_ft.config.schema import TrainSection
 
-Named = Mapping[str, nn.Parameter]
+Named = Mapping[str, torch.Tensor]
 LR_SCALE = "lr_scale"
 """Key of a parameter group: its learning rate over the run's."""
 B_MATRICES = ("lora_B", "lora_embedding_B")
@@ -142,7 +141,7 @@ class MuonAdamW(torch.optim.Optimizer):
         return loss
 
 
-def is_matrix(name: str, parameter: nn.Parameter) -> bool:
+def is_matrix(name: str, parameter: torch.Tensor) -> bool:
     """Tell whether Muon takes a parameter: a layer's matrix, no table of tokens."""
     return parameter.ndim == 2 and not any(part in name for part in NO_MATRICES)
 
@@ -158,14 +157,14 @@ def _split(groups: Iterable[dict[str, Any]], matrices: set[int]) -> Iterator[dic
 def _groups(trained: Named, b_lr_ratio: float | None) -> list[dict[str, Any]]:
     if b_lr_ratio is None:
         return [{"params": list(trained.values())}]
-    parts: dict[float, list[nn.Parameter]] = {1.0: [], b_lr_ratio: []}
+    parts: dict[float, list[torch.Tensor]] = {1.0: [], b_lr_ratio: []}
     for name, parameter in trained.items():
         is_b = any(f".{matrix}." in name for matrix in B_MATRICES)
         parts[b_lr_ratio if is_b else 1.0].append(parameter)
     return [{"params": group, LR_SCALE: scale} for scale, group in parts.items() if group]
 
 
-def _beginner(optimizer: Any) -> Callable[[nn.Parameter], None]:
+def _beginner(optimizer: Any) -> Callable[[torch.Tensor], None]:
     """Return what gives a parameter the state that it begins with, for optimizers that page it."""
     if not hasattr(optimizer, "init_state"):
         return lambda parameter: optimizer.state.pop(parameter, None) and None
@@ -175,7 +174,7 @@ def _beginner(optimizer: Any) -> Callable[[nn.Parameter], None]:
         for j, parameter in enumerate(group["params"])
     }
 
-    def begin(parameter: nn.Parameter) -> None:
+    def begin(parameter: torch.Tensor) -> None:
         optimizer.state[parameter] = {}
         optimizer.init_state(*places[id(parameter)])
 

@@ -196,7 +196,8 @@ def test_axolotl(tmp_path: Path) -> None:
     assert (second.path, second.columns) == ("chats.jsonl", {})
     train = recipe.train
     assert (train.lr, train.epochs, train.warmup_steps) == (2e-4, 2, 10)
-    assert (train.optimizer, train.deepspeed) == ("paged_adamw_8bit", "zero1")
+    assert (train.optimizer, train.deepspeed) == ("paged_adamw_8bit", "none")
+    assert "zero1 does not go with paged_adamw_8bit; train.deepspeed is none" in told(draft)
     assert (recipe.data.validation, recipe.data.max_length, recipe.data.pack) == (0.05, 2048, True)
     assert (recipe.checkpoint.every, recipe.checkpoint.keep) == ("epoch", 4)
     assert (recipe.run.storage, recipe.run.name) == ("./outputs", "out")

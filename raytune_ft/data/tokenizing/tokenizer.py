@@ -52,7 +52,11 @@ class TextTokenizer:
         self.vocab_size: int = self._backend.get_vocab_size(with_added_tokens=True)
         added: dict[int, AddedToken] = self._backend.get_added_tokens_decoder()
         self.special_tokens = {token.content: id_ for id_, token in added.items() if token.special}
-        self.new_tokens = {self._backend.token_to_id(text): ids for text, ids in spec.new_tokens}
+        self.new_tokens = {
+            id_: former
+            for text, former in spec.new_tokens
+            if (id_ := self.token_id(text)) is not None
+        }
         self._markers = {
             id_: token.content
             for id_, token in added.items()
