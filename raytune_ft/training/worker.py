@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +22,19 @@ from raytune_ft.data.packing import Pack, Position
 from raytune_ft.data.places import Placed
 from raytune_ft.data.questions import Question
 from raytune_ft.data.templating.templates import get_template
+from raytune_ft.data.tokenizing import hf_files
 from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
 from raytune_ft.model import adapter, side_files
 from raytune_ft.training import best, checkpoint, course, dry_step, durable, identity
 from raytune_ft.training.answering import Voice
-from raytune_ft.training.batching import steps
+from raytune_ft.training.batching import TensorBatch, steps
 from raytune_ft.training.build import build_engine
 from raytune_ft.training.callbacks import build_hooks
 from raytune_ft.training.checkpoint import TrainState
 from raytune_ft.training.engine import Engine, rank, world_size
 from raytune_ft.training.exclusive import only_writer
 from raytune_ft.training.guards import Guards, guarded
+from raytune_ft.training.load_from import Begin
 from raytune_ft.training.loop import Emit, train
 from raytune_ft.training.recording import recorded
 from raytune_ft.training.room import Room
@@ -59,6 +62,8 @@ class Job:
     """Of the training rows; a checkpoint goes on with the same ones only."""
     questions: tuple[Question, ...] = ()
     """Held-out rows that are answered for `eval.metrics`."""
+    begin: Begin | None = None
+    """Trained weights that the run begins with."""
 
 
 def run(
@@ -94,7 +99,9 @@ def _run(
     room.tell = lambda text: emit("warning", text=text)
 
     emit("stage", name="load model")
-    engine, model = build_engine(recipe, Path(job.model_folder), device)
+    engine, model = build_engine(
+        recipe, Path(job.model_folder), device, partial(_first_batches, packs, recipe), folder.path
+    )
     tokenizer = TextTokenizer.from_folder(
         job.model_folder, recipe.model.eos_token, recipe.model.new_tokens
     )
@@ -124,7 +131,7 @@ def _run(
     with engine.whole():
         if rank() == 0:
             emit("stage", name="export")
-            _export(recipe, model, folder, job.model_folder)
+            _export(recipe, voice, folder, Path(job.model_folder))
     if rank() == 0:
         folder.update(**best.record(state, recipe.eval))
     return state
@@ -183,10 +190,19 @@ def _device(sharing: int) -> torch.device:
     return torch.device("cpu")
 
 
-def _export(recipe: Recipe, model: Any, folder: RunFolder, base: str) -> None:
-    if recipe.model.method == "lora":
-        with durable.whole_folder(folder.adapter) as place:
-            adapter.save_adapter(model, place, base)
-    else:
-        with durable.whole_folder(folder.model) as place:
-            side_files.save_full(model, Path(base), place)
+def _first_batches(packs: PackStream, recipe: Recipe) -> list[TensorBatch]:
+    """Return the micro-batches of the first step as one rank alone would have them."""
+    with _closing(packs(Position())) as stream:
+        return next(steps(stream, recipe.train, rank=0, workers=1)).micro_batches
+
+
+def _export(recipe: Recipe, voice: Voice, folder: RunFolder, base: Path) -> None:
+    is_adapter = recipe.model.method == "lora"
+    with durable.whole_folder(folder.adapter if is_adapter else folder.model) as place:
+        if is_adapter:
+            adapter.save_adapter(voice.model, place, str(base))
+        else:
+            side_files.save_full(voice.model, base, place)
+        if recipe.model.new_tokens:
+            template = hf_files.chat_template(recipe.model.template, voice.tokenizer)
+            hf_files.write(voice.tokenizer, place, template)
