@@ -60,10 +60,9 @@ NO_OPTION = {
 }
 """Options of XTuner that no verb has, and what to do instead."""
 NO_VERB = {
-    "test": "rows are measured during training: data.validation, and MMLU by chat_eval.mmlu",
+    "test": "rows are measured during training: data.validation; benchmarks: raytune-ft eval RUN",
     "mmbench": "images are not read",
     "dist_train": "raytune-ft train, with run.workers=N",
-    "eval": "rows are measured during training: data.validation, and MMLU by chat_eval.mmlu",
 }
 
 
