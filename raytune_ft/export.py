@@ -59,7 +59,7 @@ def merge(
     Raises:
         RecipeError: nothing to merge, `out` is not empty, or the model has no native form.
     """
-    from raytune_ft.model import adapter
+    from raytune_ft.model import adapter, new_tokens
 
     folder = RunFolder.existing(run)
     recipe = load_recipe(str(folder.recipe))
@@ -69,14 +69,17 @@ def merge(
         raise RecipeError(
             f"{run}: a full-parameter run has nothing to merge; its model is {result}"
         )
+    added, base_folder = folder.info().get("new_tokens"), Path(folder.info()["model_folder"])
+    if added and layout == "original":
+        new_tokens.check_place(base_folder)
     chosen = base or ("dequantized" if recipe.model.quantization == "nf4" else "original")
     if out is None and target.exists():
         shutil.rmtree(target)
     adapter.merge_to(
-        Path(folder.info()["model_folder"]), result, target, max_shard_size, base=chosen,
+        base_folder, result, target, max_shard_size, base=chosen,
         section=recipe.model, layout=layout,
     )  # fmt: skip
-    if layout == "native" and not (target / "tokenizer.json").is_file():
+    if added or (layout == "native" and not (target / "tokenizer.json").is_file()):
         write_tokenizer(folder, target)
     write_json(target / MARKER, {**marker(folder), "merged_into": chosen})
     return target
@@ -85,7 +88,9 @@ def merge(
 def write_tokenizer(run: RunFolder, target: Path) -> None:
     """Write a run's tokenizer and template as transformers reads them, without code."""
     info = run.info()
-    tokenizer = TextTokenizer.from_folder(info["model_folder"], info.get("eos_token"))
+    tokenizer = TextTokenizer.from_folder(
+        info["model_folder"], info.get("eos_token"), info.get("new_tokens") or ()
+    )
     hf_files.write(tokenizer, target, hf_files.chat_template(info["template"], tokenizer))
 
 
@@ -111,6 +116,7 @@ def marker(folder: RunFolder) -> dict[str, Any]:
         "quantization": info["quantization"],
         "double_quant": info["double_quant"],
         "eos_token": info.get("eos_token"),
+        "new_tokens": info.get("new_tokens") or [],
         "run": info["name"],
         "version": info["version"],
     }

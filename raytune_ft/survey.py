@@ -69,6 +69,10 @@ def survey(recipe: Recipe) -> Survey:
             folder, recipe.model.eos_token, recipe.model.new_tokens
         )
         templates.get_template(recipe.model.template, found.tokenizer)
+        if recipe.model.new_tokens and recipe.model.method == "full":
+            from raytune_ft.model import new_tokens  # torch takes seconds to import
+
+            new_tokens.check_place(folder)
     check_deepspeed(recipe)
     count_rows(found)
     found.notes += remarks(found)

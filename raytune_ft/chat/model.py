@@ -178,7 +178,9 @@ def load_source(
     from raytune_ft.model.loading import load_model, prepare_folder
 
     folder = prepare_folder(source.base, log)
-    tokenizer = TextTokenizer.from_folder(folder, source.section.eos_token)
+    tokenizer = TextTokenizer.from_folder(
+        folder, source.section.eos_token, source.section.new_tokens
+    )
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     head_trained = source.adapter is not None and has_head(source.adapter)
     model: Any = load_model(folder, source.section, place, head_trained=head_trained)

@@ -120,7 +120,8 @@ def _result(folder: Path, run: Path) -> ChatSource:
     source = ChatSource(
         name=str(info.get("name") or run.name),
         base=str(folder),
-        section=_with(trained, path=str(folder), quantization="none"),
+        # a model's own tokenizer has them
+        section=_with(trained, path=str(folder), quantization="none", new_tokens=[]),
         template=str(record.get("template") or info.get("template") or trained.template),
         system=_system(record, info, recipe),
     )
@@ -147,7 +148,7 @@ def _adapter(folder: Path) -> ChatSource:
             f"{folder}: adapter_config.json names no base model; write it into "
             f'{RECORD} as {{"base": FOLDER}}'
         )
-    kept = ("quantization", "double_quant", "eos_token")
+    kept = ("quantization", "double_quant", "eos_token", "new_tokens")
     given = {key: record[key] for key in kept if key in record}
     return ChatSource(
         name=_folder_name(folder),

@@ -117,8 +117,9 @@ def _merge(
 
     config, weights = read_adapter(adapter_folder, original.family.layout, original.widths)
     updates = low_rank_updates(config, weights)
+    rows = None
     if updates is None:
-        change, untie = _merged_by_peft(original, adapter_folder, requantize)
+        change, untie, rows = _merged_by_peft(original, adapter_folder, requantize)
     else:
         _check_in_base(original, updates)
         untie = original.tied and original.head in updates
@@ -131,9 +132,9 @@ def _merge(
         writer.add(name, tensor)
     n_shards = writer.close()
     if form == "original":
-        copy_side_files(original, writer.folder, untied=untie)
+        copy_side_files(original, writer.folder, untied=untie, rows=rows)
     else:
-        write_native_files(original, writer.folder, untied=untie)
+        write_native_files(original, writer.folder, untied=untie, rows=rows)
     count = 0 if updates is None else len(updates)
     return count, len(writer.names), n_shards, writer.total_bytes, updates is None
 
@@ -203,8 +204,8 @@ def _check_in_base(original: Original, updates: dict[str, Update]) -> None:
 
 def _merged_by_peft(
     original: Original, adapter_folder: Path, requantize: Change
-) -> tuple[Change, bool]:
-    """Merge in memory; return what gives each native tensor its new content, and `untie`."""
+) -> tuple[Change, bool, int | None]:
+    """Merge in memory; return what gives each native tensor its new content, `untie`, `rows`."""
     from raytune_ft.model.adapter import load_adapter
 
     section = ModelSection(path=str(original.folder), dtype="float32")
@@ -219,4 +220,6 @@ def _merged_by_peft(
     state: dict[str, torch.Tensor] = merged.state_dict()
     embedding = merged.get_input_embeddings().weight
     untie = original.tied and state[original.head].data_ptr() != embedding.data_ptr()
-    return lambda name, tensor: state[name].to(tensor.dtype), untie
+    grown = len(embedding) != original.config.get_text_config().vocab_size
+    rows = len(embedding) if grown else None
+    return lambda name, tensor: state[name].to(tensor.dtype), untie, rows

@@ -8,6 +8,7 @@ spare keeps its size; none is ever made smaller.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,22 @@ from raytune_ft.model.silence import quiet
 
 Pieces = Mapping[int, Sequence[int]]
 """A new token's id -> the ids that its text had before."""
+
+
+def check_place(folder: Path) -> None:
+    """Refuse a model whose own files have no place for added tokens; RecipeError says what to do.
+
+    For what is written in the base's own layout: a model trained in full, or merged so.
+    """
+    from raytune_ft.model.original import Original
+    from raytune_ft.model.side_files import is_native
+
+    if not is_native(Original.of(folder)):
+        raise RecipeError(
+            f"model.new_tokens: the files of {folder} are read by the model's own code, which has "
+            "no place for them; train an adapter (model.method: lora), and merge it with layout "
+            "native"
+        )
 
 
 def make_room(model: Any, pieces: Pieces) -> None:

@@ -30,29 +30,57 @@ NOTHING = object()
 MAX_SHARD_SIZE = "5GB"
 
 
-def copy_side_files(original: Original, folder: Path, *, untied: bool = False) -> None:
-    """Copy everything but weights from the base's folder; `untied`: the head is its own now."""
+def copy_side_files(
+    original: Original, folder: Path, *, untied: bool = False, rows: int | None = None
+) -> None:
+    """Copy everything but weights from the base's folder.
+
+    Args:
+        original: the base.
+        folder: target.
+        untied: the head is its own now.
+        rows: of the embedding, where tokens were added; the tokenizer is the caller's.
+    """
     for file in _side_files(original.folder):
         shutil.copyfile(file, folder / file.name)
-    if untied:
-        _write_config(folder, read_config(folder) | {"tie_word_embeddings": False})
+    _change_config(folder, _changes(untied=untied, rows=rows))
 
 
-def write_native_files(original: Original, folder: Path, *, untied: bool) -> None:
+def is_native(original: Original) -> bool:
+    """Tell whether a model's files are as transformers has the network."""
+    return not original.family.layout.rules and original.family.name == "native"
+
+
+def _changes(*, untied: bool, rows: int | None) -> dict[str, Any]:
+    tied = {"tie_word_embeddings": False} if untied else {}
+    return tied | ({"vocab_size": rows} if rows is not None else {})
+
+
+def _change_config(folder: Path, changes: dict[str, Any]) -> None:
+    if not changes:
+        return
+    config = read_config(folder)
+    inner = config.get("text_config")
+    if isinstance(inner, dict) and "vocab_size" in changes:
+        config["text_config"] = inner | {"vocab_size": changes["vocab_size"]}
+    _write_config(folder, config | changes)
+
+
+def write_native_files(
+    original: Original, folder: Path, *, untied: bool, rows: int | None = None
+) -> None:
     """Write what describes the native network; the tokenizer is the caller's.
 
-    A model whose files are native already keeps all of them.
+    A model whose files are native already keeps all of them. Arguments as for `copy_side_files`.
     """
-    if not original.family.layout.rules and original.family.name == "native":
-        copy_side_files(original, folder, untied=untied)
+    if is_native(original):
+        copy_side_files(original, folder, untied=untied, rows=rows)
         return
     for file in _side_files(original.folder):
         left = file.suffix in ORIGINAL_ONLY_SUFFIXES or file.name in ORIGINAL_ONLY_FILES
         if not left:
             shutil.copyfile(file, folder / file.name)
-    _write_config(
-        folder, native_config(original) | ({"tie_word_embeddings": False} if untied else {})
-    )
+    _write_config(folder, native_config(original) | _changes(untied=untied, rows=rows))
 
 
 def native_config(original: Original) -> dict[str, Any]:
@@ -78,12 +106,14 @@ def save_full(model: Any, base_folder: Path, folder: Path) -> None:
         ModelError: the written tensors are not those of the base.
     """
     original = Original.of(base_folder)
+    rows = len(model.get_input_embeddings().weight)
     with quiet():
         model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
     for file in weight_files(folder):
         file.chmod(0o644)  # safetensors makes them private
     _check_names(original, folder)
-    copy_side_files(original, folder)
+    grown = rows != original.config.get_text_config().vocab_size
+    copy_side_files(original, folder, rows=rows if grown else None)
     _state_dtype(folder, model.dtype)
 
 

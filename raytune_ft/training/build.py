@@ -12,13 +12,12 @@ from raytune_ft.config.schema import Recipe
 from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
 from raytune_ft.model import adapter, beginnings, loading, new_tokens, noise
 from raytune_ft.model.preference import build_loss
-from raytune_ft.training import durable, presets
+from raytune_ft.training import durable, load_from, presets
 from raytune_ft.training.batching import TensorBatch
 from raytune_ft.training.engine import Engine, TorchEngine, ZeroEngine, rank
+from raytune_ft.training.load_from import BEGINNING, Begin
 
 Samples = Callable[[], Iterable[TensorBatch]]
-BEGINNING = "beginning"
-"""In a run's folder: what its adapter began with, where finding it takes long or needs rows."""
 
 
 def build_engine(
@@ -27,6 +26,7 @@ def build_engine(
     device: torch.device,
     samples: Samples | None = None,
     run: Path | None = None,
+    begin: Begin | None = None,
 ) -> tuple[Engine, torch.nn.Module]:
     """Load the model, attach the adapter and wrap both into the recipe's engine.
 
@@ -36,16 +36,20 @@ def build_engine(
         device: of this rank.
         samples: gives the first micro-batches, the same on every rank; `eva` looks at them.
         run: folder in which an adapter's beginning is kept, and looked for.
+        begin: trained weights, as `load_from.prepare` found them.
     """
     head_trained = recipe.model.method == "full" or adapter.trains_head(recipe.lora)
-    model: Any = loading.load_model(model_folder, recipe.model, device, head_trained=head_trained)
+    folder = Path(begin.path) if begin and begin.kind == "model" else model_folder
+    model: Any = loading.load_model(folder, recipe.model, device, head_trained=head_trained)
     pieces = _new_tokens(recipe, model_folder)
     new_tokens.make_room(model, pieces)
     if recipe.model.method == "lora":
         source = adapter.Source(model_folder, samples)
-        model = _adapted(model, recipe, source, run, pieces)
+        model = _adapted(model, recipe, source, run, pieces, begin)
     else:
         model.requires_grad_(True)
+        if begin and begin.kind == "checkpoint":
+            load_from.put(model, Path(begin.path))
     if _recompute(recipe, device):
         model.activation_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
@@ -63,15 +67,24 @@ def _new_tokens(recipe: Recipe, model_folder: Path) -> new_tokens.Pieces:
     if not recipe.model.new_tokens:
         return {}
     section = recipe.model
+    if section.method == "full":
+        new_tokens.check_place(model_folder)
     read = TextTokenizer.from_folder(model_folder, section.eos_token, section.new_tokens)
     return read.new_tokens
 
 
 def _adapted(
-    model: Any, recipe: Recipe, source: adapter.Source, run: Path | None, ids: Collection[int]
+    model: Any,
+    recipe: Recipe,
+    source: adapter.Source,
+    run: Path | None,
+    ids: Collection[int],
+    begin: Begin | None,
 ) -> Any:
     lora, seed = recipe.lora, recipe.train.seed
     kept = run / BEGINNING if run and beginnings.is_kept(lora.init_lora_weights) else None
+    if begin is not None:
+        kept = Path(begin.path)
     wrapped = adapter.attach(model, lora, seed, source=source, kept=kept, new_ids=ids)
     if kept is not None and rank() == 0 and not kept.exists():
         with durable.whole_folder(kept) as place:
