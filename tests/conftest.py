@@ -24,6 +24,7 @@ WORDS = ["red", "blue", "stone", "river", "cloud", "seven", "night", "green", "s
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--faults", type=int, default=1, help="kills per fault test")
+    parser.addoption("--seeds", type=int, default=3, help="seeds that are run twice each")
     parser.addoption("--kills", type=int, default=20, help="kills of the data stream's ledger test")
 
 
