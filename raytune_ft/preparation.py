@@ -28,7 +28,7 @@ from raytune_ft.data.windows import Measurement, make_feed
 from raytune_ft.errors import DataError, RecipeError
 from raytune_ft.model import loading
 from raytune_ft.screen import Screen
-from raytune_ft.training import answer_metrics, liveness, mmlu
+from raytune_ft.training import answer_metrics, liveness, load_from, mmlu
 from raytune_ft.training.run_folder import STARTING, RunFolder, read_json, write_json
 from raytune_ft.training.worker import Job
 
@@ -63,6 +63,7 @@ def prepare(recipe: Recipe, folder: RunFolder, source: str, screen: Screen) -> P
         model_folder, recipe.model.eos_token, recipe.model.new_tokens
     )
     encoder = Encoder.of(recipe, tokenizer)
+    begin = load_from.prepare(recipe, model_folder, folder)
     rows = sources.open_sources(recipe.data, recipe.train.seed)
     training, held_out = sources.split_validation(rows, recipe.data, recipe.train.seed)
     compat = recipe.data.compat is not None
@@ -94,6 +95,7 @@ def prepare(recipe: Recipe, folder: RunFolder, source: str, screen: Screen) -> P
         eos_token=recipe.model.eos_token,
         new_tokens=recipe.model.new_tokens,
         expected_steps=expected_steps,
+        load_from_sha256=begin.sha256 if begin else None,
     )
     record = record_of(measured.report if measured else seen.report, seen, expected_steps)
     formats = [str(found) for found in rows.recognised]
@@ -109,6 +111,7 @@ def prepare(recipe: Recipe, folder: RunFolder, source: str, screen: Screen) -> P
         recipe.run.workers,
         training.fingerprint,
         tuple(questions),
+        begin,
     )
     return Prepared(job, Rows(train, recipe.train.epochs, tuple(seen.windows)), validation)
 

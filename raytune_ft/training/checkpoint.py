@@ -191,17 +191,18 @@ def damage(folder: Path, *, contents: bool = True) -> str | None:
         return f"no {MANIFEST}: the save was interrupted"
     except (OSError, ValueError, KeyError, TypeError):
         return f"{MANIFEST} is not readable"
-    for name, entry in entries.items():
-        path = folder / name
-        if not path.is_file() or path.stat().st_size != entry["size"]:
-            return f"'{name}' is missing or has another size"
-        try:
-            same = not contents or _sha256(path) == entry["sha256"]
-        except OSError as error:
-            return f"'{name}' cannot be read ({error.strerror})"
-        if not same:
-            return f"'{name}' has changed since it was written"
-    return None
+    found = (_file_damage(folder / name, entry, contents) for name, entry in entries.items())
+    return next((problem for problem in found if problem is not None), None)
+
+
+def _file_damage(path: Path, entry: Mapping[str, Any], contents: bool) -> str | None:
+    if not path.is_file() or path.stat().st_size != entry["size"]:
+        return f"'{path.name}' is missing or has another size"
+    try:
+        same = not contents or sha256_of(path) == entry["sha256"]
+    except OSError as error:
+        return f"'{path.name}' cannot be read ({error.strerror})"
+    return None if same else f"'{path.name}' has changed since it was written"
 
 
 def mount_of(folder: Path) -> Path:
@@ -246,7 +247,8 @@ def _manifest(entries: dict[str, dict[str, Any]]) -> str:
     return json.dumps({"version": 1, "sha256": own, "files": json.loads(files)}, indent=1)
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """Return the hash of a file's content."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

@@ -100,8 +100,9 @@ def _run(
 
     emit("stage", name="load model")
     engine, model = build_engine(
-        recipe, Path(job.model_folder), device, partial(_first_batches, packs, recipe), folder.path
-    )
+        recipe, Path(job.model_folder), device, partial(_first_batches, packs, recipe),
+        folder.path, job.begin,
+    )  # fmt: skip
     tokenizer = TextTokenizer.from_folder(
         job.model_folder, recipe.model.eos_token, recipe.model.new_tokens
     )

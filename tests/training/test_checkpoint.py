@@ -93,13 +93,13 @@ def test_older_ones_are_not_read_when_one_is_saved(
     for step in (1, 2, 3):
         write(tmp_path, step, keep=-1)
     read: list[str] = []
-    real = checkpoint._sha256
+    real = checkpoint.sha256_of
 
     def noted(path: Path) -> str:
         read.append(path.parent.name)
         return real(path)
 
-    monkeypatch.setattr(checkpoint, "_sha256", noted)
+    monkeypatch.setattr(checkpoint, "sha256_of", noted)
     write(tmp_path, 4)
     assert set(read) == {"step_000004"}
 
@@ -112,7 +112,7 @@ def restated(folder: Path, **changes: object) -> Path:
         path.unlink()
     size, sha256 = durable.write(folder / "state.json", [json.dumps(content).encode()])
     entries = {
-        path.name: {"size": path.stat().st_size, "sha256": checkpoint._sha256(path)}
+        path.name: {"size": path.stat().st_size, "sha256": checkpoint.sha256_of(path)}
         for path in folder.iterdir()
     }
     assert entries["state.json"] == {"size": size, "sha256": sha256}
