@@ -34,8 +34,8 @@ def run_figures(columns: Columns) -> str:
         ], "GiB", from_zero=True),
         Chart("seconds per step", [
             Line("step", columns["seconds"], noisy=True),
-            Line("slowest rank", columns["slowest_rank"], 1, noisy=True),
-            Line("fastest rank", columns["fastest_rank"], 2, noisy=True),
+            Line("slowest rank", columns["slowest_rank"], 1, noisy=True, faint=False),
+            Line("fastest rank", columns["fastest_rank"], 2, noisy=True, faint=False),
         ], from_zero=True),
         Chart("waiting for data", [Line("wait", percent(columns, "data_wait"), 1, noisy=True)],
               "% of a step", from_zero=True),

@@ -29,7 +29,7 @@ def memory_table(info: Event, columns: Columns) -> str:
         return ""
     planned = _planned(info)
     longest = max(1e-9, *planned.values(), *measured.values())
-    body = _rows("planned", planned, longest) + _rows("measured", measured, longest)
+    body = _rows("planned", planned, longest, 7) + _rows("measured", measured, longest, 0)
     return f"<h2>Memory per worker</h2><table class=pairs>{body}</table>"
 
 
@@ -44,9 +44,9 @@ def _planned(info: Event) -> dict[str, float]:
     return {**known, "all parts": sum(known.values())} if known else {}
 
 
-def _rows(kind: str, sizes: Mapping[str, float], longest: float) -> str:
+def _rows(kind: str, sizes: Mapping[str, float], longest: float, color: int) -> str:
     return "".join(
-        f"<tr><th>{kind}: {text(name)}</th><td style='width:6rem'>{size:.2f} GiB</td>"
-        f"<td><span class=bar style='width:{100 * size / longest:.1f}%'></span></td></tr>"
+        f"<tr><th>{kind}: {text(name)}</th><td class=size>{size:.2f} GiB</td><td class=wide-only>"
+        f"<span class='bar b{color}' style='width:{100 * size / longest:.1f}%'></span></td></tr>"
         for name, size in sizes.items()
     )

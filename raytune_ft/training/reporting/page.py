@@ -10,6 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import yaml
+
+from raytune_ft.config.schema import Recipe
+from raytune_ft.config.written import dump_changes
 from raytune_ft.training.reporting import tables
 from raytune_ft.training.reporting.charts import run_figures
 from raytune_ft.training.reporting.loss_png import draw_loss
@@ -98,10 +102,11 @@ def failures(folder: RunFolder) -> list[str]:
 def main_figures(summary: Summary) -> dict[str, str]:
     """Return what one wants to know first, in words; what is not known is left out."""
     found = {
-        "loss, first to last": f"{summary.first_loss:.3f} → {summary.last_loss:.3f}",
+        "loss, first to last": f"{summary.first_loss:.3f} → {summary.last_loss:.3f}",
         "held-out loss": _spelled(summary.val_loss, "{:.4f}"),
         "optimizer steps": f"{summary.steps:,}",
-        "tokens, of them trained": f"{summary.tokens:,} · {summary.targets:,}",
+        "tokens": _large(summary.tokens),
+        "of them trained": _large(summary.targets),
         "tokens per second": _spelled(summary.speed, "{:,.0f}"),
         "MFU": _spelled(summary.mfu, "{:.1%}"),
         "waiting for data": _spelled(summary.data_wait, "{:.1%}"),
@@ -112,8 +117,12 @@ def main_figures(summary: Summary) -> dict[str, str]:
     best = summary.best or {}
     value = number(best.get("value"))
     if value is not None:
-        found[f"best {text(best.get('metric'))}"] = f"{value:.4g}, step {text(best.get('step'))}"
+        found[f"best {text(best.get('metric'))}, step {text(best.get('step'))}"] = f"{value:.4f}"
     return {name: words for name, words in found.items() if words}
+
+
+def _large(count: int) -> str:
+    return f"{count:,}" if count < 1e6 else f"{count / 1e6:,.1f} M"
 
 
 def _spelled(value: float | None, form: str) -> str:
@@ -170,4 +179,9 @@ def _recipe(folder: RunFolder) -> str:
     if not folder.recipe.is_file():
         return ""
     content = folder.recipe.read_text(encoding="utf-8", errors="replace")
-    return f"<h2>Recipe</h2><pre>{text(content)}</pre>"
+    try:
+        content = dump_changes(Recipe.model_validate(yaml.safe_load(content)))
+    except (ValueError, yaml.YAMLError):  # of another version, or edited: as it is
+        return f"<h2>Recipe</h2><pre>{text(content)}</pre>"
+    note = "<p class=sub>What it sets; recipe.yaml in the run folder has every field.</p>"
+    return f"<h2>Recipe</h2>{note}<pre>{text(content)}</pre>"

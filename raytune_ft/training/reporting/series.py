@@ -10,7 +10,14 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
+
 Event = dict[str, Any]
+NO_FIGURES = frozenset({
+    "step", "epoch", "progress", "share", "total", "exact", "overflows", "eta_seconds", "rows",
+    "rank_seconds",
+})  # fmt: skip
+"""Fields of a line that no picture shows as they are."""
 Points = list[tuple[float, float]]
 """(optimizer step, value), by ascending steps."""
 
@@ -38,7 +45,7 @@ class Columns:
                 continue
             self.steps += 1
             for name, value in line.items():
-                found = number(value)
+                found = None if name in NO_FIGURES else number(value)
                 if found is not None:
                     self.points.setdefault(name, []).append((step, found))
             for name, value in _of_ranks(line):
@@ -76,35 +83,27 @@ def thin(points: Points, columns: int) -> Points:
     """
     if len(points) <= 2 * columns:
         return points
-    left, right = points[0][0], points[-1][0]
+    steps, values = np.array(points).T
+    left, right = steps[0], steps[-1]
+    places = ((steps - left) / max(right - left, 1e-12) * columns).astype(np.int64)
+    ends = np.append(np.flatnonzero(np.diff(np.minimum(places, columns - 1))) + 1, len(points))
     kept: Points = []
-    bucket: Points = []
-    column = 0
-    for point in points:
-        place = min(columns - 1, int((point[0] - left) / max(right - left, 1e-12) * columns))
-        if place != column and bucket:
-            kept += _extremes(bucket)
-            bucket = []
-        column = place
-        bucket.append(point)
-    return kept + _extremes(bucket)
-
-
-def _extremes(bucket: Points) -> Points:
-    values = [value for _, value in bucket]
-    places = {0, values.index(min(values)), values.index(max(values)), len(bucket) - 1}
-    return [bucket[place] for place in sorted(places)]
+    start = 0
+    for end in ends.tolist():
+        bucket = values[start:end]
+        chosen = {start, end - 1, start + int(bucket.argmin()), start + int(bucket.argmax())}
+        kept += [points[place] for place in sorted(chosen)]
+        start = end
+    return kept
 
 
 def smooth(points: Points, window: int) -> Points:
     """Return the mean of each `window` points up to and including each; of fewer at the start."""
-    total, means = 0.0, []
-    for place, (step, value) in enumerate(points):
-        total += value
-        if place >= window:
-            total -= points[place - window][1]
-        means.append((step, total / min(place + 1, window)))
-    return means
+    steps, values = np.array(points).T
+    sums = np.append(0.0, np.cumsum(values))
+    counts = np.minimum(np.arange(1, len(points) + 1), window)
+    means = (sums[1:] - sums[np.arange(1, len(points) + 1) - counts]) / counts
+    return list(zip(steps.tolist(), means.tolist(), strict=True))
 
 
 def ticks(low: float, high: float, wanted: int = 4) -> list[float]:
@@ -136,8 +135,9 @@ def short(value: float) -> str:
         return f"{value / 1e6:.4g}M"
     if size >= 1e4:
         return f"{value / 1e3:.4g}k"
-    if size and size < 1e-3:
-        return f"{value:.2g}".replace("e-0", "e-")
+    if size and size < 1e-2:
+        digits, power = f"{value:.2e}".split("e")
+        return f"{float(digits):g}e{int(power)}"
     return f"{value:.4g}"
 
 

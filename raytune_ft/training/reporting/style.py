@@ -52,14 +52,16 @@ table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
 td,th{border-bottom:1px solid var(--line);padding:.35rem .6rem .35rem 0;text-align:left;
 vertical-align:top;overflow-wrap:anywhere} th{font-weight:600} .pairs th{width:13rem;
 color:var(--soft);font-weight:500} .num td+td,.num th+th{text-align:right;padding-left:.8rem}
-tr.best td{font-weight:700} .bar{display:block;height:.5rem;background:var(--c0);
-border-radius:3px;min-width:1px}
+tr.best td{font-weight:700} table.num{width:auto;min-width:min(100%,30rem)}
+.size{width:6rem;white-space:nowrap} .bar{display:block;height:.5rem;margin-top:.45rem;
+border-radius:3px;min-width:1px} .b0{background:var(--c0)} .b7{background:var(--c7)}
 pre{background:var(--panel);border:1px solid var(--line);padding:.8rem;border-radius:10px;
 overflow:auto;font-size:.85rem;white-space:pre-wrap;overflow-wrap:anywhere}
 .note{border-left:3px solid var(--c1);padding:.1rem .8rem;margin:.8rem 0;overflow-wrap:anywhere}
 @media (max-width:40rem){body{margin:1rem auto;padding:0 .8rem} .narrow{display:block}
 .broad{display:none} .pairs th{width:8rem}}
-@media print{:root{color-scheme:light;--ink:#000;--soft:#444;--line:#bbb;--panel:#fff;--page:#fff;
+@media print{*{print-color-adjust:exact} :root{color-scheme:light;
+--ink:#000;--soft:#444;--line:#bbb;--panel:#fff;--page:#fff;
 --c0:#1d4ed8;--c1:#c2410c;--c2:#047857;--c3:#7e22ce;--c4:#92400e;--c5:#9d174d;--c6:#155e75;
 --c7:#475569;--good:#047857;--bad:#b91c1c} @page{size:A4;margin:14mm}
 body{margin:0;padding:0;max-width:none;font-size:10.5pt} .charts{grid-template-columns:1fr 1fr}

@@ -137,4 +137,6 @@ def as_words(value: Any) -> str:
         return ", ".join(f"{key} {as_words(one)}" for key, one in value.items()) or "none"
     if isinstance(value, list):
         return ", ".join(map(as_words, value)) or "none"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
     return str(value)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from raytune_ft.training.reporting.series import Points, short, smooth, thin, ticks, ticks_log
 
-LEFT, RIGHT, TOP, BOTTOM = 46, 10, 26, 22
+LEFT, RIGHT, TOP, BOTTOM = 44, 16, 26, 22
 """Room for words around the lines, in pixels."""
 SMOOTHED = 50
 """Steps from which a noisy line is drawn faintly, with its running mean on top."""
@@ -31,6 +31,8 @@ class Line:
     """Number of a colour of the page, from 0."""
     noisy: bool = False
     """Whether its running mean says more than itself."""
+    faint: bool = True
+    """Whether a noisy line is drawn faintly behind its mean."""
     dots: bool = False
     """Whether each point is one measurement of its own, as a validation is."""
     dashed: bool = False
@@ -128,8 +130,8 @@ def _line(line: Line, x: Scale, y: Scale, width: int) -> str:
         return f'{_path(shown, x, y, style)}<g class="{style} dot">{rounds}</g>'
     if line.noisy and len(line.points) >= SMOOTHED:
         mean = smooth(line.points, max(5, len(line.points) // 40))
-        faint = _path(thin(line.points, columns), x, y, f"{style} faint")
-        return faint + _path(thin(mean, columns // 2), x, y, style)
+        behind = _path(thin(line.points, columns), x, y, f"{style} faint") if line.faint else ""
+        return behind + _path(thin(mean, columns // 2), x, y, style)
     return _path(thin(line.points, columns), x, y, style)
 
 
@@ -146,7 +148,7 @@ def _legend(chart: Chart, lines: Sequence[Line]) -> str:
     title = f"<text class=name x=0 y=13>{html.escape(chart.title)}{unit}</text>"
     if len(lines) < 2:
         return title
-    place, words = len(chart.title + chart.unit) * 7.0 + 16, []
+    place, words = 7.6 * len(chart.title) + 7.0 * len(chart.unit) + 22, []
     for line in lines:
         label = html.escape(line.label)
         words.append(

@@ -112,4 +112,4 @@ def measured_table(lines: Iterable[Event], best_step: int | None) -> str:
 
 def _figure(value: object) -> str:
     known = number(value)
-    return "" if known is None else f"{known:.4g}"
+    return "" if known is None else f"{known:.4f}" if abs(known) < 100 else f"{known:,.1f}"
