@@ -151,9 +151,18 @@ def save_adapter(model: nn.Module, folder: Path, base: str) -> None:
     _write(folder, tensors, {**config, "base_model_name_or_path": base, "inference_mode": True})
 
 
-def keep_beginning(model: nn.Module, folder: Path) -> None:
-    """Write what an adapter begins with, for `attach` in a later process."""
-    _write(folder, _adapter_state(model), cast(Any, model).peft_config["default"].to_dict())
+def keep_beginning(
+    model: nn.Module, folder: Path, weights: dict[str, torch.Tensor] | None = None
+) -> None:
+    """Write what an adapter begins with, for `attach` in a later process.
+
+    Args:
+        model: has the adapter.
+        folder: target.
+        weights: to begin with instead of the adapter's own, under PEFT's names.
+    """
+    config = cast(Any, model).peft_config["default"].to_dict()
+    _write(folder, weights or _adapter_state(model), config)
 
 
 def _write(folder: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:

@@ -87,9 +87,10 @@ def prepare(recipe: Recipe, model_folder: Path, run: RunFolder) -> Begin | None:
             weights = _named(source, checkpoint.load(source.path).weights)
             _check_tensors(source, weights, dict(_network(recipe, model_folder).named_parameters()))
         return _unchanged(source, run)
-    begun = _begun(source, recipe, _network(recipe, model_folder))
+    wrapped = _network(recipe, model_folder)
+    weights = _of_adapter(source, recipe, wrapped)
     with durable.whole_folder(kept) as place:
-        adapter.keep_beginning(begun, place)
+        adapter.keep_beginning(wrapped, place, weights)
     return Begin(str(kept), "adapter")
 
 
@@ -189,27 +190,27 @@ def _network(recipe: Recipe, model_folder: Path) -> Any:
         return adapter.attach(network, plain, recipe.train.seed, new_ids=pieces)
 
 
-def _begun(source: Source, recipe: Recipe, wrapped: Any) -> Any:
-    """Return the adapter without storage, now with the source's weights."""
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+def _of_adapter(source: Source, recipe: Recipe, wrapped: Any) -> dict[str, torch.Tensor]:
+    """Return the source's weights under PEFT's names, compared with an adapter without storage."""
+    from peft import get_peft_model_state_dict
 
     if source.kind == "adapter":
         network = wrapped.get_base_model()
         layout = getattr(type(network), "layout", IDENTITY)
         config, weights = adapter.read_adapter(source.path, layout, widths_of(network.config))
         wanted = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
-        _check_lora(source, _of_config(source, config), recipe.lora)
-        _check_targets(source, weights, wanted)
-        _check_tensors(source, weights, wanted)
-        set_peft_model_state_dict(wrapped, weights, low_cpu_mem_usage=True)
-        return wrapped
-    trained = {n: p for n, p in wrapped.named_parameters() if p.requires_grad}
-    weights = _named(source, checkpoint.load(source.path).weights)
-    _check_lora(source, _of_run_recipe(source), recipe.lora)
-    _check_targets(source, weights, trained)
-    _check_tensors(source, weights, trained)
-    wrapped.load_state_dict(weights, strict=False, assign=True)
-    return wrapped
+        theirs = _of_config(source, config)
+    else:
+        wanted = {n: p for n, p in wrapped.named_parameters() if p.requires_grad}
+        weights = _named(source, checkpoint.load(source.path).weights)
+        theirs = _of_run_recipe(source)
+    _check_lora(source, theirs, recipe.lora)
+    _check_targets(source, weights, wanted)
+    _check_tensors(source, weights, wanted)
+    if source.kind == "checkpoint":
+        wrapped.load_state_dict(weights, strict=False, assign=True)
+        weights = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+    return weights
 
 
 def _named(source: Source, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
