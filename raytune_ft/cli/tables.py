@@ -11,12 +11,18 @@ from rich.table import Table
 from rich.text import Text
 
 from raytune_ft.config import catalog, listing
-from raytune_ft.config.footprint import count, memory_bytes
+from raytune_ft.config.footprint import count
+from raytune_ft.config.peak import memory_bytes
 from raytune_ft.config.schema import Recipe
 from raytune_ft.config.written import changed_fields, dump_changes
 
 WIDTH = 100
 GIB = 2**30
+NUMERIC = {"step", "loss", "val loss", "best", "tok/s", "time"}
+STATUS_STYLES = {
+    "running": "cyan", "done": "green", "failed": "red", "interrupted": "red", "damaged": "red",
+    "stopped": "yellow",
+}  # fmt: skip
 METHOD_WORDS = {"nf4": "QLoRA", "int8": "LoRA on 8-bit weights", "none": "LoRA"}
 
 
@@ -162,3 +168,37 @@ def _table(*columns: str) -> Table:
             column, justify="right" if right else "left", overflow="fold", no_wrap=right
         )
     return table
+
+
+def print_runs(head: Sequence[str], rows: Sequence[Sequence[str]], remarks: Sequence[str]) -> None:
+    """Print runs, a line each, then what is odd about some of them."""
+    console = Console(highlight=False)
+    filled = [place for place in range(len(head)) if any(row[place] for row in rows)]
+    table = Table(box=box.SIMPLE, show_edge=False, pad_edge=False, header_style="dim")
+    for place in filled:
+        numeric = head[place] in NUMERIC
+        table.add_column(
+            head[place], justify="right" if numeric else "left", no_wrap=numeric, overflow="fold"
+        )
+    for row in rows:
+        cells = [Text(row[place]) for place in filled]
+        cells[1].stylize(STATUS_STYLES.get(row[1].split()[0], ""))
+        table.add_row(*cells)
+    console.print(table)
+    for remark in remarks:
+        console.print(Text(remark, style="yellow"))
+
+
+def print_comparison(
+    names: Sequence[str], figures: Sequence[Sequence[str]], fields: Sequence[Sequence[str]]
+) -> None:
+    """Print the final figures of runs and the recipe fields that differ, a column a run."""
+    console = Console(highlight=False)
+    table = Table(box=box.SIMPLE, show_edge=False, pad_edge=False, header_style="bold")
+    for name in ("", *names):
+        table.add_column(Text(name), overflow="fold")
+    for rows in (figures, fields):
+        for row in rows:
+            table.add_row(Text(row[0], style="dim"), *map(Text, row[1:]))
+        table.add_section()
+    console.print(table)

@@ -91,15 +91,24 @@ def overlaid(runs: Mapping[str, Columns]) -> str:
 
     def over(field: str, **options: bool) -> list[Line]:
         shown = {n: percent(one, field) if field in PERCENT else one[field] for n, one in named}
-        return [Line(n, points, i % 8, **options) for i, (n, points) in enumerate(shown.items())]
+        return [
+            Line(name, points, place % 8, dashed=place >= 8, **options)
+            for place, (name, points) in enumerate(shown.items())
+        ]
 
+    def chart(
+        title: str, field: str, unit: str = "", *, zero: bool = True, **options: bool
+    ) -> Chart:
+        return Chart(title, over(field, **options), unit, from_zero=zero, keys=False)
+
+    norms = Chart("gradient norm", over("grad_norm", noisy=True), may_be_log=True, keys=False)
     charts = [
-        Chart("held-out loss", over("val_loss", dots=True)),
-        Chart("learning rate", over("lr"), from_zero=True),
-        Chart("gradient norm", over("grad_norm", noisy=True), may_be_log=True),
-        Chart("throughput", over("tokens_per_s", noisy=True), "tokens/s", from_zero=True),
-        Chart("memory", over("memory_gib"), "GiB", from_zero=True),
-        Chart("waiting for data", over("data_wait", noisy=True), "%", from_zero=True),
-        Chart("MFU", over("mfu", noisy=True), "%", from_zero=True),
+        chart("held-out loss", "val_loss", zero=False, dots=True),
+        chart("learning rate", "lr"),
+        norms,
+        chart("throughput", "tokens_per_s", "tokens/s", noisy=True),
+        chart("memory", "memory_gib", "GiB"),
+        chart("waiting for data", "data_wait", "% of a step", noisy=True),
+        chart("MFU", "mfu", "%", noisy=True),
     ]
-    return figures(Chart("loss", over("loss", noisy=True)), charts)
+    return figures(chart("loss", "loss", "per trained token", zero=False, noisy=True), charts)

@@ -16,6 +16,7 @@ from raytune_ft.config.schema import Recipe
 from raytune_ft.config.written import dump_changes
 from raytune_ft.training.reporting import tables
 from raytune_ft.training.reporting.charts import run_figures
+from raytune_ft.training.reporting.listing import keep_figures, status_of
 from raytune_ft.training.reporting.loss_png import draw_loss
 from raytune_ft.training.reporting.memory_table import memory_table
 from raytune_ft.training.reporting.series import Columns, number
@@ -33,7 +34,9 @@ def write_report(folder: RunFolder) -> Path:
     columns = Columns(_noting(read_jsonl(folder.metrics), measured))
     draw_loss(columns, folder.path / "loss.png")
     report = folder.path / "report.html"
-    content = _page(folder, columns, measured)
+    summary = summarize(folder, columns)
+    content = _page(folder, columns, summary, measured)
+    keep_figures(folder, columns, summary)
     temporary = report.with_name(f".{report.name}")
     temporary.write_text(content, encoding="utf-8", errors="replace")
     temporary.replace(report)
@@ -61,8 +64,8 @@ def _noting(lines: Iterator[Event], measured: list[Event]) -> Iterator[Event]:
         yield line
 
 
-def _page(folder: RunFolder, columns: Columns, measured: list[Event]) -> str:
-    info, summary = lenient(folder, "run.json"), summarize(folder, columns)
+def _page(folder: RunFolder, columns: Columns, summary: Summary, measured: list[Event]) -> str:
+    info = lenient(folder, "run.json")
     parts = [
         _head(folder, info),
         tables.cards(main_figures(summary)),
@@ -80,7 +83,7 @@ def _page(folder: RunFolder, columns: Columns, measured: list[Event]) -> str:
 
 
 def _head(folder: RunFolder, info: Event) -> str:
-    status = folder.status() if info else "damaged"
+    status = status_of(folder, info)
     known = (info.get(name) for name in ("created", "source", "model_folder"))
     about = " · ".join(text(one) for one in known if one)
     parts = [
@@ -99,8 +102,11 @@ def failures(folder: RunFolder) -> list[str]:
     return list(dict.fromkeys(words))
 
 
-def main_figures(summary: Summary) -> dict[str, str]:
-    """Return what one wants to know first, in words; what is not known is left out."""
+def main_figures(summary: Summary, *, best_apart: bool = False) -> dict[str, str]:
+    """Return what one wants to know first, in words; what is not known is left out.
+
+    `best_apart` leaves out the best measurement, whose name has its step.
+    """
     found = {
         "loss, first to last": f"{summary.first_loss:.3f} → {summary.last_loss:.3f}",
         "held-out loss": _spelled(summary.val_loss, "{:.4f}"),
@@ -116,7 +122,7 @@ def main_figures(summary: Summary) -> dict[str, str]:
     }
     best = summary.best or {}
     value = number(best.get("value"))
-    if value is not None:
+    if value is not None and not best_apart:
         found[f"best {text(best.get('metric'))}, step {text(best.get('step'))}"] = f"{value:.4f}"
     return {name: words for name, words in found.items() if words}
 

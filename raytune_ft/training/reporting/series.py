@@ -39,11 +39,14 @@ class Columns:
     def __init__(self, lines: Iterable[Event]) -> None:
         self.points: dict[str, Points] = {}
         self.steps = 0
+        self.total: int | None = None
         for line in lines:
             step = number(line.get("step")) if isinstance(line, dict) else None
             if step is None:
                 continue
             self.steps += 1
+            total = number(line.get("total"))
+            self.total = None if total is None else int(total)
             for name, value in line.items():
                 found = None if name in NO_FIGURES else number(value)
                 if found is not None:

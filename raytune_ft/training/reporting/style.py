@@ -54,7 +54,14 @@ vertical-align:top;overflow-wrap:anywhere} th{font-weight:600} .pairs th{width:1
 color:var(--soft);font-weight:500} .num td+td,.num th+th{text-align:right;padding-left:.8rem}
 tr.best td{font-weight:700} table.num{width:auto;min-width:min(100%,30rem)}
 .size{width:6rem;white-space:nowrap} .bar{display:block;height:.5rem;margin-top:.45rem;
-border-radius:3px;min-width:1px} .b0{background:var(--c0)} .b7{background:var(--c7)}
+border-radius:3px;min-width:1px} .b0{background:var(--c0)}
+.b1{background:var(--c1)} .b2{background:var(--c2)} .b3{background:var(--c3)}
+.b4{background:var(--c4)} .b5{background:var(--c5)} .b6{background:var(--c6)}
+.b7{background:var(--c7)}
+
+.keys{display:flex;flex-wrap:wrap;gap:.3rem 1.1rem;margin:.5rem 0 1.2rem}
+.run{overflow-wrap:anywhere} .run i{display:inline-block;width:1.1rem;height:.28rem;
+border-radius:2px;margin-right:.4rem;vertical-align:.22em}
 pre{background:var(--panel);border:1px solid var(--line);padding:.8rem;border-radius:10px;
 overflow:auto;font-size:.85rem;white-space:pre-wrap;overflow-wrap:anywhere}
 .note{border-left:3px solid var(--c1);padding:.1rem .8rem;margin:.8rem 0;overflow-wrap:anywhere}

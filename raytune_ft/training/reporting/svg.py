@@ -47,6 +47,8 @@ class Chart:
     unit: str = ""
     from_zero: bool = False
     may_be_log: bool = False
+    keys: bool = True
+    """Whether the lines are named; not where the page does it once for all charts."""
 
     @property
     def is_empty(self) -> bool:
@@ -146,7 +148,7 @@ def _path(points: Points, x: Scale, y: Scale, style: str) -> str:
 def _legend(chart: Chart, lines: Sequence[Line]) -> str:
     unit = f" <tspan class=unit>{html.escape(chart.unit)}</tspan>" if chart.unit else ""
     title = f"<text class=name x=0 y=13>{html.escape(chart.title)}{unit}</text>"
-    if len(lines) < 2:
+    if len(lines) < 2 or not chart.keys:
         return title
     place, words = 7.6 * len(chart.title) + 7.0 * len(chart.unit) + 22, []
     for line in lines:

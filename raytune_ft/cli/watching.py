@@ -1,0 +1,141 @@
+"""Verbs about runs that were made: list them, lay them over each other, write a report again."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from raytune_ft.cli.app import Json, Run, verb
+from raytune_ft.entry import tell
+from raytune_ft.errors import CheckpointError, RecipeError
+
+if TYPE_CHECKING:
+    from raytune_ft.training.reporting.listing import Entry
+    from raytune_ft.training.run_folder import RunFolder
+
+NOTHING_FOUND = 1
+STORAGE = "runs"
+HEAD = (
+    "name", "status", "model", "method", "step", "loss", "val loss", "best", "tok/s", "time",
+    "created",
+)  # fmt: skip
+
+Storage = Annotated[
+    str, typer.Argument(metavar="[FOLDER]", help="Folder of runs: a recipe's run.storage.")
+]
+Several = Annotated[
+    list[str], typer.Argument(metavar="RUN RUN...", help="Run folders, or their names under runs/.")
+]
+HtmlOut = Annotated[
+    str | None, typer.Option("--html", metavar="FILE", help="Write a page of curves as well.")
+]
+
+
+@verb("runs")
+def runs(folder: Storage = STORAGE, as_json: Json = False) -> int:
+    """List runs, newest first: status, steps, losses, speed; tab-separated where piped."""
+    from raytune_ft.training.reporting.listing import list_runs
+
+    found = list_runs(Path(folder).expanduser())
+    if as_json:
+        print(json.dumps([entry.to_json() for entry in found], ensure_ascii=False, indent=2))
+    elif not found:
+        tell(f"{folder}: holds no run; raytune-ft train makes one")
+    elif sys.stdout.isatty():
+        from raytune_ft.cli import tables
+
+        tables.print_runs(HEAD, [_cells(entry) for entry in found], _remarks(found))
+    else:
+        _print_tabbed([(*HEAD, "remark"), *((*_cells(one), one.remark) for one in found)])
+    return 0 if found or as_json else NOTHING_FOUND
+
+
+def _cells(entry: Entry) -> tuple[str, ...]:
+    from raytune_ft.training.reporting import clock
+
+    best = "" if entry.best is None else f"{entry.best:.4f} @{entry.best_step}"
+    total = entry.total if entry.total is not None else "?"
+    return (
+        entry.name,
+        entry.status + (" (resumable)" if entry.resumable else ""),
+        entry.model,
+        entry.method,
+        f"{entry.steps}/{total}" if entry.steps else "0",
+        _figure(entry.loss, ".4f"),
+        _figure(entry.val_loss, ".4f"),
+        best,
+        _figure(entry.tokens_per_s, ",.0f"),
+        clock(entry.seconds) if entry.seconds else "",
+        entry.created[:16].replace("T", " "),
+    )
+
+
+def _figure(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _remarks(found: Sequence[Entry]) -> list[str]:
+    return [f"{entry.name}: {entry.remark}" for entry in found if entry.remark]
+
+
+def _print_tabbed(rows: Sequence[Sequence[str]]) -> None:
+    for row in rows:
+        print("\t".join(" ".join(cell.split()) for cell in row))
+
+
+@verb("compare")
+def compare(names: Several, html: HtmlOut = None, as_json: Json = False) -> int:
+    """Lay runs over each other: recipe fields that differ, final figures, and --html curves."""
+    from raytune_ft.training.reporting import comparison
+
+    if len(names) < 2:
+        raise RecipeError(f"compare: name two runs or more; raytune-ft runs {STORAGE} lists them")
+    found = comparison.compare([_folder(name) for name in names])
+    if html is not None:
+        _write(Path(html).expanduser(), comparison.compare_page(found))
+    if as_json:
+        print(json.dumps(found.to_json(), ensure_ascii=False, indent=2))
+        return 0
+    figures = [[field, *words] for field, words in found.figures.items()]
+    fields = [[field, *words] for field, words in found.recipe.items()]
+    if sys.stdout.isatty():
+        from raytune_ft.cli import tables
+
+        tables.print_comparison(found.names, figures, fields)
+    else:
+        _print_tabbed([["", *found.names], *figures, *fields])
+    for note in found.notes:
+        print(f"note: {note}", file=sys.stderr)
+    return 0
+
+
+def _folder(name: str) -> RunFolder:
+    """Open a run by its path, or by its name under runs/; damaged ones as well."""
+    from raytune_ft.training.run_folder import RunFolder
+
+    for place in (Path(name).expanduser(), Path(STORAGE) / name):
+        if (place / "run.json").is_file() or (place / "metrics.jsonl").is_file():
+            return RunFolder(place)
+    raise CheckpointError(f"{name}: no run folder here or under {STORAGE}/; raytune-ft runs lists")
+
+
+def _write(target: Path, content: str) -> None:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(content, encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise RecipeError(f"--html: {target} cannot be written: {error.strerror}") from None
+    print(target, file=sys.stderr)
+
+
+@verb("report")
+def report(run: Run) -> None:
+    """Write a run's report.html again: of one that still goes on, or was killed."""
+    from raytune_ft.training.reporting import write_report
+
+    print(write_report(_folder(run)))
