@@ -24,6 +24,8 @@ WORDS = ["red", "blue", "stone", "river", "cloud", "seven", "night", "green", "s
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--faults", type=int, default=1, help="kills per fault test")
+    parser.addoption("--plain-faults", type=int, default=8, help="kills of a worker without Ray")
+    parser.addoption("--ray-faults", type=int, default=2, help="kills of runs through Ray Train")
     parser.addoption("--seeds", type=int, default=3, help="seeds that are run twice each")
     parser.addoption("--kills", type=int, default=20, help="kills of the data stream's ledger test")
 

@@ -33,6 +33,7 @@ VICTIMS = {
 """Who may be killed, and what its command line has in it."""
 ENDING = ("driver", "raylet")
 """Without these a run ends, and is taken up again by hand; without others it goes on."""
+ROWS = 240
 MOST_KILLS = 3
 DEADLINE_S = 600.0
 """For a run that is not killed any more, under load."""
@@ -58,7 +59,7 @@ def write_recipe(inputs: Path, folder: Path, name: str, every: int = 2) -> Path:
     content = {
         "model": {"path": str(inputs / "model")},
         "lora": {"r": 4, "alpha": 8, "dropout": 0.1},
-        "data": {"sources": [{"path": str(inputs / "rows.jsonl")}], "max_length": 96, "window": 8,
+        "data": {"sources": [{"path": str(inputs / "more.jsonl")}], "max_length": 96, "window": 8,
                  "validation": 0.125},
         "train": {"epochs": 3, "accumulation": 1, "lr": 5e-3, "log_every": 1},
         "eval": {"every": 5},
@@ -114,11 +115,11 @@ class Start:
                         found.append(child)
         return found
 
-    def kill(self, chance: random.Random) -> str | None:
-        """Kill one process of a kind that is there just now; return the kind."""
-        kinds = list(VICTIMS)
+    def kill(self, first: str, chance: random.Random) -> str | None:
+        """Kill one process: of the kind `first` if there is one just now; return the kind."""
+        kinds = [kind for kind in VICTIMS if kind != first]
         chance.shuffle(kinds)
-        for kind in kinds:
+        for kind in [first, *kinds]:
             if kind == "driver":
                 self.process.kill()
                 return kind
@@ -189,7 +190,8 @@ def run_trial(inputs: Path, folder: Path, seed: int) -> Verdict:
     Args:
         inputs: what `prepare` made.
         folder: new folder of this trial.
-        seed: decides the interval between saves, victims and instants.
+        seed: decides the interval between saves, victims and instants; seeds that follow each
+            other begin with different kinds of victims.
     """
     chance = random.Random(seed)
     life_s = json.loads((inputs / "ray.json").read_text())["seconds"]
@@ -201,7 +203,8 @@ def run_trial(inputs: Path, folder: Path, seed: int) -> Verdict:
         while (code := starts[-1].wait(_patience(chance, kills, life_s))) is None:
             if len(kills) == MOST_KILLS:
                 raise RuntimeError(f"it hangs behind {kills[-1]}: {starts[-1].printed()}")
-            kill = _kill(starts[-1], run, chance, every)
+            first = list(VICTIMS)[(seed + len(kills)) % len(VICTIMS)]
+            kill = _kill(starts[-1], run, first, chance, every)
             if kill is None:
                 continue
             kills.append(kill)
@@ -222,10 +225,12 @@ def _patience(chance: random.Random, kills: list[Kill], life_s: float) -> float:
     return DEADLINE_S if len(kills) == MOST_KILLS else chance.uniform(0, life_s)
 
 
-def _kill(start: Start, run: RunFolder, chance: random.Random, every: int) -> Kill | None:
+def _kill(
+    start: Start, run: RunFolder, first: str, chance: random.Random, every: int
+) -> Kill | None:
     phase = phase_of(run)
     step = max((e["step"] for e in read_jsonl(run.metrics)), default=0)
-    victim = start.kill(chance)
+    victim = start.kill(first, chance)
     if victim is None or (victim != "driver" and start.process.poll() is not None):
         return None
     now = time.monotonic()

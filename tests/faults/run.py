@@ -64,6 +64,7 @@ def make_inputs(inputs: Path) -> None:
     model.mkdir()
     make_tiny_model(model)
     write_chats(inputs / "rows.jsonl", plain.ROWS)
+    write_chats(inputs / "more.jsonl", ray_runs.ROWS)
 
 
 def is_bad(verdict: Verdict) -> bool:
