@@ -37,20 +37,21 @@ def build_optimizer(
     groups = _groups(trained, b_lr_ratio)
     options: dict[str, Any]
     options = {"lr": train.lr, "betas": train.betas, "weight_decay": train.weight_decay}
+    on_gpu = any(p.is_cuda for p in trained.values())
     if train.optimizer == "adamw":
-        on_gpu = any(p.is_cuda for p in trained.values())
         return torch.optim.AdamW(groups, **options, fused=on_gpu or None)
     if train.optimizer == "muon":
         return MuonAdamW(trained, groups, **options)
     import bitsandbytes as bnb
 
-    classes = {
-        "paged_adamw_32bit": bnb.optim.PagedAdamW32bit,
-        "paged_adamw_8bit": bnb.optim.PagedAdamW8bit,
-        "adamw_8bit": bnb.optim.AdamW8bit,
-        "lion": bnb.optim.PagedLion32bit,
-    }
-    optimizer: torch.optim.Optimizer = classes[train.optimizer](groups, **options)
+    paged, plain = {
+        "paged_adamw_32bit": (bnb.optim.PagedAdamW32bit, bnb.optim.AdamW32bit),
+        "paged_adamw_8bit": (bnb.optim.PagedAdamW8bit, bnb.optim.AdamW8bit),
+        "adamw_8bit": (bnb.optim.AdamW8bit, bnb.optim.AdamW8bit),
+        "lion": (bnb.optim.PagedLion32bit, bnb.optim.Lion32bit),
+    }[train.optimizer]
+    # a CPU has nowhere to page to, and the library would say so at every start
+    optimizer: torch.optim.Optimizer = (paged if on_gpu else plain)(groups, **options)
     return optimizer
 
 
