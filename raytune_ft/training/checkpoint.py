@@ -60,6 +60,8 @@ class TrainState:
     best: float | None = None
     """Best value of `eval.metric` so far."""
     best_step: int = 0
+    best_metric: str = ""
+    """Which metric that is the best of."""
     waited: int = 0
     """Measurements since the best one."""
     stopped: bool = False

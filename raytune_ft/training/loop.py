@@ -79,6 +79,7 @@ def train(
     hooks = eta.timed_hooks(hooks)
     saved = state.step
     room = room or Room.of(recipe)
+    stopping.reconsider(state, recipe.eval)
     if state.step == 0:
         hooks.sample(0, "before")
     while not course.ended(state, recipe):

@@ -41,8 +41,22 @@ def check_spike(state: TrainState, loss: float, limit: float | None, rows: list[
         )
 
 
+def reconsider(state: TrainState, wanted: EvalSection) -> None:
+    """Bring what is known of the best into line with the recipe, when a run is taken up.
+
+    Patience may have been changed, and then decides anew whether the run has ended. The best of
+    one metric is none of another: it is forgotten.
+    """
+    if state.best_metric != wanted.metric:
+        state.best, state.best_step, state.waited = None, 0, 0
+    state.best_metric = wanted.metric
+    state.stopped = wanted.patience is not None and state.waited >= wanted.patience
+
+
 def judge(state: TrainState, measured: Mapping[str, float] | None, wanted: EvalSection) -> bool:
     """Take a measurement into account; return whether it is the best so far.
+
+    Behind `reconsider`.
 
     Raises:
         TrainingError: the metric is not a number.
