@@ -31,6 +31,18 @@ FREE_FIELDS = (
 """Fields of the other sections that may change on resume. Micro-batch, accumulation and workers
 may change if their product stays."""
 
+ADDED_LATER: dict[str, object] = {
+    "model.load_from": None,
+    "model.new_tokens": [],
+    "lora.init_lora_weights": True,
+    "lora.loraplus_lr_ratio": None,
+    "train.objective": "sft",
+    "train.beta": 0.1,
+    "train.neftune_noise_alpha": None,
+}
+"""Fields that earlier versions had not, and the value with which a run is as it was without them:
+a run that they began can be taken up by this one."""
+
 
 def new_state(recipe: Recipe, data_fingerprint: str) -> TrainState:
     """Make the state that a run begins with."""
@@ -46,6 +58,10 @@ def recipe_hash(recipe: Recipe) -> str:
     content = recipe.model_dump(mode="json", exclude=set(FREE_SECTIONS))
     for name in FREE_FIELDS:
         _remove(content, name.split("."))
+    for name, before in ADDED_LATER.items():
+        section, _, field = name.partition(".")
+        if content[section][field] == before:
+            del content[section][field]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

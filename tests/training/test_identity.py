@@ -164,3 +164,18 @@ def test_rows_may_be_read_and_skipped_in_another_way() -> None:
         "cache": True,
     }
     identity.check(state, recipe(data=data), "x", "runs/a")
+
+
+def test_a_run_of_the_version_before_is_known_again() -> None:
+    """The hash that raytune_ft wrote for this recipe before the fields of `ADDED_LATER`."""
+    written = "f3f441be9bdb299f9dc7cb04ab8b0561355ec08bd4b15708d52aba1d789456bc"
+    old = recipe(
+        model={"path": "m", "quantization": "nf4"}, lora={"r": 8}, train={"epochs": 2}
+    )  # fmt: skip
+    assert identity.recipe_hash(old) == written
+
+
+@pytest.mark.parametrize("name", identity.ADDED_LATER)
+def test_what_was_added_later_is_off_by_itself(name: str) -> None:
+    section, _, field = name.partition(".")
+    assert getattr(getattr(recipe(), section), field) == identity.ADDED_LATER[name]
