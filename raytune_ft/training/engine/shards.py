@@ -44,15 +44,14 @@ class Flat:
         Returns:
             (elements of the parameter,) on the host on rank 0; None on the others.
         """
-        place, parts = self.places[name], []
-        for owner, (begin, end) in enumerate(place.spans):
-            if begin >= end:
-                continue
-            if owner == rank():
-                span = values[place.offset : place.offset + end - begin].detach()
-            else:
-                span = values.new_empty(end - begin)
-            parts.append(_sent(span, owner))
+        place = self.places[name]
+        sizes = [max(0, end - begin) for begin, end in place.spans]
+        own = values[place.offset : place.offset + sizes[rank()]].detach()
+        if world_size() == 1:
+            return own.cpu()
+        if dist.get_backend() == "nccl":  # it moves device memory only; offloaded is on the host
+            own = own.cuda()
+        parts = _all_spans(own, sizes) if min(sizes) > 0 else _some_spans(own, sizes)
         return torch.cat([part.cpu() for part in parts]) if rank() == 0 else None
 
     def scatter(self, whole: torch.Tensor, name: str, out: torch.Tensor) -> None:
@@ -63,15 +62,24 @@ class Flat:
             out[place.offset : place.offset + end - begin] = whole.flatten()[begin:end].to(out)
 
 
-def _sent(span: torch.Tensor, owner: int) -> torch.Tensor:
-    """Pass a span from its owner to all ranks, bit for bit."""
-    if world_size() == 1:
-        return span
-    if dist.get_backend() == "nccl":  # it moves device memory only; offloaded state is on the host
-        span = span.cuda()
-    span = span.contiguous()
-    dist.broadcast(span, src=owner)
-    return span
+def _all_spans(own: torch.Tensor, sizes: list[int]) -> list[torch.Tensor]:
+    """Exchange spans of about the same size in one go, padded to the longest."""
+    padded = own.new_zeros(max(sizes))
+    padded[: len(own)] = own
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    return [part[:size] for part, size in zip(parts, sizes, strict=True)]
+
+
+def _some_spans(own: torch.Tensor, sizes: list[int]) -> list[torch.Tensor]:
+    """Pass each span from its owner to all ranks; most ranks have none of this parameter."""
+    parts = []
+    for owner, size in enumerate(sizes):
+        if size:
+            span = own.contiguous() if owner == rank() else own.new_empty(size)
+            dist.broadcast(span, src=owner)
+            parts.append(span)
+    return parts
 
 
 def flats_of(zero: Any, names: Mapping[int, str]) -> Iterable[Flat]:

@@ -7,16 +7,19 @@ never counted by it.
 
 from __future__ import annotations
 
+import io
 import logging
 import os
+import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from raytune_ft.config.footprint import bucket_elements
 from raytune_ft.config.schema import TrainSection
 from raytune_ft.errors import CheckpointError
 from raytune_ft.training.batching import TensorBatch
@@ -45,13 +48,16 @@ class ZeroEngine(Engine):
         quiet_deepspeed(on_gpu=device.type == "cuda")
         _ensure_process_group(device)
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks its launcher for it; Ray sets it
-        self.engine, *_ = deepspeed.initialize(
-            model=module,
-            optimizer=build_optimizer(self.trained, train, b_lr_ratio),
-            model_parameters=list(self.trained.values()),
-            config=config,
-            dist_init_required=False,
-        )
+        buckets = bucket_elements(sum(p.numel() for p in self.trained.values()))
+        config["zero_optimization"].setdefault("reduce_bucket_size", buckets)
+        with redirect_stdout(io.StringIO()):  # its bfloat16 stage 1 prints memory tables
+            self.engine, *_ = deepspeed.initialize(
+                model=module,
+                optimizer=build_optimizer(self.trained, train, b_lr_ratio),
+                model_parameters=list(self.trained.values()),
+                config=config,
+                dist_init_required=False,
+            )
         self.zero: Any = self.engine.optimizer
         self.stage: int = config["zero_optimization"]["stage"]
         self.scaler = self.zero.loss_scaler if config["fp16"]["enabled"] else None
@@ -204,5 +210,7 @@ def quiet_deepspeed(*, on_gpu: bool) -> None:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
+    # torch 2.13 renames the collectives that stage 3 calls, and says so at every call
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     if not on_gpu:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
