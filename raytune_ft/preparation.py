@@ -28,7 +28,7 @@ from raytune_ft.data.windows import Measurement, make_feed
 from raytune_ft.errors import DataError, RecipeError
 from raytune_ft.model import loading
 from raytune_ft.screen import Screen
-from raytune_ft.training import answer_metrics, liveness, load_from, mmlu
+from raytune_ft.training import answer_metrics, liveness, load_from, mmlu, trackers
 from raytune_ft.training.run_folder import STARTING, RunFolder, read_json, write_json
 from raytune_ft.training.worker import Job
 
@@ -54,6 +54,7 @@ def prepare(recipe: Recipe, folder: RunFolder, source: str, screen: Screen) -> P
     Ray must be running. Raises RecipeError, ModelError or DataError with one line each.
     """
     answer_metrics.check_installed(recipe.eval.metrics)
+    trackers.check_installed(recipe.run.trackers)
     mmlu_files = mmlu.absolute(recipe.chat_eval.mmlu)
     for path in recipe.chat_eval.mmlu:
         mmlu.read_benchmark(path)  # a bad row ends the run here, not after the first epoch

@@ -27,6 +27,7 @@ from raytune_ft.data.templating import templates
 from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
 from raytune_ft.errors import ModelError, RecipeError
 from raytune_ft.model.default_model import NAME as DEFAULT_MODEL
+from raytune_ft.training import trackers
 
 if TYPE_CHECKING:
     from raytune_ft.model.memory import MemoryPlan
@@ -58,6 +59,7 @@ def survey(recipe: Recipe) -> Survey:
         DataError: a row cannot be used and `data.on_error` is `stop`.
     """
     check_names(recipe)
+    trackers.check_installed(recipe.run.trackers)
     folder = model_folder(recipe.model.path)
     found = Survey(recipe, folder, None, None)
     if folder is None:

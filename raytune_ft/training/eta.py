@@ -13,16 +13,21 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import replace
-from statistics import mean, median
+from statistics import mean, median, stdev
 from typing import Any, TypeVar
 
 from raytune_ft.config.schema import Recipe
 
+STEADY_STEPS = 200
+"""Steps that are averaged as long as the last ones are like them."""
 RECENT_STEPS = 20
+"""Steps that count alone once they are not."""
 RECENT_TIMES = 5
 """Of each other kind of work."""
 STALL = 5.0
 """A step over so many times the median counts as that: a stall is no habit."""
+CHANGE = 3.0
+"""Standard errors by which the last steps must stray from all to be another pace."""
 EXTRAS = ("sample", "validate", "benchmark", "save")
 """Fields of `loop.Hooks` that take time of their own."""
 
@@ -37,7 +42,7 @@ class Eta:
         self._last = clock()
         self._aside = 0.0
         self._ticks = 0
-        self._steps: deque[float] = deque(maxlen=RECENT_STEPS)
+        self._steps: deque[float] = deque(maxlen=STEADY_STEPS)
         self._extras: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=RECENT_TIMES))
 
     def timed_hooks(self, hooks: H) -> H:
@@ -62,8 +67,7 @@ class Eta:
         self._last, self._aside = now, 0.0
         self._ticks += 1
         ahead = total - step if exact else step / share - step
-        typical = median(self._steps)
-        seconds = ahead * mean(min(one, STALL * typical) for one in self._steps)
+        seconds = ahead * usual_seconds(list(self._steps))
         to_come = self._to_come(step, step + ahead, progress, progress / share)
         return seconds + sum(
             count * median(self._extras[kind]) for kind, count in to_come.items()
@@ -92,6 +96,25 @@ class Eta:
             return result
 
         return timed
+
+
+def usual_seconds(steps: list[float]) -> float:
+    """Return what a step takes by now: the mean of many, unless the last ones are others.
+
+    Twenty steps tell a change of pace; more of them are needed against the noise of rows whose
+    lengths differ. A stall counts as a long step, not as what it took.
+
+    Args:
+        steps: seconds of the last steps, at least one, oldest first.
+    """
+    recent = steps[-RECENT_STEPS:]
+    limit = STALL * median(recent)
+    recent = [min(one, limit) for one in recent]
+    whole = mean(min(one, limit) for one in steps)
+    if len(recent) < RECENT_STEPS:
+        return whole
+    strays = CHANGE * stdev(recent) / math.sqrt(len(recent))
+    return mean(recent) if abs(mean(recent) - whole) > strays else whole
 
 
 def _due(every: int | str | None, first: int, last: int, progress: float, end: float) -> int:
