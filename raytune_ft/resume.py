@@ -10,13 +10,20 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from raytune_ft.config import loader
+from raytune_ft.config.schema import Recipe
 from raytune_ft.errors import CheckpointError, Interrupted, RaytuneError, TrainingError
 from raytune_ft.training import liveness
 from raytune_ft.training.run_folder import RunFolder
 
 
-def open_run(path: str) -> RunFolder | None:
+def open_run(path: str, recipe: Recipe) -> RunFolder | None:
     """Open a run to go on with; None, and a line on stderr, if there is nothing to go on with.
+
+    Args:
+        path: the run, as the user wrote it.
+        recipe: to go on with; another `eval` section may let a finished run go on, or export
+            another of its checkpoints.
 
     Raises:
         CheckpointError: it is no run folder, or a process of this machine trains it just now.
@@ -24,7 +31,8 @@ def open_run(path: str) -> RunFolder | None:
     folder = RunFolder.existing(path)
     info, status = folder.info(), folder.status()
     result = next((p for p in (folder.adapter, folder.model) if p.is_dir()), None)
-    if status == "done" and result is not None and (folder.path / "report.html").is_file():
+    finished = status == "done" and (folder.path / "report.html").is_file()
+    if finished and result and recipe.eval == loader.load_recipe(str(folder.recipe)).eval:
         print(
             f"{path}: this run is finished, its result is {result}; to train on from there, begin "
             f"another one with model.load_from={path}",

@@ -36,7 +36,7 @@ def train(recipe: Recipe, *, source: str, resume: str | None = None) -> int:
     """
     survey.check_names(recipe)
     survey.check_deepspeed(recipe)
-    folder = open_run(resume) if resume else new_folder(recipe, source)
+    folder = open_run(resume, recipe) if resume else new_folder(recipe, source)
     if folder is None:
         return 0
     with (
