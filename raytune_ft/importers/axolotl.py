@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from raytune_ft.importers import hf_arguments
+from raytune_ft.importers import hf_arguments, preference
 from raytune_ft.importers.axolotl_data import add_dataset
 from raytune_ft.importers.draft import Draft, Keys
 from raytune_ft.importers.values import Value
@@ -75,19 +75,26 @@ ELSEWHERE = {
     "optim_args": "see train.optimizer",
     "lr_scheduler_kwargs": "see train.scheduler and train.min_lr",
 }
+BETAS = {"dpo": ("rl_beta", "dpo_beta"), "orpo": ("orpo_alpha", "rl_beta")}
+PREFERENCE = {
+    "dpo_label_smoothing": "the rows' choices are taken as certain",
+    "rpo_alpha": "chosen answers are learned beside by rl: orpo",
+    "dpo_use_weighting": "pairs weigh the same",
+    "precompute_ref_log_probs": preference.REFERENCE,
+}
 TRACKERS = ("wandb_", "mlflow_", "comet_")
 
 
 def convert(content: Value, draft: Draft) -> None:
     """Fill a draft from the YAML's values."""
     keys = draft.open(content)
-    for key in ("rl", "reward_model", "process_reward_model"):
+    for key in ("reward_model", "process_reward_model"):
         if keys.plain(key):
-            line = keys.values[key].line
-            raise draft.refuse(line, f"{key} {keys.plain(key)} is not trained here", "sft is")
+            raise preference.not_trained(keys, key, keys.plain(key))
     _model(keys)
     _lora(keys)
     _train(keys)
+    _objective(keys)
     _data(keys)
     keys.drop(k for k in keys.values if k.startswith(TRACKERS) and k not in ELSEWHERE)
     keys.drop(MACHINERY)
@@ -206,18 +213,35 @@ def _checkpoint(keys: Keys) -> None:
     keys.draft.set("checkpoint.keep", keep, keys.line_of("save_total_limit"))
 
 
+def _objective(keys: Keys) -> None:
+    """Read `rl`: pairs have twice the length of an answer, and are not packed there."""
+    method = keys.plain("rl")
+    if not method:
+        return
+    if method not in preference.OBJECTIVES:
+        raise preference.not_trained(keys, "rl", method)
+    beta = next((key for key in BETAS[method] if key in keys), BETAS[method][0])
+    preference.set_objective(keys, method, "rl", beta)
+    preference.set_length(keys, "sequence_len", 512)
+    keys.leave(PREFERENCE)
+
+
 def _data(keys: Keys) -> None:
     draft = keys.draft
     draft.set(
         "data.pack", bool(keys.plain("sample_packing", False)), keys.line_of("sample_packing")
     )
-    loss = "all" if keys.plain("train_on_inputs", False) else None
+    pairs = draft.get("train.objective") is not None
+    if pairs:
+        draft.set("data.pack", False, keys.line_of("sample_packing"))
+    loss = "all" if keys.plain("train_on_inputs", False) and not pairs else None
     for key in ("datasets", "pretraining_dataset"):
         sets = keys.get(key)
         items = sets.data if sets is not None and isinstance(sets.data, list) else []
         for place, item in enumerate(items):
             is_text = key == "pretraining_dataset"
-            add_dataset(draft.open(item, f"{key}[{place}]"), loss, is_text=is_text)
+            opened = draft.open(item, f"{key}[{place}]")
+            add_dataset(opened, loss, is_text=is_text, are_pairs=pairs)
     if not draft.content["data"].get("sources"):
         raise draft.refuse(
             keys.line_of("datasets"), "no data set can be carried over", "name one in `datasets`"

@@ -36,11 +36,13 @@ ELSEWHERE = {
 }
 
 
-def add_dataset(keys: Keys, loss: str | None, *, is_text: bool) -> None:
+def add_dataset(keys: Keys, loss: str | None, *, is_text: bool, are_pairs: bool = False) -> None:
     """Add the source of one entry, or note why it cannot be one."""
     fields = {**_rows(keys), "loss": loss}
     kind = keys.values.get("type")
-    if kind is not None and isinstance(kind.data, dict):
+    if are_pairs:
+        fields["columns"] = _pair_columns(keys)
+    elif kind is not None and isinstance(kind.data, dict):
         fields["columns"] = _own_type(keys)
     else:
         how = "completion" if is_text else str(keys.plain("type", "") or "")
@@ -113,6 +115,22 @@ def _messages(keys: Keys) -> dict[str, str] | None:
     tools = keys.plain("field_tools", "tools")
     named = {ours: column, "tools": tools}
     return {our: their for our, their in named.items() if our != their} or None
+
+
+def _pair_columns(keys: Keys) -> dict[str, str] | None:
+    """Return our column -> theirs for preference rows; the named row types are recognised."""
+    section = keys.section("type")
+    if section is not None:
+        section.drop(["prompt_format", "chosen_format", "rejected_format"])
+    elif str(keys.plain("type", "")).startswith("passthrough"):
+        keys.note("type", "answers are written out there", "here the template writes them")
+    named = {"messages": keys.plain("field_messages", "messages")}
+    for ours in ("prompt", "chosen", "rejected", "system"):
+        theirs = keys.plain(f"field_{ours}")
+        if section is not None:
+            theirs = section.plain(f"field_{ours}", theirs)
+        named[ours] = theirs or ours
+    return {ours: theirs for ours, theirs in named.items() if ours != theirs} or None
 
 
 def _own_type(keys: Keys) -> dict[str, str] | None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from raytune_ft.errors import RecipeError
-from raytune_ft.importers import hf_arguments
+from raytune_ft.importers import hf_arguments, preference
 from raytune_ft.importers.draft import Draft, Keys
 from raytune_ft.importers.values import Value
 
@@ -51,7 +51,14 @@ ELSEWHERE = {
     "early_stopping_steps": "set train.epochs or train.max_steps",
     "predict_with_generate": "chat_eval.prompts are answered during training",
 }
-STAGES = ("sft", "pt")
+STAGES = ("sft", "pt", "dpo")
+PREFERENCE = {
+    "ref_model": preference.REFERENCE,
+    "ref_model_adapters": preference.REFERENCE,
+    "dpo_label_smoothing": "the rows' choices are taken as certain",
+    "pref_ftx": "chosen answers are learned beside by train.objective: orpo",
+    "ld_alpha": "answers count whole",
+}
 
 
 def convert(content: Value, draft: Draft, folder: Path) -> None:
@@ -60,8 +67,13 @@ def convert(content: Value, draft: Draft, folder: Path) -> None:
     stage = keys.plain("stage", "sft")
     if stage not in STAGES:
         raise draft.refuse(
-            keys.line_of("stage"), f"stage {stage} is not trained here", "sft and pt are"
+            keys.line_of("stage"), f"stage {stage} is not trained here", "sft, pt and dpo are"
         )
+    if stage == "dpo":
+        objective = preference.objective_of(keys, "pref_loss")
+        preference.set_objective(keys, objective, "stage", "pref_beta")
+        keys.leave({key: advice for key, advice in PREFERENCE.items() if keys.plain(key)})
+        keys.drop(key for key in PREFERENCE if not keys.plain(key))
     _model(keys)
     _lora(keys)
     hf_arguments.convert(keys)
@@ -126,8 +138,12 @@ def _lora(keys: Keys) -> None:
 
 def _data(keys: Keys, folder: Path, stage: str) -> None:
     draft = keys.draft
-    draft.set("data.max_length", keys.plain("cutoff_len", 2048), keys.line_of("cutoff_len"))
     packing = keys.plain("packing", stage == "pt") or keys.plain("neat_packing", False)
+    if stage == "dpo":
+        preference.set_length(keys, "cutoff_len", 2048)
+        packing = False  # pairs are not packed there
+    else:
+        draft.set("data.max_length", keys.plain("cutoff_len", 2048), keys.line_of("cutoff_len"))
     draft.set("data.pack", bool(packing), keys.line_of("packing"))
     if keys.plain("disable_shuffling", False):
         draft.set("data.shuffle_before_pack", False, keys.line_of("disable_shuffling"))
@@ -136,6 +152,7 @@ def _data(keys: Keys, folder: Path, stage: str) -> None:
         keys.note("mix_strategy", "data sets are mixed there", "set weight at each of data.sources")
     loss = "all" if keys.plain("train_on_prompt", False) else None
     loss = "last" if keys.plain("mask_history", False) else loss
+    loss = None if stage == "dpo" else loss
     sets = _Sets(keys, folder, stage, loss)
     names, line = keys.texts("dataset"), keys.line_of("dataset")
     if not names:
@@ -182,7 +199,7 @@ class _Sets:
         info = self.known.get(name, {})
         if self.known and name not in self.known:
             self.draft.note(line, f"data set {name} is not in {INFO}", "correct its path")
-        reason = _cannot(info)
+        reason = _cannot(info, self.stage)
         if reason is not None:
             self.draft.note(line, f"data set {name}: {reason}", "write its rows as jsonl")
             return
@@ -220,15 +237,25 @@ class _Sets:
         if info.get("formatting", "alpaca") == "alpaca":
             if columns.get("history"):
                 self.draft.note(line, f"{name}: earlier turns (history)", "write them as messages")
-            ours = {"instruction": "prompt", "input": "query", "output": "response"}
+            ours = {"instruction": "prompt", "input": "query"}
+            if self.stage != "dpo":
+                ours["output"] = "response"
             named = {our: columns[their] for our, their in ours.items() if their in columns}
+            named |= self._answers(columns)
             return {"columns": _differing({**named, "system": columns.get("system", "system")})}
         by_role = tags.get("role_tag") == "role" or info.get("formatting") == "openai"
         default = "messages" if by_role else "conversations"
         odd = {k: v for k, v in tags.items() if k.endswith("_tag") and v not in _KNOWN_TAGS}
         if odd:
             self.draft.note(line, f"{name}: tags {odd}", "rename them in the rows: user, assistant")
-        return {"columns": _differing({default: columns.get("messages", "conversations")})}
+        named = {default: columns.get("messages", "conversations"), **self._answers(columns)}
+        return {"columns": _differing(named)}
+
+    def _answers(self, columns: Mapping[str, str]) -> dict[str, str]:
+        """Return the columns of a pair's answers, as ours -> theirs; none but in stage dpo."""
+        if self.stage != "dpo":
+            return {}
+        return {side: columns.get(side, side) for side in ("chosen", "rejected")}
 
 
 _KNOWN_TAGS = frozenset({
@@ -241,9 +268,11 @@ def _differing(columns: dict[str, str]) -> dict[str, str] | None:
     return {ours: theirs for ours, theirs in columns.items() if ours != theirs} or None
 
 
-def _cannot(info: Mapping[str, Any]) -> str | None:
-    if info.get("ranking"):
-        return "preference pairs are not trained on"
+def _cannot(info: Mapping[str, Any], stage: str) -> str | None:
+    if info.get("ranking") and stage != "dpo":
+        return "preference pairs are trained on by stage dpo"
+    if info and stage == "dpo" and not info.get("ranking"):
+        return "its rows have one answer, and stage dpo compares two"
     if "script_url" in info:
         return "its loading script is never run"
     if any((info.get("columns") or {}).get(kind) for kind in ("images", "videos", "audios")):

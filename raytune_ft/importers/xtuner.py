@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from raytune_ft.importers import hf_arguments, xtuner_data, xtuner_train
+from raytune_ft.importers import hf_arguments, preference, xtuner_data, xtuner_train
 from raytune_ft.importers.draft import Draft, Keys
 from raytune_ft.importers.places import card_of, deepspeed_name
 from raytune_ft.importers.python_file import PythonFile
@@ -27,6 +27,8 @@ ELSEWHERE = {
     "sequence_parallel_size": "sequences stay whole on one GPU",
 }
 TRAINERS = ("SupervisedFinetune", "HybridFinetune", "AutoModelForCausalLM")
+PREFERENCE = {"DPO": "dpo", "ORPO": "orpo"}
+"""Networks of preference training -> the objective."""
 
 
 def convert(file: PythonFile, draft: Draft) -> None:
@@ -64,10 +66,12 @@ def _model(top: Keys) -> None:
     model = top.section("model")
     if model is None:
         raise draft.refuse(1, "no `model = dict(...)`", "name an XTuner configuration")
-    if model.kind not in TRAINERS:
+    if model.kind in PREFERENCE:
+        _objective(model)
+    elif model.kind not in TRAINERS:
         raise draft.refuse(
             model.line, f"model is trained by {model.kind or 'something unknown'}",
-            "supervised tuning (SupervisedFinetune) is what there is",
+            "SupervisedFinetune, DPO and ORPO are what there is",
         )  # fmt: skip
     llm = model.section("llm") if "llm" in model else model
     if llm is None:
@@ -86,6 +90,16 @@ def _model(top: Keys) -> None:
         "peft_model": "merge that adapter first (raytune-ft merge), then train the merged model",
         "max_position_embeddings": "longer contexts are for models that were trained for them",
     })  # fmt: skip
+
+
+def _objective(model: Keys) -> None:
+    objective = PREFERENCE[model.kind]
+    if objective == "dpo":
+        objective = preference.objective_of(model, "loss_type")
+    preference.set_objective(model, objective, "type", "beta")
+    model.drop(["ref_llm"])  # frozen there as here: the model that the run begins with
+    if model.plain("label_smoothing"):
+        model.leave({"label_smoothing": "the rows' choices are taken as certain"})
 
 
 def _dtype(llm: Keys) -> None:

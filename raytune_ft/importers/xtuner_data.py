@@ -6,6 +6,7 @@ from typing import Any
 
 from raytune_ft.config.document import nearest
 from raytune_ft.data.templating.prompts import PROMPTS
+from raytune_ft.importers import preference
 from raytune_ft.importers.draft import Draft, Keys
 from raytune_ft.importers.values import Function, Value
 
@@ -29,7 +30,6 @@ READERS = ("process_hf_dataset", "process_ms_dataset")
 OTHER_READERS = {
     "LLaVADataset": "images are not read",
     "RefCOCOJsonDataset": "images are not read",
-    "build_preference_dataset": "preference pairs are not trained on",
     "process_intern_repo_dataset": "write the rows as jsonl with `messages`",
     "build_packed_dataset": "name the rows that were packed",
     "load_intern_repo_tokenized_dataset": "name the rows before they were tokenised",
@@ -80,6 +80,8 @@ def _dataset(draft: Draft, value: Value, path: str) -> None:
         _moss(keys)
     elif keys.kind in READERS:
         _rows(keys)
+    elif keys.kind == "build_preference_dataset":
+        _pairs(keys)
     else:
         keys.read |= set(keys.values)
         keys.note(
@@ -125,6 +127,36 @@ def _rows(keys: Keys) -> None:
         return
     split = keys.plain("split")
     _place(draft.open(loader, keys.name("dataset")), loader, fields, split)
+
+
+def _pairs(keys: Keys) -> None:
+    """Read build_preference_dataset; the rows' columns are recognised."""
+    draft = keys.draft
+    if keys.plain("is_reward", False):
+        keys.note("is_reward", "rows of a reward model are not trained on", "is_dpo are")
+        return
+    packed = bool(keys.plain("use_varlen_attn", False))
+    draft.set("data.pack", packed, keys.line_of("use_varlen_attn"))
+    if packed:
+        keys.carry("max_packed_length", "data.max_length")
+        keys.drop(["max_length"])
+    else:
+        preference.set_length(keys, "max_length", 2048)
+    draft.set("data.shuffle_before_pack", bool(keys.plain("shuffle_before_pack", True)), keys.line)
+    draft.set("model.template", "tokenizer", keys.line)  # the tokenizer's own writes them there
+    keys.drop(["tokenizer", "is_dpo", "reward_token_id", "num_proc", "max_packed_length"])
+    function = keys.get("dataset_map_fn")
+    name = None if function is None else (function.kind or str(function.plain()))
+    if name is not None and name not in preference.XTUNER_MAPS:
+        keys.note(
+            "dataset_map_fn", f"map function {name} is not carried over",
+            "columns chosen and rejected are recognised; raytune-ft inspect shows the rows",
+        )  # fmt: skip
+    loader = keys.get("dataset")
+    if loader is None:
+        keys.note("dataset", "the data set is not known", "add it to data.sources")
+        return
+    _place(draft.open(loader, keys.name("dataset")), loader, {}, None)
 
 
 def _map(keys: Keys) -> dict[str, Any]:

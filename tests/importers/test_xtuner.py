@@ -179,7 +179,7 @@ def test_unknown_optimizer_template_and_hook_are_noted(tmp_path: Path) -> None:
         ("x = 1", "is no XTuner configuration"),
         ("(" * 5000, "cannot be read as Python|is not Python 3"),
         ("optim_wrapper = dict()", "no `model = dict"),
-        (PLAIN.replace("SupervisedFinetune,", "DPO,"), r"\d+: model is trained by DPO"),
+        (PLAIN.replace("SupervisedFinetune,", "RewardModel,"), r"\d+: model is trained by Rew"),
         (PLAIN + "train_dataset['type'] = build_packed_dataset\n", "no data set can be carried"),
         (
             PLAIN.replace("lr, max_epochs = 0.0002", "lr, max_epochs = -1"),
@@ -187,7 +187,7 @@ def test_unknown_optimizer_template_and_hook_are_noted(tmp_path: Path) -> None:
         ),
         (PLAIN + "import os\nmodel['llm'] = os.environ\n", r"\d+: model.llm is no dict"),
     ],
-    ids=["syntax", "other", "deep", "no model", "dpo", "no data", "bad value", "not known"],
+    ids=["syntax", "other", "deep", "no model", "reward", "no data", "bad value", "not known"],
 )
 def test_what_cannot_be_a_recipe_is_one_line(tmp_path: Path, text: str, says: str) -> None:
     with pytest.raises(RecipeError, match=says) as caught:

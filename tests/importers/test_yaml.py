@@ -175,7 +175,7 @@ def test_stage_pt_trains_on_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("dataset", "says"),
     [
-        ("identity,pairs", "pairs: preference pairs are not trained on"),
+        ("identity,pairs", "pairs: preference pairs are trained on by stage dpo"),
         ("identity,script", "script: its loading script is never run"),
         ("identity,pictures", "pictures: images, videos and audio are not read"),
         ("identity,nothing", "nothing is not in dataset_info.json"),
@@ -237,13 +237,17 @@ def test_axolotl_defaults_are_its_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        (FACTORY.replace("stage: sft", "stage: dpo"), r"f.yaml:4: stage dpo is not trained here"),
+        (FACTORY.replace("stage: sft", "stage: kto"), r"f.yaml:4: stage kto is not trained here"),
+        (
+            FACTORY.replace("stage: sft", "stage: dpo") + "pref_loss: simpo\n",
+            r"pref_loss simpo is not trained here; sft, dpo and orpo are",
+        ),
         (FACTORY.replace("type: lora", "type: oft"), r"f.yaml:6: finetuning_type oft"),
         (FACTORY.replace("bit: 4", "bit: 2"), r"f.yaml:2: quantization_bit 2"),
         (FACTORY.replace("1.0e-4", "fast"), r"f.yaml:19: train.lr: expected a number, got 'fast'"),
         (FACTORY.replace("ds_z2_offload", "ds_z3"), "cannot shard nf4"),
         (FACTORY.replace("dataset:", "dataset_:"), "no `dataset`"),
-        (AXOLOTL + "rl: dpo\n", r"rl dpo is not trained here"),
+        (AXOLOTL + "rl: grpo\n", r"rl grpo is not trained here; sft, dpo and orpo are"),
         (AXOLOTL.replace("adapter: qlora", "adapter: llama-adapter"), r"f.yaml:3: adapter"),
         (AXOLOTL.replace("datasets:", "data_sets:"), "no data set can be carried over"),
         ("a: 1", "neither base_model"),
