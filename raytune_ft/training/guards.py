@@ -81,7 +81,8 @@ def _watch(stack: ExitStack, limit_s: float, engine: Engine, folder: RunFolder) 
     PULSE.attempt = int(exchange(torch.tensor([time.time_ns()]), engine.device)[0][0])
     listen(engine.module, engine.trained.values())
 
-    def hung(line: str) -> None:
+    def hung(line: str, step: int) -> None:
+        PULSE.step = step
         failures.note(folder, line, rank=rank(), kind=failures.HANG)
 
     own = Place(place, rank(), world_size(), PULSE.attempt)

@@ -65,7 +65,8 @@ class Watchdog:
         place: of this rank.
         pulse: of this process.
         limit_s: seconds without a beat of any rank.
-        hung: called by one rank, the first that noticed, with one line for the user.
+        hung: called by one rank, the first that noticed, with one line for the user and the step,
+            of the rank that is least far.
         end: called at the very end; it does not return.
     """
 
@@ -74,7 +75,7 @@ class Watchdog:
         place: Place,
         pulse: Pulse,
         limit_s: float,
-        hung: Callable[[str], object],
+        hung: Callable[[str, int], object],
         end: Callable[[int], object] = os._exit,
     ) -> None:
         self.place, self.pulse, self.limit_s = place, pulse, limit_s
@@ -92,6 +93,7 @@ class Watchdog:
         self._signalled = (folder / f".signal_{rank}").open("wb", buffering=0)
         # the fault handler needs no lock of the interpreter, which a hung library may hold
         faulthandler.register(signal.SIGUSR1, self._signalled, all_threads=True, chain=False)
+        self._tell()  # a process that is stopped at once is known all the same
         self._thread.start()
         return self
 
@@ -126,7 +128,9 @@ class Watchdog:
         }  # fmt: skip
         with contextlib.suppress(OSError):  # a full disk stops checkpoints, not this
             path = self.place.folder / f".pulse_{self.place.rank}.json"
-            path.write_text(json.dumps(own), encoding="utf-8")
+            half = path.with_suffix(".half")
+            half.write_text(json.dumps(own), encoding="utf-8")
+            half.replace(path)
 
     def _changed(self) -> bool:
         """Look at every rank's beats; tell whether any has beaten since the last look."""
@@ -164,7 +168,7 @@ class Watchdog:
                     faulthandler.dump_traceback(file, all_threads=True)
             if self._is_first():
                 self._see_to_others()
-                self.hung(self._line())
+                self._speak()
             else:
                 self._wait(lambda: not self._missing(), 3 * GRACE_S)
         finally:
@@ -218,14 +222,14 @@ class Watchdog:
             f"no beat for {self.limit_s:g} s\n"
         )
 
-    def _line(self) -> str:
-        where = ", ".join(
-            f"rank {r}: {self._pulse_of(r).get('phase', 'not started')}"
-            for r in range(self.place.world)
-        )
-        return (
-            f"step {self.pulse.step}: no worker went on for {self.limit_s:g} s ({where}); their "
-            f"stacks are in {self.place.folder}"
+    def _speak(self) -> None:
+        found = {rank: self._pulse_of(rank) for rank in range(self.place.world)}
+        where = ", ".join(f"rank {r}: {p.get('phase', 'not started')}" for r, p in found.items())
+        step = min(pulse.get("step", self.pulse.step) for pulse in found.values())
+        self.hung(
+            f"step {step}: no worker went on for {self.limit_s:g} s ({where}); their stacks are in "
+            f"{self.place.folder}",
+            step,
         )
 
     def _state_of(self, rank: int) -> str:
