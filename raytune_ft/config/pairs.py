@@ -68,6 +68,9 @@ def _of_adapter(recipe: Recipe) -> Iterator[str]:
             f"lora.init_lora_weights '{init}' is how a new adapter begins, and model.load_from "
             "gives one that has begun; leave one of them out"
         )
+    swept = next((name for name in recipe.tune.space if name.startswith("lora.")), None)
+    if model.load_from is not None and swept is not None:
+        yield f"tune.space '{swept}' cannot vary an adapter that model.load_from gives; leave it out"
     if zero.startswith("zero3"):
         for name, asked in (
             ("lora.use_dora", lora.use_dora),

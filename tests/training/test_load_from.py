@@ -39,6 +39,7 @@ def recipe_of(base: Path, rows: Path, /, **changes: dict[str, Any]) -> Recipe:
         "train": {"epochs": 1, "accumulation": 4, "lr": 5e-3, "deepspeed": "none"},
         "checkpoint": {"every": 1, "keep": -1},
         "run": {"trackers": []},
+        "tune": {},
     }
     return Recipe.model_validate({k: {**v, **changes.get(k, {})} for k, v in sections.items()})
 
@@ -275,3 +276,10 @@ def test_peft_s_own_adapter_is_taken(chats: Path, tiny_model: Path, tmp_path: Pa
     assert same(ours, theirs)
     kept = json.loads((tmp_path / "new/beginning/adapter_config.json").read_text())
     assert kept["lora_dropout"] == 0.2
+
+
+def test_a_sweep_cannot_vary_what_is_given(chats: Path, tiny_model: Path) -> None:
+    given = {"load_from": "runs/a"}
+    recipe_of(tiny_model, chats, model=given, tune={"space": {"train.lr": [1e-4, 1e-3]}})
+    with pytest.raises(ValueError, match=r"tune.space 'lora.r' cannot vary an adapter"):
+        recipe_of(tiny_model, chats, model=given, tune={"space": {"lora.r": [4, 8]}})
