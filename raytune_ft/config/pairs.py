@@ -70,7 +70,7 @@ def _of_adapter(recipe: Recipe) -> Iterator[str]:
         )
     swept = next((name for name in recipe.tune.space if name.startswith("lora.")), None)
     if model.load_from is not None and swept is not None:
-        yield f"tune.space '{swept}' cannot vary an adapter that model.load_from gives; leave it out"
+        yield f"tune.space '{swept}': model.load_from gives the adapter as it is; leave it out"
     if zero.startswith("zero3"):
         for name, asked in (
             ("lora.use_dora", lora.use_dora),

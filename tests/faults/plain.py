@@ -29,7 +29,7 @@ from raytune_ft.data.windows import Feed, make_feed
 from raytune_ft.training import checkpoint, worker
 from raytune_ft.training.run_folder import RunFolder, append_jsonl, read_jsonl, write_json
 from raytune_ft.training.worker import Job
-from tests.faults.verdict import Kill, Verdict, compare
+from tests.faults.verdict import Kill, Verdict, compare, compare_rounded
 
 MOST_KILLS = 4
 DEADLINE_S = 240.0
@@ -41,6 +41,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "full": {"train": {"deepspeed": "none"}, "model": {"method": "full"}},
 }
 """What is trained: an adapter by plain torch, by ZeRO-2, by two processes, or all weights."""
+WORLD = "worlds"
+"""Name of the run whose number of processes changes."""
 SHARES = ["torch"] * 5 + ["zero2"] * 2 + ["ranks"] * 2 + ["full"]
 
 
@@ -216,6 +218,38 @@ def run_trial(inputs: Path, folder: Path, seed: int) -> Verdict:
     return compare(seed, variant, folder, wholes / variant, kills)
 
 
+def run_world(inputs: Path, folder: Path, seed: int) -> Verdict:
+    """Kill a run and go on with two processes, one, two ... in its place.
+
+    Dropout is off: ranks draw their own.
+    """
+    chance = random.Random(seed)
+    whole = inputs / "plain" / WORLD
+    life_s = json.loads((inputs / "plain" / f"{WORLD}.json").read_text())["seconds"]
+    kills: list[Kill] = []
+    folder.mkdir(parents=True)
+    for number in range(MOST_KILLS + 1):
+        recipe = with_ranks(inputs, 2 - (seed + number) % 2, chance.choice([1, 2, 3]))
+        instant = chance.uniform(0, life_s) if number < MOST_KILLS else DEADLINE_S
+        kill = Attempt(folder, recipe, number).wait(instant, chance)
+        if kill is None:
+            break
+        kills.append(kill)
+    follow(folder, kills)
+    return compare_rounded(seed, WORLD, folder, whole, kills)
+
+
+def with_ranks(inputs: Path, workers: int, every: int) -> Recipe:
+    """Return the recipe of `run_world` for so many processes."""
+    recipe = recipe_of(inputs / "model", inputs / "rows.jsonl", "zero2", every)
+    train = recipe.train.model_copy(update={"accumulation": 4 // workers})
+    return recipe.model_copy(update={
+        "lora": recipe.lora.model_copy(update={"dropout": 0.0}),
+        "train": train,
+        "run": recipe.run.model_copy(update={"workers": workers}),
+    })  # fmt: skip
+
+
 def follow(folder: Path, kills: list[Kill]) -> None:
     """Fill in what came after each kill: the step it went on from, seconds to a new step."""
     told = list(read_jsonl(folder.parent / f"{folder.name}.events"))
@@ -243,12 +277,12 @@ def prepare(inputs: Path) -> None:
     Args:
         inputs: folder with `model` and `rows.jsonl`; gets `plain/VARIANT` and its `.json`.
     """
-    for variant in VARIANTS:
-        folder = inputs / "plain" / variant
+    recipes = {name: recipe_of(inputs / "model", inputs / "rows.jsonl", name) for name in VARIANTS}
+    for name, recipe in {**recipes, WORLD: with_ranks(inputs, 1, 2)}.items():
+        folder = inputs / "plain" / name
         folder.mkdir(parents=True)
         begun = time.monotonic()
-        recipe = recipe_of(inputs / "model", inputs / "rows.jsonl", variant)
         if Attempt(folder, recipe, 0).wait(DEADLINE_S, random.Random(0)) is not None:
             raise RuntimeError(f"{folder}: not ended after {DEADLINE_S} s")
         seconds = {"seconds": time.monotonic() - begun}
-        (folder.parent / f"{variant}.json").write_text(json.dumps(seconds))
+        (folder.parent / f"{name}.json").write_text(json.dumps(seconds))

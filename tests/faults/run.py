@@ -1,9 +1,9 @@
 """Kill -9 at random instants, many times, several runs at once: one table and a JSON.
 
-    python -m tests.faults.run --plain 300 --ray 100 --jobs 8 --json faults.json
+    python -m tests.faults.run --plain 300 --ray 100 --worlds 50 --jobs 8 --json faults.json
     python -m tests.faults.run --plain 1 --seed 1234        # that one run again
 
-`--plain` and `--ray` count kills; runs are started until there are so many. `FAULT_SEED` is the
+`--plain`, `--ray` and `--worlds` (other numbers of ranks) count kills; runs are started until there are so many. `FAULT_SEED` is the
 first run's seed, each further run has the next number, and every line names the seed of its run.
 A seed decides what is trained, who is killed and when; the machine decides what that hits.
 """
@@ -43,10 +43,13 @@ def main(words: list[str] | None = None) -> int:
         inputs.mkdir()
         _in_a_child(lambda: make_inputs(inputs))
         found: dict[str, list[Verdict]] = {}
-        if asked.plain:
+        if asked.plain or asked.worlds:
             plain.load()
             plain.prepare(inputs)
+        if asked.plain:
             found["plain"] = list(_trials(plain.run_trial, inputs, asked.plain, asked, "plain"))
+        if asked.worlds:
+            found["worlds"] = list(_trials(plain.run_world, inputs, asked.worlds, asked, "worlds"))
         if asked.ray:
             ray_runs.prepare(inputs)
             found["ray"] = list(_trials(ray_runs.run_trial, inputs, asked.ray, asked, "ray"))
@@ -89,6 +92,7 @@ def summary(kind: str, verdicts: list[Verdict]) -> str:
         "had no step left)",
         f"  victims: {_counts(kill.victim for kill in kills)}",
         f"  hit while: {_counts(kill.phase for kill in kills)}",
+        f"  weights differ by {max((v.drift for v in verdicts), default=0.0):.1e} at most",
         f"  trained: {_counts(verdict.variant for verdict in verdicts)}",
     ]
     return "\n".join(lines)
@@ -104,7 +108,7 @@ def _trials(
     """Run trials side by side until so many processes were killed."""
     seed, killed = asked.seed, 0
     running: set[Future[Verdict]] = set()
-    jobs = asked.jobs if kind == "plain" else asked.ray_jobs
+    jobs = asked.ray_jobs if kind == "ray" else asked.jobs
     with ProcessPoolExecutor(jobs, mp_context=get_context("fork")) as pool:
         while killed < kills or running:
             while killed + len(running) < kills and len(running) < jobs:
@@ -159,6 +163,7 @@ def _arguments(words: list[str] | None) -> argparse.Namespace:
     cores = os.cpu_count() or 1
     parser.add_argument("--plain", type=int, default=300, help="kills without Ray")
     parser.add_argument("--ray", type=int, default=100, help="kills of runs through Ray Train")
+    parser.add_argument("--worlds", type=int, default=0, help="kills with other ranks after each")
     parser.add_argument("--seed", type=int, default=seed, help="of the first run")
     parser.add_argument("--jobs", type=int, default=cores, help="plain runs at once")
     parser.add_argument(

@@ -63,6 +63,14 @@ def test_kills_under_ray_train_change_nothing(
     check(killed(tmp_path, "--plain", "0", "--ray", str(wanted), "--ray-jobs", "1"), wanted)
 
 
+def test_other_numbers_of_ranks_see_the_same_rows(tmp_path: Path) -> None:
+    """Two processes, killed, one, killed, two ...; the weights differ by float32's rounding."""
+    words = ("--plain", "0", "--ray", "0", "--worlds", "2", "--jobs", "1")
+    verdicts = killed(tmp_path, *words)
+    check(verdicts, 2)
+    assert max(verdict["drift"] for verdict in verdicts) > 0.0, "bytes would be a wonder"
+
+
 def data_tasks() -> list[int]:
     """Find the data tasks below this process."""
     found = []
