@@ -3,9 +3,10 @@
     python -m tests.faults.run --plain 300 --ray 100 --worlds 50 --jobs 8 --json faults.json
     python -m tests.faults.run --plain 1 --seed 1234        # that one run again
 
-`--plain`, `--ray` and `--worlds` (other numbers of ranks) count kills; runs are started until there are so many. `FAULT_SEED` is the
-first run's seed, each further run has the next number, and every line names the seed of its run.
-A seed decides what is trained, who is killed and when; the machine decides what that hits.
+`--plain`, `--ray` and `--worlds` (another number of ranks after each kill) count kills; runs are
+started until there are so many. `FAULT_SEED` is the first run's seed, each further run has the next
+number, and every line names the seed of its run. A seed decides what is trained, who is killed and
+when; the machine decides what that hits.
 """
 
 from __future__ import annotations
