@@ -86,7 +86,8 @@ class TensorBoard:
 
         again = beginning.step + 1 if beginning.step else None
         place = str(beginning.folder / "tensorboard")
-        self._board = SummaryWriter(place, purge_step=again, flush_secs=10)
+        suffix = f".{time.time_ns()}"  # its own names have seconds: an attempt may be shorter
+        self._board = SummaryWriter(place, purge_step=again, flush_secs=10, filename_suffix=suffix)
         return None
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
@@ -137,9 +138,12 @@ class Wandb:
         self._run.log({key: page}, step=step)
 
     def finish(self, status: str) -> None:
+        import wandb
+
         if status == "stopped":
             self._run.mark_preempting()
         self._run.finish(exit_code=int(status != "done"))
+        wandb.teardown()  # waits for its service: a worker's process may end right after this
 
 
 class Mlflow:
