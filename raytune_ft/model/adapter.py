@@ -92,6 +92,10 @@ def _new_config(model: nn.Module, lora: LoraSection, new_ids: Collection[int]) -
     from peft import EvaConfig, LoraConfig
 
     targets, whole = _targets(model, lora), _modules_to_save(model, lora)
+    if lora.use_dora and getattr(model, "quantization_method", None) is not None:
+        from raytune_ft.model.nf4 import check_dora  # bitsandbytes takes seconds to import
+
+        check_dora(model)
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.r,

@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+from raytune_ft.errors import RecipeError
 
 BLOCK = 64
 """Weights that share a scale."""
@@ -50,6 +52,27 @@ def mend_cpu_layers(model: torch.nn.Module) -> None:
         on_cpu = isinstance(module, Linear4bit) and module.weight.device.type == "cpu"
         if on_cpu and module.in_features % BLOCK:
             module.__class__ = _OddLinear4bit
+
+
+def check_dora(model: torch.nn.Module) -> None:
+    """Refuse DoRA where PEFT would read a quantised weight wrongly: on a CPU, and there alone.
+
+    It reads odd NF4 layers by the kernel described above, and int8 layers lose their scales.
+
+    Raises:
+        RecipeError: the model has such a layer.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, _OddLinear4bit):
+            what = f"is NF4 of width {module.in_features}, no multiple of {BLOCK}"
+        elif isinstance(module, Linear8bitLt) and module.weight.device.type == "cpu":
+            what = "is int8"
+        else:
+            continue
+        raise RecipeError(
+            f"lora.use_dora: {name} {what}, which DoRA cannot read on a CPU; set "
+            "model.quantization: none"
+        )
 
 
 class _OddLinear4bit(Linear4bit):  # type: ignore[misc]

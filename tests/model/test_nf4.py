@@ -9,6 +9,9 @@ import torch
 from bitsandbytes.functional import quantize_4bit
 from bitsandbytes.nn import Linear4bit, Params4bit
 
+from raytune_ft.config.schema import LoraSection
+from raytune_ft.errors import RecipeError
+from raytune_ft.model.adapter import attach
 from raytune_ft.model.nf4 import mend_cpu_layers, through_nf4
 from tests.families.checkpoints import make
 from tests.families.loaded import load
@@ -56,6 +59,17 @@ def test_a_layer_computes_with_these_weights(shape: tuple[int, int], double_quan
     seen = through_nf4(weight, double_quant=double_quant)
     torch.testing.assert_close(found, x @ seen.T + bias, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(x.grad, seen.sum(0).expand_as(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_dora_is_refused_where_it_would_read_other_weights(
+    tmp_path: Path, quantization: str
+) -> None:
+    """On a CPU PEFT reads odd NF4 layers by the broken kernel, and int8 layers without scales."""
+    model = load(make("baichuan_13b", tmp_path / "odd"), quantization=quantization)
+    with pytest.raises(RecipeError, match=r"lora.use_dora: model.layers.0.*on a CPU") as caught:
+        attach(model, LoraSection(use_dora=True), 1)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_loaded_model_of_odd_width_is_mended(tmp_path: Path) -> None:
