@@ -1,0 +1,69 @@
+"""What is trained is the same set of weights, with the same values, before and after a resume."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from raytune_ft.config.schema import Recipe
+from raytune_ft.training import checkpoint, worker
+from raytune_ft.training.engine import Engine
+from tests.training.test_load_from import recipe_of, train
+
+WAYS: dict[str, dict[str, dict[str, Any]]] = {
+    "adapter": {},
+    "adapter, ZeRO-2": {"train": {"deepspeed": "zero2"}},
+    "adapter, biases and a whole module": {
+        "lora": {"bias": "lora_only", "modules_to_save": ["lm_head"]},
+    },
+    "all weights": {"model": {"method": "full"}},
+    "all weights, ZeRO-1": {"model": {"method": "full"}, "train": {"deepspeed": "zero1"}},
+}
+
+
+class StoppedError(Exception):
+    """Raised instead of training on."""
+
+
+def at_start(
+    recipe: Recipe, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Engine, dict[str, torch.Tensor]]:
+    """Take a run up; return its engine as it is before the next step, and all weights."""
+    caught: list[Engine] = []
+
+    def stop(engine: Engine, *_: object) -> None:
+        caught.append(engine)
+        raise StoppedError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(worker, "train", stop)
+        with pytest.raises(StoppedError):
+            train(recipe, folder)
+    return caught[0], {n: p.detach().clone() for n, p in caught[0].module.named_parameters()}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_trained_weights_and_optimizer_are_those_of_the_checkpoint(
+    tiny_model: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    changes = WAYS[way]
+    short = {**changes, "train": {**changes.get("train", {}), "max_steps": 2}}
+    recipe = recipe_of(tiny_model, chats, **short)
+    fresh, before = at_start(recipe, tmp_path / "run", monkeypatch)
+    run = train(recipe, tmp_path / "run")
+    resumed, after = at_start(recipe, run.path, monkeypatch)
+
+    assert list(resumed.trained) == list(fresh.trained)
+    loaded = checkpoint.load(run.checkpoints / checkpoint.folder_name(2))
+    weights, optimizer = resumed.weights(), resumed.optimizer_state()
+    assert weights.keys() == loaded.weights.keys() == set(fresh.trained)
+    assert optimizer.keys() == loaded.optimizer.keys()
+    assert all(torch.equal(weights[name], loaded.weights[name]) for name in weights)
+    assert all(torch.equal(optimizer[name], loaded.optimizer[name]) for name in optimizer)
+
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved <= set(fresh.trained), "a frozen weight has changed"
+    assert len(moved) > len(fresh.trained) / 2, "what was learned is not there any more"
