@@ -164,6 +164,9 @@ def step_line(event: Event) -> str:
         parts.insert(-2, f"data {event['data_wait']:.0%}")
     if event.get("val_loss") is not None:
         parts.insert(2, f"held-out {event['val_loss']:.4f}")
+    if event.get("rewards_accuracy") is not None:
+        preferred = f"{event['rewards_accuracy']:.0%} by {event['rewards_margin']:.3f}"
+        parts.insert(2, f"preferred {preferred}")
     return " | ".join(parts)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from raytune_ft.chat.text import printable
 from raytune_ft.config.loader import load_recipe
 from raytune_ft.config.schema import Recipe
 from raytune_ft.data import places, sources
+from raytune_ft.data.encode import Example, encode_conversation
 from raytune_ft.data.examples import Encoder
 from raytune_ft.data.rows import formats
 from raytune_ft.data.segments import Conversation
@@ -100,26 +102,48 @@ def _first_rows(opened: RowSource, encoder: Encoder, rows: int) -> list[RowView]
         for number in np.flatnonzero(sets == which).tolist():
             if shown == rows:
                 break
-            views.append(_row(opened, number, encoder))
+            views += _views(opened, number, encoder)
             shown += views[-1].dropped is None
     return views
 
 
-def _row(opened: RowSource, number: int, encoder: Encoder) -> RowView:
+def _views(opened: RowSource, number: int, encoder: Encoder) -> list[RowView]:
+    """Show a row; of a pair, its chosen and its rejected conversation."""
     where, source = opened.where(number), opened.source_of(number)
     try:
         row = opened.rows([number])[0]
-        conversation = formats.to_conversation(row, source, encoder.data, where)
+        read = formats.to_conversation if encoder.objective == "sft" else formats.to_pair
+        found = read(row, source, encoder.data, where)
         example = encoder.encode(row, source, where)
     except DataError as error:
         if encoder.data.on_error == "stop":
             raise
-        return RowView(where, dropped=str(error))
-    if conversation is None or example is None:
-        return RowView(where, dropped=f"{where}: it has no answer")
+        return [RowView(where, dropped=str(error))]
+    if found is None or example is None:
+        return [RowView(where, dropped=f"{where}: it has no answer")]
+    if isinstance(found, Conversation):
+        return [_view(where, found, example, encoder)]
+    names = (f"{where}, chosen", f"{where}, rejected")
+    return [
+        _view(name, side, part, encoder)
+        for name, side, part in zip(names, found, _sides(found, example, encoder), strict=True)
+    ]
+
+
+def _sides(pair: Sequence[Conversation], example: Example, encoder: Encoder) -> Iterator[Example]:
+    """Part the example of a pair."""
+    start = 0
+    for side, stop in zip(pair, (example.n_chosen, len(example.input_ids)), strict=True):
+        alone = encode_conversation(side, encoder.bound_template, encoder.tokenizer)
+        ids, labels = example.input_ids[start:stop], example.labels[start:stop]
+        yield Example(ids, labels, alone.uncut_length)
+        start = stop
+
+
+def _view(where: str, found: Conversation, example: Example, encoder: Encoder) -> RowView:
     return RowView(
         where,
-        turns=_turns(conversation),
+        turns=_turns(found),
         pieces=pieces_of(example.input_ids, example.labels, encoder.tokenizer),
         n_tokens=len(example.input_ids),
         n_targets=example.n_targets,
