@@ -31,9 +31,9 @@ def install(loss: nn.Module, model: Any, alpha: float) -> None:
     def forget(*_call: Any) -> None:
         lengths.clear()
 
-    def shake(_module: nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor:
-        # an answer between two steps comes past no `look`: it is never shaken
-        if not lengths:
+    def shake(module: nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor:
+        # an answer between two steps comes past no `look`, and DPO's reference is in eval mode
+        if not lengths or not module.training:
             return output
         return output + noise(output, lengths[0], alpha)
 

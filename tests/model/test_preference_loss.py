@@ -17,6 +17,7 @@ from torch import nn
 
 from raytune_ft.config.schema import LoraSection, TrainSection
 from raytune_ft.model import loss as loss_module
+from raytune_ft.model import noise
 from raytune_ft.model.adapter import attach
 from raytune_ft.model.preference import (
     Answers,
@@ -209,6 +210,25 @@ def test_the_reference_is_what_the_run_began_with_and_weights_stay_where_they_ar
     for name, parameter in model.named_parameters():
         assert parameter.data_ptr() == places[name] and torch.equal(parameter, values[name])
     assert not any("start_" in name for name in ours.state_dict())
+
+
+def test_noise_on_embeddings_shakes_the_policy_and_not_the_reference() -> None:
+    model = adapted(llama())
+    ours = loss_of(model, "dpo").train()
+    data = batch([row(pairs([(9, 30), (17, 12)]))])
+    found: list[torch.Tensor] = []
+    asked = ours.start_log_probs
+
+    def remember(*inputs: Any) -> torch.Tensor:
+        found.append(asked(*inputs))
+        return found[-1]
+
+    ours.start_log_probs = remember
+    plain, _ = ours(**data)
+    noise.install(ours, model, 15.0)
+    shaken, _ = ours(**data)
+    assert torch.equal(found[0], found[1])
+    assert not torch.allclose(plain, shaken)
 
 
 def test_weights_come_back_where_the_model_fails() -> None:
