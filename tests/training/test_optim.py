@@ -13,7 +13,7 @@ from raytune_ft.config.schema import Recipe, TrainSection
 from raytune_ft.training.build import build_engine
 from raytune_ft.training.engine import Engine
 from raytune_ft.training.optim import MuonAdamW, build_optimizer, set_lr
-from tests.training.test_engine import batches, targets
+from tests.training.ragged import batches, targets
 
 CPU = torch.device("cpu")
 LR, DECAY, BETAS = 3e-2, 0.1, (0.9, 0.99)

@@ -11,7 +11,7 @@ import torch
 from raytune_ft.config.schema import Recipe
 from raytune_ft.training.build import build_engine
 from raytune_ft.training.engine import Engine
-from tests.training.test_engine import batches, targets
+from tests.training.ragged import batches, targets
 
 CPU = torch.device("cpu")
 VARIANTS: dict[str, dict[str, Any]] = {
