@@ -1,47 +1,48 @@
 """Is the memory that `plan` predicts the memory that a step takes, and is the time?
 
 Random weights of a real 7B shape go through `training.build.build_engine` and take real optimizer
-steps of full packs, several documents in each; every cell is a process of its own. Printed for
-each cell: peak by part as predicted, peak as measured (`torch.cuda.max_memory_allocated`), what the
-device lost beside torch's allocator, seconds of a micro-step predicted and measured.
-Run: python -m benchmarks.memory_plan [--cells all|method,length,micro,recompute[,zero] ...]
-     [--model CARD] [--layers N] [--out FILE]
+steps of full packs, several documents in each; every cell is a process of its own. A cell's line of
+JSON has the peak by torch's allocator (`torch.cuda.max_memory_allocated`), what the device lost
+beside that allocator, and seconds of a micro-step and of an update. The table sets them against
+what `config.peak` and `config.pace` say.
+Run: python -m benchmarks.memory_plan [--cells all|METHOD,LENGTH,MICRO,RECOMPUTE[,SETTING...] ...]
+     [--model CARD] [--layers N] [--out FILE];  python -m benchmarks.memory_plan --table FILE
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
 import resource
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-ROW = 8
+GIB = 2**30
+ROWS = 8
 """Documents in each pack."""
 ACCUMULATION = 2
 """Enough for a forward pass beside the gradients of the one before."""
 WARM, TIMED = 1, 2
-AHEAD = 3
-"""Processes that import while another measures."""
 
 
 def main() -> None:
-    """Run cells one after the other; print a line of JSON for each."""
+    """Run cells one after the other and print a line of JSON for each, or a table of lines."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--cells", nargs="+", default=["all"])
     parser.add_argument("--model", default="internlm_7b")
     parser.add_argument("--layers", type=int)
     parser.add_argument("--shrink", type=int, default=1, help="divide the widths: a rehearsal")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--cell", help="one cell, once a line comes from stdin")
+    parser.add_argument("--start", choices=("fork", "spawn"), default="fork")
+    parser.add_argument("--table", type=Path, help="print the table of an --out file")
     args = parser.parse_args()
-    if args.cell is not None:
-        measure(args)
+    if args.table is not None:
+        print_table(args.table)
         return
     cells = list(all_cells()) if args.cells == ["all"] else args.cells
     for line in measured(cells, args):
@@ -61,24 +62,29 @@ def all_cells() -> Iterator[str]:
 
 
 def measured(cells: list[str], args: argparse.Namespace) -> Iterator[str]:
-    """Yield a line for each cell; the next processes import meanwhile."""
-    command = [sys.executable, "-m", "benchmarks.memory_plan", "--model", args.model]
-    command += ["--shrink", str(args.shrink)]
-    if args.layers is not None:
-        command += ["--layers", str(args.layers)]
-    waiting: list[tuple[str, subprocess.Popen[str]]] = []
-    left = list(cells)
-    while left or waiting:
-        while left and len(waiting) < AHEAD:
-            cell = left.pop(0)
-            child = subprocess.Popen(
-                [*command, "--cell", cell], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-            )
-            waiting.append((cell, child))
-        cell, child = waiting.pop(0)
-        output, _ = child.communicate("go\n")
-        lines = [line for line in output.splitlines() if line.startswith("{")]
-        yield lines[-1] if lines else json.dumps({"cell": cell, "failed": child.returncode})
+    """Yield a line for each cell, made by a process of its own."""
+    # the imports take longer than a cell: children are forked behind them, before CUDA is there
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    import deepspeed  # noqa: F401
+    import peft  # noqa: F401
+    import torch
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+    from raytune_ft.training import build  # noqa: F401
+
+    # where an import has touched CUDA all the same, a forked child cannot
+    context = multiprocessing.get_context("spawn" if torch.cuda.is_initialized() else args.start)
+    for cell in cells:
+        receive, send = context.Pipe(duplex=False)
+        child = context.Process(target=measure, args=(cell, args, send))
+        child.start()
+        send.close()
+        try:
+            yield receive.recv()
+        except EOFError:
+            child.join()
+            yield json.dumps({"cell": cell, "model": args.model, "failed": child.exitcode})
+        child.join()
 
 
 def recipe_of(cell: str, args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
@@ -113,42 +119,37 @@ def recipe_of(cell: str, args: argparse.Namespace) -> tuple[Any, dict[str, Any]]
     return Recipe.model_validate(body), shape
 
 
-def measure(args: argparse.Namespace) -> None:
-    """Build, train and print what was predicted and measured."""
-    import deepspeed  # noqa: F401 its import takes seconds
-    import peft  # noqa: F401
+def measure(cell: str, args: argparse.Namespace, send: Any) -> None:
+    """Build, train and send what was measured."""
     import torch
-    import transformers.models.llama.modeling_llama  # noqa: F401
 
     from benchmarks.random_model import random_model
     from raytune_ft.model import loading
     from raytune_ft.training.build import build_engine
 
-    sys.stdin.readline()
-    recipe, shape = recipe_of(args.cell, args)
+    recipe, shape = recipe_of(cell, args)
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
     marks = Marks(device)
-    loading.load_model = lambda *_, **__: made(marks, shape, recipe, device)  # type: ignore
-    began = time.perf_counter()
-    random = random_model
 
-    def made(marks: Marks, shape: Any, recipe: Any, device: Any) -> Any:
-        model = random(shape, recipe.model, device)
+    def made(*_: Any, **__: Any) -> Any:
+        model = random_model(shape, recipe.model, device)
         marks.reset()
         marks.add("base")
         return model
 
+    loading.load_model = made  # 14 GB from a disk would take longer than the steps
+    began = time.perf_counter()
     engine, _ = build_engine(recipe, Path(), device)
     marks.add("engine")
     ready = time.perf_counter() - began
     times = steps(engine, recipe, shape["vocab_size"], marks)
-    print(json.dumps({
-        "cell": args.cell,
+    send.send(json.dumps({
+        "cell": cell,
         "model": args.model,
+        "shape": {key: shape[key] for key in CHANGED},
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
         "ready_s": round(ready, 1),
-        **prediction(recipe, shape, on_gpu=on_gpu),
         "peak": marks.peak,
         "outside": marks.outside(),
         "reserved": torch.cuda.max_memory_reserved() if on_gpu else 0,
@@ -157,11 +158,41 @@ def measure(args: argparse.Namespace) -> None:
     }))  # fmt: skip
 
 
-def prediction(recipe: Any, shape: Any, *, on_gpu: bool) -> dict[str, Any]:
-    """Return what the planner says of this recipe."""
-    from raytune_ft.config.footprint import count, memory_bytes
+CHANGED = ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
+"""What a rehearsal changes of a model's shape."""
 
-    return {"parts": memory_bytes(recipe, count(shape, recipe), on_gpu=on_gpu)}
+
+def print_table(file: Path) -> None:
+    """Print as Markdown what is predicted now beside what was measured in a file of lines."""
+    from raytune_ft.config.footprint import count
+    from raytune_ft.config.pace import device_called, micro_seconds
+    from raytune_ft.config.peak import memory_bytes
+
+    parts_shown = ("base weights", "quantisation state", "embedding and head", "adapter",
+                   "gradients", "optimizer", "activations", "logits", "workspace")  # fmt: skip
+    print("| model | cell |", " | ".join(parts_shown), "| sum | measured | ratio | beside torch, "
+          "predicted / measured | s, predicted | measured | ratio | tok/s |")  # fmt: skip
+    print("| --- | --- |", "--- | " * (len(parts_shown) + 8))
+    args = argparse.Namespace(layers=None, shrink=1)
+    for line in file.read_text(encoding="utf-8").splitlines():
+        got = json.loads(line)
+        args.model = got["model"]
+        if "failed" in got:
+            print(f"| {got['model']} | {got['cell']} | failed |")
+            continue
+        recipe, shape = recipe_of(got["cell"], args)
+        counts = count(shape | got["shape"], recipe)
+        parts = memory_bytes(recipe, counts, on_gpu=got["outside"] > 0)
+        beside = parts.pop("GPU context", 0)
+        total, device = sum(parts.values()), device_called(got["device"])
+        seconds = micro_seconds(recipe, counts, device) if device else 0.0
+        sizes = " | ".join(f"{parts.get(name, 0) / GIB:.2f}" for name in parts_shown)
+        print(
+            f"| {got['model']} | {got['cell']} | {sizes} | {total / GIB:.2f} | "
+            f"{got['peak'] / GIB:.2f} | {total / got['peak']:.3f} | {beside / GIB:.2f} / "
+            f"{got['outside'] / GIB:.2f} | {seconds:.3f} | {got['micro_s']:.3f} | "
+            f"{seconds / got['micro_s']:.2f} | {got['tokens_per_s']:,} |"
+        )
 
 
 def steps(engine: Any, recipe: Any, vocabulary: int, marks: Marks) -> dict[str, Any]:
@@ -201,13 +232,13 @@ def full_packs(recipe: Any, vocabulary: int) -> tuple[Any, int]:
     rng, length = np.random.default_rng(0), recipe.data.max_length
     packs = []
     for _ in range(recipe.train.micro_batch_size):
-        ends = np.linspace(0, length, ROW + 1).astype(np.int32)
+        ends = np.linspace(0, length, ROWS + 1).astype(np.int32)
         sizes = np.diff(ends)
         ids = rng.integers(3, vocabulary, length).astype(np.int32)
         labels = ids.copy()
         labels[ends[:-1]] = IGNORE_INDEX
         positions = np.concatenate([np.arange(size) for size in sizes]).astype(np.int32)
-        packs.append(Pack(ids, labels, positions, ends, np.arange(ROW)))
+        packs.append(Pack(ids, labels, positions, ends, np.arange(ROWS)))
     return to_tensors(collate(packs)), sum(count_targets(pack) for pack in packs)
 
 

@@ -17,6 +17,9 @@ from raytune_ft.config.schema import ModelSection
 from raytune_ft.model.families import detect, translate
 from raytune_ft.model.loading import compute_dtype
 
+SMALL = 0.25
+"""Of the weights that a network begins with; trained models' activations have few outliers."""
+
 
 def random_model(
     config_json: Mapping[str, Any], section: ModelSection, device: torch.device
@@ -33,6 +36,9 @@ def random_model(
     finally:
         torch.set_default_dtype(default)
     model.requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:  # int8 layers keep columns of large activations apart
+            parameter.mul_(SMALL)
     if section.quantization != "none":
         _quantise(model, section, dtype, device)
     if device.type == "cuda":
@@ -55,10 +61,12 @@ def _quantised(
     import bitsandbytes as bnb
 
     sizes = (linear.in_features, linear.out_features, linear.bias is not None)
-    weight, new = linear.weight.data.cpu() if device.type == "cpu" else linear.weight.data, None
+    weight = linear.weight.data
     if section.quantization == "int8":
         new = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False, threshold=6.0, device="meta")
-        new.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+        kept = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+        # `.to` quantises what comes from the host only
+        new.weight = kept._quantize(device) if device.type == "cuda" else kept.to(device)
     else:
         new = bnb.nn.Linear4bit(*sizes, dtype, section.double_quant, "nf4", device="meta")
         new.weight = bnb.nn.Params4bit(
@@ -67,7 +75,6 @@ def _quantised(
             compress_statistics=section.double_quant,
             quant_type="nf4",
             module=new,
-        )
-    new.weight = new.weight.to(device)
+        ).to(device)
     new.bias = linear.bias
     return new.requires_grad_(False)

@@ -10,16 +10,17 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.text import Text
 
-from raytune_ft import survey
+from raytune_ft import outlook, survey
+from raytune_ft.config import pace
 from raytune_ft.config.schema import Recipe
 from raytune_ft.data.report import CUT, SPLIT, Report
 from raytune_ft.errors import MemoryPlanError
+from raytune_ft.outlook import GIB, Pace, spoken
 from raytune_ft.row_counts import Counted
 
 if TYPE_CHECKING:
     from raytune_ft.model.memory import MemoryPlan
 
-GIB = 2**30
 PACKINGS = {
     "best_fit": "by best fit, rows apart",
     "concat": "end to end and cut, rows apart",
@@ -45,46 +46,72 @@ class PlanReport:
     steps: int | None
     """Optimizer steps of the whole run."""
     notes: list[str]
+    pace: Pace | None = None
+    """None where the device's rates are not known."""
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
         memory = None if self.memory is None else memory_json(self.memory)
-        return {**self.__dict__, "memory": memory}
+        pace = None if self.pace is None else self.pace.__dict__
+        return {**self.__dict__, "memory": memory, "pace": pace}
 
 
-def plan_recipe(recipe: Recipe, gpu_memory: str | None = None) -> PlanReport:
+def plan_recipe(
+    recipe: Recipe, gpu_memory: str | None = None, gpu: str | None = None
+) -> PlanReport:
     """Predict what a recipe needs and does.
 
     Args:
         recipe: checked by the loader.
-        gpu_memory: what there is per GPU, such as `8GiB`; None: no comparison.
+        gpu_memory: what there is per GPU, such as `8GiB`; None: as much as `gpu` has.
+        gpu: a GPU's name, such as `h200`; None: this machine's, if it has one.
 
     Raises:
         RecipeError, ModelError, DataError: what training would fail on.
     """
-    available = survey.parse_size(gpu_memory, "--gpu-memory") if gpu_memory else None
+    where = outlook.place(gpu_memory, gpu)
     found = survey.survey(recipe)
-    memory = survey.memory_of(found, available)
-    notes = list(found.notes)
-    if memory is not None and available is None and "GPU context" not in memory.parts:
-        notes.append("memory: on this machine's CPU; predict for a GPU with --gpu-memory 8GiB")
+    rows, notes = found.counted, list(found.notes)
+    packs = rows.packs if rows else None
+    memory = survey.memory_of(found, where.memory, where.device, packs)
     if memory is None:
         notes.append("memory: not predicted, since the model's config.json is not here")
-    rows = found.counted
+    elif where.memory is None:
+        notes.append("memory: on this machine's CPU; predict for a GPU with --gpu-memory 8GiB")
+    elif where.device is None:
+        notes.append("time: not predicted; name the GPU with --gpu " + ", ".join(pace.DEVICES))
+    speed = None if memory is None else outlook.pace_of(recipe, memory.counts, where, rows)
     if rows is None:
-        return PlanReport(memory, None, 0, False, None, None, None, notes)
+        return PlanReport(memory, None, 0, False, None, None, None, notes, speed)
     return PlanReport(
-        memory, rows.report, rows.read, rows.exact, rows.packs, rows.density, rows.steps, notes
+        memory, rows.report, rows.read, rows.exact, packs, rows.density, rows.steps, notes, speed
     )
 
 
-def print_plan(recipe: Recipe, gpu_memory: str | None = None, *, as_json: bool = False) -> int:
-    """Print the plan and return 0; MemoryPlanError after it if it does not fit `gpu_memory`."""
-    report = plan_recipe(recipe, gpu_memory)
+def print_plan(
+    recipe: Recipe,
+    gpu_memory: str | None = None,
+    gpu: str | None = None,
+    *,
+    source: str = "CONFIG",
+    as_json: bool = False,
+) -> int:
+    """Print the plan and return 0; MemoryPlanError after it if it does not fit.
+
+    Args:
+        recipe: as `plan_recipe`'s, like the next two.
+        gpu_memory: see there.
+        gpu: see there.
+        source: what the user called the recipe; the proposed command names it.
+        as_json: plain values instead of a table.
+    """
+    report = plan_recipe(recipe, gpu_memory, gpu)
     if as_json:
         print(json.dumps(report.to_json(), ensure_ascii=False, indent=2))
     else:
         print_pairs([*_plan_rows(recipe, report), *(("note", note) for note in report.notes)])
+        if report.memory is not None and report.memory.proposals:
+            print_pairs(proposal_rows(report.memory, source, exact=report.packs is not None))
     if report.memory is not None and report.memory.fits is False:
         raise MemoryPlanError(shortage(report.memory))
     return 0
@@ -120,8 +147,42 @@ def _plan_rows(recipe: Recipe, report: PlanReport) -> Iterator[tuple[str, str]]:
     else:
         about = "" if report.exact and train.epochs == 1 else "~"
         yield "steps", f"{about}{report.steps:,} in {train.epochs} epochs"
+    if report.pace is not None:
+        yield from pace_rows(report.pace)
     if report.memory is not None:
         yield from memory_rows(report.memory)
+
+
+def pace_rows(speed: Pace) -> Iterator[tuple[str, str]]:
+    """Yield what was predicted of time."""
+    rates = "" if speed.is_measured else ", by its data sheet"
+    text = f"~{speed.tokens_per_s:,.0f} tokens/s per worker on {speed.device}{rates}"
+    if speed.epoch_s is not None:
+        text += f", ~{spoken(speed.epoch_s)} per epoch"
+    yield "time", text
+
+
+def proposal_rows(memory: MemoryPlan, source: str, *, exact: bool) -> Iterator[tuple[str, str]]:
+    """Yield the command with the fastest settings that fit, and what else does.
+
+    Args:
+        memory: with proposals.
+        source: what the user called the recipe.
+        exact: whether the packs of an epoch are known; a stand-in was weighed otherwise.
+    """
+    best = memory.proposals[0]
+    yield "", ""
+    if best.overrides:
+        yield "fastest that fits", f"raytune-ft train {source} {best.line}"
+    else:
+        yield "fastest that fits", "the recipe as it is"
+    for one in memory.proposals:
+        slower = one.seconds / best.seconds
+        time = spoken(one.seconds) if exact else f"{slower:.2f} x its time"
+        yield (
+            f"  {one.memory / GIB:.1f} GiB",
+            f"{time:>12}  {one.line or 'as it is'}",
+        )
 
 
 def memory_rows(memory: MemoryPlan) -> Iterator[tuple[str, str]]:
@@ -129,6 +190,8 @@ def memory_rows(memory: MemoryPlan) -> Iterator[tuple[str, str]]:
     yield "memory", f"{memory.total / GIB:.2f} GiB at the peak, per worker"
     for name, size in memory.parts.items():
         yield f"  {name}", f"{size / GIB:.2f} GiB"
+    for name, size in memory.host.items():
+        yield f"  host: {name}", f"{size / GIB:.2f} GiB"
 
 
 def memory_json(memory: MemoryPlan) -> dict[str, Any]:
@@ -136,14 +199,19 @@ def memory_json(memory: MemoryPlan) -> dict[str, Any]:
     return {
         "total": memory.total,
         "parts": dict(memory.parts),
+        "host": dict(memory.host),
         "fits": memory.fits,
-        "advice": list(memory.advice),
+        "proposals": [
+            {"overrides": list(one.overrides), "memory": one.memory, "seconds": one.seconds}
+            for one in memory.proposals
+        ],
     }
 
 
 def shortage(memory: MemoryPlan) -> str:
     """Say by how much a run does not fit, and which settings would."""
-    advice = "; ".join(memory.advice) or "no setting of this recipe makes it fit"
+    found = memory.proposals
+    advice = f"set {found[0].line}" if found else "no setting of this recipe makes it fit"
     return f"needs about {memory.total / GIB:.1f} GiB, more than there is: {advice}"
 
 

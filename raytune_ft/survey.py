@@ -30,6 +30,7 @@ from raytune_ft.model.default_model import NAME as DEFAULT_MODEL
 from raytune_ft.training import trackers
 
 if TYPE_CHECKING:
+    from raytune_ft.config.pace import Device
     from raytune_ft.model.memory import MemoryPlan
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -212,13 +213,18 @@ def _context(config: dict[str, Any]) -> int | None:
     return getattr(translate(config).get_text_config(), "max_position_embeddings", None)
 
 
-def memory_of(found: Survey, device_bytes: int | None) -> MemoryPlan | None:
+def memory_of(
+    found: Survey,
+    device_bytes: int | None,
+    device: Device | None = None,
+    packs: float | None = None,
+) -> MemoryPlan | None:
     """Predict peak memory from the model's shape; None if its shape is not known."""
     if found.config is None:
         return None
     from raytune_ft.model.memory import plan_memory
 
-    return plan_memory(found.recipe, found.config, device_bytes)
+    return plan_memory(found.recipe, found.config, device_bytes, device, packs)
 
 
 def parse_size(text: str, key: str) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from raytune_ft import survey
+from raytune_ft import outlook, survey
 from raytune_ft.cluster import noise_to, ray_session, session_folder
 from raytune_ft.config.schema import Recipe
 from raytune_ft.data.feeder import feeding
@@ -36,6 +36,7 @@ def train(recipe: Recipe, *, source: str, resume: str | None = None) -> int:
     """
     survey.check_names(recipe)
     survey.check_deepspeed(recipe)
+    seen = outlook.check_memory(recipe)
     folder = open_run(resume, recipe) if resume else new_folder(recipe, source)
     if folder is None:
         return 0
@@ -49,6 +50,8 @@ def train(recipe: Recipe, *, source: str, resume: str | None = None) -> int:
             recipe.train.log_every,
             console=Console(file=terminal, highlight=False),
         )
+        if seen is not None:
+            screen.line(seen.line())
         with screen.live():
             screen.stage("ray")
             if warning := disk.check_ray(session_folder()):
@@ -56,6 +59,8 @@ def train(recipe: Recipe, *, source: str, resume: str | None = None) -> int:
             with ray_session():
                 prepared = prepare(recipe, folder, source, screen)
                 check_room(prepared, folder)
+                if seen is not None and (time := seen.time(recipe, prepared.job.expected_steps)):
+                    screen.line(time)
                 with feeding(
                     prepared.kinds,
                     readers=recipe.run.workers,

@@ -153,12 +153,14 @@ def plan(
     gpu_memory: Annotated[
         str | None, typer.Option("--gpu-memory", help="What there is, such as 8GiB.")
     ] = None,
+    gpu: Annotated[str | None, typer.Option("--gpu", help="Which GPU, such as h200.")] = None,
     as_json: Json = False,
 ) -> int:
-    """Predict memory, steps and tokens, without weights and without a GPU."""
+    """Predict memory, time, steps and tokens, and propose the fastest settings that fit."""
     from raytune_ft.config import loader
 
     recipe = loader.load_recipe(config, overrides or [])
     from raytune_ft.planning import print_plan
 
-    return print_plan(recipe, gpu_memory, as_json=as_json)
+    source = " ".join([config, *(overrides or [])])
+    return print_plan(recipe, gpu_memory, gpu, source=source, as_json=as_json)

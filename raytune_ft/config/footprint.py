@@ -1,32 +1,25 @@
-"""Memory of a recipe by arithmetic: numbers of parameters in, bytes per worker out. No torch.
+"""Footprint: the shape of a model in, numbers of its parameters and the widths of its layers out.
 
-Two callers count parameters: `model.memory` on the network itself, and `count` here from the shape
-on a model card, so that `raytune-ft list` can name a figure at once. tests/config/test_footprint.py
-holds the two against each other for every card. What activations take is a formula, checked
-against measured runs (docs/benchmarks.md).
+Two callers count: `model.memory` on the network itself, and `count` here from the shape on a model
+card, so that `raytune-ft list` can name a figure at once. tests/config/test_footprint.py holds the
+two against each other for every card. `config.peak` turns the numbers into bytes, `config.pace`
+into seconds. No torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from raytune_ft.config.schema import Recipe
 
-# Bytes per weight with their scales: one scale per 64 weights, a second level per 256 scales.
-NF4_DOUBLE = 0.5 + 1 / 64 + 4 / (64 * 256)
-NF4_SINGLE = 0.5 + 4 / 64
-INT8 = 1.0
-
-LOGIT_BYTES = 12
-"""Per logit of a chunk: log-softmax, its gradient and the one before it, in float32."""
 LOGIT_ROWS = 1024
 """Tokens whose logits exist at once: the loss goes through the head in chunks of so many."""
-GPU_CONTEXT = 600 * 2**20
-"""What a CUDA process holds outside torch's allocator."""
-RECOMPUTE_FROM_TOKENS = 512
-"""`gradient_checkpointing: auto` recomputes above this many tokens per micro-batch."""
+BUCKETS = 8
+"""Stretches in which ZeRO exchanges gradients, so that one travels while the next is made."""
+SMALLEST_BUCKET, LARGEST_BUCKET = 2**20, 500_000_000
+"""Elements; the largest is DeepSpeed's own."""
 
 FUSED = {
     "q_proj": "qkv_proj",
@@ -36,6 +29,15 @@ FUSED = {
     "up_proj": "gate_up_proj",
 }
 """Layers that some networks hold as one: the part's name -> the whole's."""
+
+_READS = {
+    "q_proj": "attention", "k_proj": "attention", "v_proj": "attention", "qkv_proj": "attention",
+    "c_attn": "attention", "gate_proj": "mlp", "up_proj": "mlp", "gate_up_proj": "mlp",
+    "c_fc": "mlp",
+}  # fmt: skip
+"""Layers that read one tensor with others."""
+FOUR_NORMS = frozenset({"gemma2", "gemma3_text", "glm4"})
+NORMED_HEADS = frozenset({"qwen3", "gemma3_text"})
 
 
 @dataclass(frozen=True)
@@ -50,13 +52,21 @@ class Counts:
     other: int
     """Norms and biases."""
     trained: int
+    adapted: int
+    """Adapted layers of one decoder layer; as the next two."""
     adapter_inputs: int
-    """Sum of the input widths of adapted layers, one decoder layer."""
+    """Sum of their input widths."""
+    own_inputs: int
+    """The same, but layers that read one tensor counted once, and what attention keeps anyway not
+    at all; for full training of all layers."""
     layers: int
     hidden: int
     mlp: int
     attention: int
     """Width of queries plus that of keys and values."""
+    queries: int
+    norms: int
+    """Sum of the widths that the norms of one decoder layer read."""
     vocabulary: int
     mask_heads: int = 0
     """Heads with an attention mask of their own (ALiBi); 0: one mask of booleans for all."""
@@ -77,29 +87,12 @@ class Linear:
     has_bias: bool = False
 
 
-def memory_bytes(recipe: Recipe, counts: Counts, *, on_gpu: bool) -> dict[str, int]:
-    """Return the peak memory of one worker by part, in bytes; parts of 0 are left out."""
-    model = recipe.model
-    width = _compute_bytes(recipe, on_gpu=on_gpu)
-    tokens = recipe.train.micro_batch_size * recipe.data.max_length
-    layer = _layer_bytes(recipe, counts, width)
-    if _recompute(recipe, tokens, on_gpu=on_gpu):
-        activations = tokens * (counts.layers * counts.hidden * width + layer)
-    else:
-        activations = tokens * counts.layers * layer
-    shards = recipe.run.workers if recipe.train.deepspeed.startswith("zero3") else 1
-    # quantised weights are unpacked one layer at a time, forward and backward
-    unpacked = 0 if model.quantization == "none" else 2 * counts.largest_linear * width
-    parts = {
-        "base weights": (counts.linear * _stored(recipe, width) + counts.other * width) / shards,
-        "embedding and head": (counts.embedding + counts.head) * width / shards,
-        **_training_state(recipe, counts, width, on_gpu=on_gpu),
-        "activations": activations,
-        "logits": min(tokens, LOGIT_ROWS) * counts.vocabulary * LOGIT_BYTES,
-        "workspace": unpacked + tokens * recipe.data.max_length * (counts.mask_heads * width or 1),
-        "GPU context": GPU_CONTEXT if on_gpu else 0,
-    }
-    return {name: int(size) for name, size in parts.items() if size}
+def bucket_elements(trained: int) -> int:
+    """Return how many gradients ZeRO exchanges at once; DeepSpeed's own buffers suit full training.
+
+    For an adapter they would be several times its gradients: 1.9 GiB beside 0.3 GiB at 7B.
+    """
+    return min(LARGEST_BUCKET, max(SMALLEST_BUCKET, -(-trained // BUCKETS)))
 
 
 def count(shape: Mapping[str, Any], recipe: Recipe) -> Counts:
@@ -117,6 +110,7 @@ def count(shape: Mapping[str, Any], recipe: Recipe) -> Counts:
     tied = bool(shape["tie_word_embeddings"])
     other = layers * _small(shape, linears) + _outside(shape)
     total = linear + other + embedding * (1 if tied else 2)
+    full = recipe.model.method == "full"
     adapted = [layer for layer in linears if _is_target(layer.name, recipe)]
     heads, kv_heads, head_dim = _heads(shape)
     return Counts(
@@ -125,12 +119,19 @@ def count(shape: Mapping[str, Any], recipe: Recipe) -> Counts:
         embedding=embedding,
         head=0 if tied else embedding,
         other=other,
-        trained=total if recipe.model.method == "full" else layers * _lora(recipe, adapted),
+        trained=total if full else layers * _lora(recipe, adapted),
+        adapted=len(adapted),
         adapter_inputs=sum(layer.inputs for layer in adapted),
+        own_inputs=own_inputs(
+            ((one.name, one.inputs) for one in (linears if full else adapted)),
+            int(shape["intermediate_size"]),
+        ),
         layers=layers,
         hidden=hidden,
         mlp=int(shape["intermediate_size"]),
         attention=(heads + 2 * kv_heads) * head_dim,
+        queries=heads * head_dim,
+        norms=norm_widths(str(shape["model_type"]), hidden, heads * head_dim, kv_heads * head_dim),
         vocabulary=int(shape["vocab_size"]),
         mask_heads=heads if shape.get("alibi") else 0,
     )
@@ -160,6 +161,19 @@ def linear_layers(shape: Mapping[str, Any]) -> list[Linear]:
     else:
         into = [Linear("gate_proj", hidden, mlp), Linear("up_proj", hidden, mlp)]
     return [*attention, *into, Linear("down_proj", mlp, hidden)]
+
+
+def own_inputs(layers: Iterable[tuple[str, int]], mlp: int) -> int:
+    """Return the widths of distinct inputs of layers, (leaf name, input width) each."""
+    distinct = {_READS.get(name, name): width for name, width in layers}
+    # what follows attention reads the very tensor that attention keeps
+    return sum(w for name, w in distinct.items() if name in _READS.values() or w == mlp)
+
+
+def norm_widths(kind: str, hidden: int, queries: int, keys: int) -> int:
+    """Return the widths that the norms of one decoder layer read, summed up."""
+    norms = 4 if kind in FOUR_NORMS else 2
+    return norms * hidden + (queries + keys if kind in NORMED_HEADS else 0)
 
 
 def fitting_targets(targets: Sequence[str], shape: Mapping[str, Any]) -> list[str]:
@@ -203,59 +217,3 @@ def _lora(recipe: Recipe, adapted: Sequence[Linear]) -> int:
     """Count the adapter's parameters in one decoder layer."""
     scales = sum(layer.outputs for layer in adapted) if recipe.lora.use_dora else 0
     return scales + recipe.lora.r * sum(layer.inputs + layer.outputs for layer in adapted)
-
-
-def _stored(recipe: Recipe, width: int) -> float:
-    """Return the bytes that a weight of a linear layer takes."""
-    if recipe.model.quantization == "none":
-        return width
-    if recipe.model.quantization == "int8":
-        return INT8
-    return NF4_DOUBLE if recipe.model.double_quant else NF4_SINGLE
-
-
-def _training_state(
-    recipe: Recipe, counts: Counts, width: int, *, on_gpu: bool
-) -> dict[str, float]:
-    """Adapters, gradients and optimizer; DeepSpeed keeps a float32 copy beside 16-bit weights."""
-    zero, n = recipe.train.deepspeed, counts.trained
-    sharded = recipe.run.workers if zero != "none" else 1
-    on_host = on_gpu and (zero.endswith("_offload") or recipe.train.optimizer.startswith("paged"))
-    lora = recipe.model.method == "lora"
-    if zero != "none" and width == 2:
-        trained, master = 2, 4
-    else:
-        trained, master = (4 if lora else width), 0
-    moments = 2 * 1.02 if recipe.train.optimizer.endswith("8bit") else 2 * max(trained, master)
-    shards = sharded if zero.startswith("zero3") else 1
-    return {
-        "adapters": n * trained / shards if lora else 0,
-        "gradients": n * trained / (sharded if zero[:5] in {"zero2", "zero3"} else 1),
-        "optimizer": (0 if on_host else n * moments / sharded)
-        + (0 if zero.endswith("_offload") and on_gpu else n * master / sharded),
-    }
-
-
-def _layer_bytes(recipe: Recipe, counts: Counts, width: int) -> int:
-    """Bytes that one decoder layer keeps per token for its backward pass, plain torch kernels."""
-    norms = 2 * 8 * counts.hidden  # each keeps a float32 copy of its input and result
-    attention = width * (3 * counts.attention + counts.hidden)  # before, in and after rotation
-    mlp = width * 4 * counts.mlp  # gate, its activation, up, and their product
-    if recipe.model.method == "full":
-        return norms + attention + mlp + width * 2 * counts.hidden
-    # float32 adapters and dropout give every adapted layer an input copy of its own
-    own_copy = width == 4 or recipe.train.deepspeed == "none" or recipe.lora.dropout > 0
-    copied = counts.adapter_inputs if own_copy else counts.adapter_inputs // 2
-    adapter_width = width if recipe.train.deepspeed != "none" else 4
-    return norms + attention + mlp + copied * adapter_width
-
-
-def _recompute(recipe: Recipe, tokens: int, *, on_gpu: bool) -> bool:
-    choice = recipe.model.gradient_checkpointing
-    return on_gpu and tokens > RECOMPUTE_FROM_TOKENS if choice == "auto" else choice
-
-
-def _compute_bytes(recipe: Recipe, *, on_gpu: bool) -> int:
-    if recipe.model.dtype == "auto":
-        return 2 if on_gpu else 4
-    return 4 if recipe.model.dtype == "float32" else 2

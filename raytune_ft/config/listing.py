@@ -1,6 +1,6 @@
 """What `raytune-ft list` shows: every name with its parts and the memory that it needs.
 
-Memory is `config.footprint`'s figure for one GPU, from the card's shape and the recipe's fields;
+Memory is `config.peak`'s figure for one GPU, from the card's shape and the recipe's fields;
 a recipe is checked once and counted for every card.
 """
 
@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from raytune_ft.config import catalog
-from raytune_ft.config.footprint import count, memory_bytes
+from raytune_ft.config.footprint import count
+from raytune_ft.config.peak import memory_bytes
 from raytune_ft.config.schema import Recipe
 
 METHODS = ("qlora", "lora", "int8_lora", "full")

@@ -1,25 +1,30 @@
 """Memory planning: a recipe and a config.json in, predicted peak bytes per worker out.
 
 Parameters are counted on a network without storage, so every family is counted exactly; what they
-and the activations take is `config.footprint`'s arithmetic.
+and the activations take is `config.peak`'s arithmetic.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import functools
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from raytune_ft.config.footprint import Counts, memory_bytes
+from raytune_ft.config.footprint import Counts, norm_widths, own_inputs
+from raytune_ft.config.pace import DEVICES, Device
+from raytune_ft.config.peak import host_bytes, memory_bytes
+from raytune_ft.config.proposal import Proposal, alternatives, proposals
 from raytune_ft.config.schema import Recipe
 from raytune_ft.model.adapter import linear_names
 from raytune_ft.model.families import detect
 from raytune_ft.model.silence import quiet
 
-Change = tuple[str, dict[str, dict[str, Any]]]
+SHOWN = 5
+"""Proposals that a plan keeps."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +34,13 @@ class MemoryPlan:
     parts: dict[str, int]
     """Bytes by part."""
     counts: Counts
-    fits: bool | None
+    host: dict[str, int] = field(default_factory=dict)
+    """Bytes of the host's memory by part, with a GPU."""
+    fits: bool | None = None
     """None where the device's memory is not given."""
-    advice: list[str] = field(default_factory=list)
-    """Settings that would fit, if this recipe does not."""
+    proposals: list[Proposal] = field(default_factory=list)
+    """The fastest settings that fit, of each way to store and recompute; the first is the fastest.
+    Empty where the device's memory is not given, or none fits."""
 
     @property
     def total(self) -> int:
@@ -41,40 +49,52 @@ class MemoryPlan:
 
 
 def plan_memory(
-    recipe: Recipe, config_json: Mapping[str, Any], device_bytes: int | None
+    recipe: Recipe,
+    config_json: Mapping[str, Any],
+    device_bytes: int | None,
+    device: Device | None = None,
+    packs: float | None = None,
 ) -> MemoryPlan:
     """Predict the peak memory of a training step.
 
     Args:
         recipe: the run.
         config_json: content of the model's config.json; weights are not needed.
-        device_bytes: memory of one GPU; None: no comparison, and sizes are those of a GPU only
-            where there is one.
+        device_bytes: memory of one GPU; None: no comparison, and sizes are those of a CPU.
+        device: whose rates decide which settings are the fastest; None: the H200's.
+        packs: of an epoch, where they are known.
 
     Raises:
         ModelError: no family reads this config.json.
     """
-    on_gpu = device_bytes is not None or torch.cuda.is_available()
-    shape = _Shape(config_json)
+    shape = Shape(config_json)
     counts = shape.counts(recipe)
-    parts = memory_bytes(recipe, counts, on_gpu=on_gpu)
+    parts = memory_bytes(recipe, counts, on_gpu=device_bytes is not None)
     if device_bytes is None:
-        return MemoryPlan(parts, counts, None)
+        return MemoryPlan(parts, counts)
+    # of what is searched, only the method changes the numbers of parameters
+    by_method = functools.cache(
+        lambda method: shape.counts(
+            recipe.model_copy(update={"model": recipe.model.model_copy(update={"method": method})})
+        )
+    )
+    found = proposals(
+        recipe,
+        lambda changed: by_method(changed.model.method),
+        device_bytes,
+        device or DEVICES["h200"],
+        packs,
+    )
     fits = sum(parts.values()) <= device_bytes
-
-    def would_fit(changed: Recipe) -> bool:
-        needed = memory_bytes(changed, shape.counts(changed), on_gpu=on_gpu)
-        return sum(needed.values()) <= device_bytes
-
-    return MemoryPlan(parts, counts, fits, [] if fits else _advice(recipe, would_fit))
+    return MemoryPlan(parts, counts, host_bytes(recipe, counts), fits, alternatives(found, SHOWN))
 
 
 def trained_parameters(recipe: Recipe, config_json: Mapping[str, Any]) -> int:
     """Count the parameters that a recipe trains, from config values alone."""
-    return _Shape(config_json).counts(recipe).trained
+    return Shape(config_json).counts(recipe).trained
 
 
-class _Shape:
+class Shape:
     """The network of a config.json without storage, and what is counted on it."""
 
     def __init__(self, config_json: Mapping[str, Any]) -> None:
@@ -98,6 +118,9 @@ class _Shape:
             total -= head.numel()
         adapted = {n: m for n, m in linears.items() if _is_target(n, recipe)}
         inputs = sum(m.weight.shape[1] for m in adapted.values())
+        layers, full = self.config.num_hidden_layers, recipe.model.method == "full"
+        mlp = getattr(self.config, "intermediate_size", None) or 4 * self.config.hidden_size
+        queries, keys = self._attention_widths()
         return Counts(
             linear=sum(sizes),
             largest_linear=max(sizes),
@@ -105,11 +128,21 @@ class _Shape:
             head=n_head,
             other=total - sum(sizes) - embedding.numel() - n_head,
             trained=self._trained(recipe, adapted, total),
-            adapter_inputs=inputs // self.config.num_hidden_layers,
-            layers=self.config.num_hidden_layers,
+            adapted=len(adapted) // layers,
+            adapter_inputs=inputs // layers,
+            own_inputs=own_inputs(
+                (
+                    (name.rpartition(".")[2], module.weight.shape[1])
+                    for name, module in (linears if full else adapted).items()
+                ),
+                mlp,
+            ),
+            layers=layers,
             hidden=self.config.hidden_size,
-            mlp=getattr(self.config, "intermediate_size", None) or 4 * self.config.hidden_size,
-            attention=self._attention_width(),
+            mlp=mlp,
+            attention=queries + 2 * keys,
+            queries=queries,
+            norms=norm_widths(self.config.model_type, self.config.hidden_size, queries, keys),
             vocabulary=self.config.vocab_size,
             mask_heads=self.config.num_attention_heads if self._has_alibi() else 0,
         )
@@ -137,69 +170,13 @@ class _Shape:
                 count += sum(p.numel() for p in module.parameters())
         return count
 
-    def _attention_width(self) -> int:
+    def _attention_widths(self) -> tuple[int, int]:
+        """Return the widths of queries and of keys."""
         config = self.config
         heads = config.num_attention_heads
         kv_heads = getattr(config, "num_key_value_heads", None) or heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        return int((heads + 2 * kv_heads) * head_dim)
-
-
-def _advice(recipe: Recipe, would_fit: Callable[[Recipe], bool]) -> list[str]:
-    """Name each change that is enough alone; else the fewest, in order, that are together."""
-    changes = list(_changes(recipe))
-    alone = [text for text, update in changes if would_fit(_changed(recipe, update))]
-    if alone:
-        return list({_key(text): text for text in reversed(alone)}.values())[::-1]
-    together: dict[str, str] = {}
-    for text, update in changes:
-        recipe = _changed(recipe, update)
-        together[_key(text)] = text
-        if would_fit(recipe):
-            return [" and ".join(together.values())]
-    return []
-
-
-def _key(text: str) -> str:
-    return text.partition(":")[0]
-
-
-def _changes(recipe: Recipe) -> Iterator[Change]:
-    model, train, data = recipe.model, recipe.train, recipe.data
-    if model.gradient_checkpointing is False:
-        yield (
-            "model.gradient_checkpointing: true",
-            {"model": {"gradient_checkpointing": True}},
-        )
-    if train.micro_batch_size > 1:
-        steps = train.accumulation * train.micro_batch_size
-        yield (
-            f"train.micro_batch_size: 1 with train.accumulation: {steps}",
-            {"train": {"micro_batch_size": 1, "accumulation": steps}},
-        )
-    if model.method == "full":
-        yield (
-            "model.method: lora with model.quantization: nf4",
-            {"model": {"method": "lora", "quantization": "nf4"}},
-        )
-    elif model.quantization != "nf4":
-        yield "model.quantization: nf4", {"model": {"quantization": "nf4"}}
-    if train.optimizer == "adamw":
-        yield (
-            "train.optimizer: paged_adamw_32bit",
-            {"train": {"optimizer": "paged_adamw_32bit"}},
-        )
-    length = data.max_length // 2
-    while length >= 256:
-        yield f"data.max_length: {length}", {"data": {"max_length": length}}
-        length //= 2
-
-
-def _changed(recipe: Recipe, update: dict[str, dict[str, Any]]) -> Recipe:
-    sections = {
-        name: getattr(recipe, name).model_copy(update=values) for name, values in update.items()
-    }
-    return recipe.model_copy(update=sections)
+        return int(heads * head_dim), int(kv_heads * head_dim)
 
 
 def _is_target(name: str, recipe: Recipe) -> bool:

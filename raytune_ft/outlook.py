@@ -1,0 +1,195 @@
+"""Outlook: what can be said of a run's memory and time on this machine before anything loads.
+
+`plan` shows it at length, `train` in a line, and `train` refuses what clearly cannot fit. GPUs are
+asked about by the driver's tool only (`config.gpus`): no process but a worker holds a CUDA context.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from raytune_ft import survey
+from raytune_ft.config import catalog, gpus, pace
+from raytune_ft.config.footprint import Counts
+from raytune_ft.config.pace import Device
+from raytune_ft.config.schema import Recipe
+from raytune_ft.errors import MemoryPlanError, RecipeError
+
+if TYPE_CHECKING:
+    from raytune_ft.row_counts import Counted
+
+GIB = 2**30
+CLEARLY = 1.05
+"""Times the memory there is, above which a prediction is a refusal."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run is to be."""
+
+    memory: int | None
+    """Bytes of each GPU; None: there is none."""
+    device: Device | None
+    """None where its rates are not known."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Predicted time."""
+
+    device: str
+    is_measured: bool
+    """Whether the device's rates were measured; else its data sheet gives them."""
+    micro_s: float
+    update_s: float
+    tokens_per_s: float
+    """Per worker, of full packs."""
+    epoch_s: float | None
+    """None where the rows are not here."""
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What `train` says first."""
+
+    needed: int
+    """Bytes per worker."""
+    available: int
+    place: Place
+    counts: Counts
+
+    def line(self) -> str:
+        """Say what a run needs of what there is."""
+        where = "each GPU" if self.place.memory is not None else "this machine"
+        return (
+            f"plan    about {self.needed / GIB:.1f} GiB of memory per worker; {where} has "
+            f"{self.available / GIB:.1f} GiB"
+        )
+
+    def time(self, recipe: Recipe, steps: int) -> str | None:
+        """Say how long the steps of a run will take; None where the device's rates are unknown."""
+        device = self.place.device
+        if device is None:
+            return None
+        micro = pace.micro_seconds(recipe, self.counts, device)
+        update = pace.update_seconds(recipe, self.counts, device)
+        seconds = steps * (recipe.train.accumulation * micro + update)
+        return f"plan    ~{steps:,} steps, about {spoken(seconds)} on {device.name}"
+
+
+def place(gpu_memory: str | None = None, gpu: str | None = None) -> Place:
+    """Return the place that a user names, or else this machine's GPUs, the smallest of them.
+
+    Raises:
+        RecipeError: no such GPU is known, or the size is none.
+    """
+    memory = survey.parse_size(gpu_memory, "--gpu-memory") if gpu_memory else None
+    if gpu is not None:
+        device = pace.device_called(gpu)
+        if device is None:
+            known = ", ".join(pace.DEVICES)
+            raise RecipeError(f"--gpu: no rates of '{gpu}' are known; choose: {known}")
+        return Place(memory or device.memory, device)
+    found = gpus.visible()
+    if not found:
+        return Place(memory, None)
+    smallest = min(found, key=lambda one: one.memory)
+    return Place(memory or smallest.memory, pace.device_called(smallest.name))
+
+
+def pace_of(recipe: Recipe, counts: Counts, where: Place, rows: Counted | None) -> Pace | None:
+    """Predict a run's time; None where the device's rates are not known."""
+    if where.device is None:
+        return None
+    fill = _fill(recipe, rows)
+    micro = pace.micro_seconds(recipe, counts, where.device)
+    packs = rows.packs if rows is not None else None
+    epoch = None
+    if packs is not None:
+        epoch = pace.epoch_seconds(recipe, counts, where.device, packs, fill)
+    return Pace(
+        where.device.name,
+        where.device.is_measured,
+        micro,
+        pace.update_seconds(recipe, counts, where.device),
+        recipe.train.micro_batch_size * recipe.data.max_length / micro,
+        epoch,
+    )
+
+
+def check_memory(recipe: Recipe) -> Outlook | None:
+    """Predict whether a run fits this machine, before anything loads.
+
+    None: nothing can be said here, since the model's shape is not known or the workers are on
+    other machines.
+
+    Raises:
+        MemoryPlanError: it clearly does not fit, in halves neither if `train.on_oom` is `halve`.
+        ModelError: no family reads the model's config.json.
+    """
+    if os.environ.get("RAY_ADDRESS"):
+        return None
+    folder = survey.model_folder(recipe.model.path)
+    shape = survey.read_config(folder) if folder else catalog.card_config(recipe.model.path)
+    where = place()
+    together = 1 if where.memory is not None else recipe.run.workers
+    available = where.memory or gpus.host_memory()
+    if shape is None or available is None:
+        return None
+    from raytune_ft.model.memory import plan_memory
+
+    found = plan_memory(recipe, shape, where.memory, where.device)
+    needed = found.total * together
+    for smaller in _halves(recipe):
+        if needed <= available * CLEARLY:
+            break
+        needed = plan_memory(smaller, shape, where.memory, where.device).total * together
+    if needed > available * CLEARLY:
+        what = "each GPU" if where.memory is not None else "this machine"
+        advice = f"set {found.proposals[0].line}" if found.proposals else _cpu_advice(recipe)
+        raise MemoryPlanError(
+            f"{recipe.model.path}: needs about {needed / GIB:.1f} GiB, {what} has "
+            f"{available / GIB:.1f} GiB; {advice}"
+        )
+    return Outlook(needed // together, available, where, found.counts)
+
+
+def spoken(seconds: float) -> str:
+    """Write a time as people say it: `40 s`, `12 min`, `3 h 20 min`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 90:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60} min" if minutes % 60 else f"{minutes // 60} h"
+
+
+def _halves(recipe: Recipe) -> list[Recipe]:
+    """Return the recipe as `train.on_oom: halve` would change it, again and again."""
+    found, train = [], recipe.train
+    while train.on_oom == "halve" and train.micro_batch_size > 1:
+        factor = next(n for n in range(2, train.micro_batch_size + 1)
+                      if train.micro_batch_size % n == 0)  # fmt: skip
+        train = train.model_copy(
+            update={
+                "micro_batch_size": train.micro_batch_size // factor,
+                "accumulation": train.accumulation * factor,
+            }
+        )
+        found.append(recipe.model_copy(update={"train": train}))
+    return found
+
+
+def _cpu_advice(recipe: Recipe) -> str:
+    if recipe.model.quantization == "none" and recipe.model.method == "lora":
+        return "set model.quantization=nf4, or use a smaller model"
+    return f"set data.max_length={max(8, recipe.data.max_length // 2)}, or use a smaller model"
+
+
+def _fill(recipe: Recipe, rows: Counted | None) -> float:
+    """Return tokens over room where packs are as short as their rows; padding runs else."""
+    if recipe.data.packing != "none" or rows is None or rows.density is None:
+        return 1.0
+    return rows.density
