@@ -82,6 +82,11 @@ def note(folder: RunFolder, words: str, *, rank: int, kind: str = "", again: str
     return fatal
 
 
+def mention(folder: RunFolder, words: str) -> None:
+    """Write down what may happen again without meaning anything: a process was killed."""
+    _write(folder, {"words": words, "type": "TrainingError", "fatal": False}, 0)
+
+
 def last(folder: RunFolder) -> Event | None:
     """Return what was written last, if anything."""
     entries = list(read_jsonl(folder.path / FILE))

@@ -17,7 +17,7 @@ import torch
 
 from raytune_ft.config.schema import Recipe
 from raytune_ft.errors import CheckpointError, TrainingError
-from raytune_ft.training import disk, failures
+from raytune_ft.training import disk, failures, memory_end
 from raytune_ft.training.checkpoint import TrainState
 from raytune_ft.training.engine import Engine, rank, world_size
 from raytune_ft.training.failures import Elsewhere
@@ -31,6 +31,7 @@ from raytune_ft.training.watchdog import (
     PATIENCE_S,
     Place,
     Watchdog,
+    host,
     left_behind,
     patience,
     set_timeouts,
@@ -57,7 +58,7 @@ def guarded(
     """Watch over training while the block runs; yield the hooks to train with.
 
     Raises:
-        TrainingError: the processes of this run were killed at the same step twice.
+        TrainingError: memory ran out at the same step twice, and processes were killed for it.
     """
     save = functools.partial(_save, hooks.save, engine, recipe, folder)
     hooks = replace(hooks, interrupted=guards.interrupted, save=save)
@@ -99,7 +100,11 @@ def _see_who_was_killed(folder: RunFolder) -> None:
     said = failures.last(folder)
     if said is not None and said["attempt"] == found["attempt"]:
         return
-    PULSE.step = found["step"]
+    PULSE.step, PULSE.attempt = found["step"], found["attempt"]
+    words = f"killed at step {found['step']}"
+    if found["host"] != host() or not memory_end.suspected(found["memory"], memory_end.kills()):
+        failures.mention(folder, words)
+        return
     words = f"killed (out of memory?) at step {found['step']}"
     again = f"{words} twice; see `dmesg`, and give it more memory or a smaller data.max_length"
     if failures.note(folder, words, rank=0, kind=failures.KILLED, again=again):

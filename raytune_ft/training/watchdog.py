@@ -33,6 +33,7 @@ from typing import IO, Any
 import torch
 import torch.distributed as dist
 
+from raytune_ft.training import memory_end
 from raytune_ft.training.pulse import Pulse
 
 FOLDER = "stacks"
@@ -124,7 +125,8 @@ class Watchdog:
     def _tell(self) -> None:
         own = {
             "attempt": self.place.attempt, "beats": self.pulse.beats, "phase": self.pulse.phase,
-            "step": self.pulse.step, "pid": os.getpid(), "host": _host(),
+            "step": self.pulse.step, "pid": os.getpid(), "host": host(),
+            "memory": {"kills": memory_end.kills(), "share": memory_end.share()},
         }  # fmt: skip
         with contextlib.suppress(OSError):  # a full disk stops checkpoints, not this
             path = self.place.folder / f".pulse_{self.place.rank}.json"
@@ -235,7 +237,7 @@ class Watchdog:
     def _state_of(self, rank: int) -> str:
         """Say what the system says of a rank's process, if it is on this machine."""
         found = self._pulse_of(rank)
-        if found.get("host") != _host():
+        if found.get("host") != host():
             return ""
         try:
             status = Path(f"/proc/{found['pid']}/status").read_text(encoding="utf-8")
@@ -246,7 +248,7 @@ class Watchdog:
 
     def _signal(self, rank: int, number: signal.Signals) -> None:
         found = self._pulse_of(rank)
-        if found.get("host") == _host():
+        if found.get("host") == host():
             with contextlib.suppress(OSError):
                 os.kill(int(found["pid"]), number)
 
@@ -271,7 +273,7 @@ def forget(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _host() -> str:
+def host() -> str:
     """Name what process numbers are unique in: a boot of a machine, and a container of it."""
     with contextlib.suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
