@@ -61,6 +61,8 @@ class Tracker(Protocol):
 
     forgets: bool
     """Whether what it has of later steps is void once a run goes on from an earlier one."""
+    note: str
+    """What the user should know once it has started; empty if nothing."""
 
     def start(self, beginning: Beginning) -> str | None:
         """Open the run's record; return its id, None where it needs none."""
@@ -79,6 +81,7 @@ class TensorBoard:
     """Event files in the run folder, written by tensorboardX."""
 
     forgets = True
+    note = ""
 
     def start(self, beginning: Beginning) -> str | None:
         """Open event files; what earlier ones say of later steps is void."""
@@ -106,6 +109,7 @@ class Wandb:
     """Weights & Biases: with a key in the environment or ~/.netrc, else kept offline."""
 
     forgets = False
+    note = ""
 
     def start(self, beginning: Beginning) -> str | None:
         """Open or go on with a run; without a key its files wait in the run folder for a sync."""
@@ -126,6 +130,9 @@ class Wandb:
             self._run = wandb.init(**values)
         except wandb.errors.UsageError:  # no key: nobody can be asked for one here
             self._run = wandb.init(**values, mode="offline")
+        if self._run.offline:
+            place = beginning.folder / "wandb"
+            self.note = f"wandb: kept offline; wandb sync {place}/offline-run-* sends it"
         return own
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
@@ -150,6 +157,7 @@ class Mlflow:
     """MLflow: the server of MLFLOW_TRACKING_URI, else `mlflow.db` beside the runs."""
 
     forgets = False
+    note = ""
 
     def start(self, beginning: Beginning) -> str | None:
         """Open a run of the experiment, or the one that goes on."""
@@ -308,7 +316,12 @@ class Channel:
         known = self._memory.of(self._name)
         told = replace(beginning, step=step, id=known.get("id"))
         self._thread.start()
-        self._put(lambda: self._memory.keep(self._name, id=self._tracker.start(told)))
+        self._put(lambda: self._open(told))
+
+    def _open(self, told: Beginning) -> None:
+        self._memory.keep(self._name, id=self._tracker.start(told))
+        if self._tracker.note:
+            self._say(self._tracker.note)
 
     def put(self, key: str, step: int, send: Callable[[Tracker], None]) -> None:
         """Send in turn; written down before, so that a run taken up does not send it again."""

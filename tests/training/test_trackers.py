@@ -104,8 +104,9 @@ def test_wandb_keeps_a_run_offline_and_goes_on_with_it(tmp_path: Path) -> None:
     """Killed behind step 5, taken up from the checkpoint of step 3: steps 4 and 5 come again."""
     pytest.importorskip("wandb")
     folder, recipe = RunFolder(tmp_path / "demo"), recipe_with("wandb")
-    assert warnings(attempt(folder, recipe, range(1, 6), status="failed")) == []
-    assert warnings(attempt(folder, recipe, range(4, 8))) == []
+    told = [f"wandb: kept offline; wandb sync {folder.path}/wandb/offline-run-* sends it"]
+    assert warnings(attempt(folder, recipe, range(1, 6), status="failed")) == told
+    assert warnings(attempt(folder, recipe, range(4, 8))) == told
     ids, config, history = wandb_records(folder.path)
     assert len(ids) == 1 and config["train.lr"] == 2e-4 and config["model.path"] == "models/tiny"
     losses = [
@@ -175,7 +176,7 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path: Path) -> None
 class Broken:
     """Works for a while."""
 
-    forgets = False
+    forgets, note = False, ""
 
     def __init__(self, fails_at: str) -> None:
         self.fails_at = fails_at

@@ -16,7 +16,8 @@ STYLE = """
 --c5:#ff8ab1;--c6:#58cfe4;--c7:#a3b0c4;--good:#4cd3a2;--bad:#ff8787}}
 *{box-sizing:border-box}
 body{font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans","Noto Sans CJK SC",
-sans-serif;color:var(--ink);background:var(--page);max-width:64rem;margin:2rem auto;padding:0 1rem}
+sans-serif;color:var(--ink);background:var(--page);overflow-wrap:anywhere;
+max-width:64rem;margin:2rem auto;padding:0 1rem}
 h1{font-size:1.55rem;line-height:1.25;margin:0 0 .2rem;overflow-wrap:anywhere}
 h2{font-size:1.1rem;margin:2.2rem 0 .7rem} h3{font-size:1rem;margin:1.3rem 0 .5rem;
 overflow-wrap:anywhere;white-space:pre-wrap}
@@ -27,7 +28,7 @@ vertical-align:.25em;border:1px solid currentColor;color:var(--soft)}
 .cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(9.5rem,1fr));gap:.6rem;
 margin:1.2rem 0}
 .card{background:var(--panel);border:1px solid var(--line);border-radius:10px;padding:.55rem .8rem}
-.card b{display:block;font-size:1.12rem;font-variant-numeric:tabular-nums}
+.card{min-width:0} .card b{display:block;font-size:1.12rem;font-variant-numeric:tabular-nums}
 .card span{color:var(--soft);font-size:.82rem}
 .charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,22rem),1fr));gap:1rem}
 figure{margin:0;break-inside:avoid} .wide{grid-column:1/-1} .chart{display:block;width:100%}
