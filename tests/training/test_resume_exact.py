@@ -57,6 +57,8 @@ def test_trained_weights_and_optimizer_are_those_of_the_checkpoint(
     resumed, after = at_start(recipe, run.path, monkeypatch)
 
     assert list(resumed.trained) == list(fresh.trained)
+    learning = [n for n, p in resumed.module.named_parameters() if p.requires_grad]
+    assert learning == list(fresh.trained)
     loaded = checkpoint.load(run.checkpoints / checkpoint.folder_name(2))
     weights, optimizer = resumed.weights(), resumed.optimizer_state()
     assert weights.keys() == loaded.weights.keys() == set(fresh.trained)
