@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from raytune_ft.data.report import Report, new_report
 from raytune_ft.errors import CheckpointError
 from raytune_ft.training import durable
+from raytune_ft.training.pulse import PULSE
 from raytune_ft.training.tensor_file import blocks_of, size_of
 
 MANIFEST = "manifest.json"
@@ -255,6 +256,7 @@ def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
+            PULSE.beat()
     return digest.hexdigest()
 
 

@@ -14,6 +14,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from raytune_ft.training.pulse import PULSE
+
 BLOCK_BYTES = 16 << 20
 """Given to the system at once; Linux takes 2 GiB at most."""
 WRITING = ".writing_"
@@ -39,6 +41,7 @@ def write(path: Path, blocks: Iterable[bytes | memoryview]) -> tuple[int, str]:
             rest = memoryview(block)
             while rest:
                 rest = rest[os.write(descriptor, rest[:BLOCK_BYTES]) :]
+                PULSE.beat()
     finally:
         os.close(descriptor)
     return size, digest.hexdigest()
