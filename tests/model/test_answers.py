@@ -124,7 +124,7 @@ def test_an_own_rule_ends_an_answer_with_the_id_that_met_it() -> None:
 def test_training_goes_on_as_if_nobody_had_asked() -> None:
     """Modes, recomputation, torch's random state and memory are as before."""
     model = model_of("llama")
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": False})
     model.model.layers[1].eval()  # what was in evaluation stays there
     modes = [module.training for module in model.modules()]
     torch.manual_seed(1)
