@@ -7,6 +7,7 @@ hundred runs take a second. `test_worker.py` has the same with a real model.
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 from collections.abc import Iterator
@@ -25,8 +26,8 @@ from raytune_ft.data.packing import Position
 from raytune_ft.data.places import iter_packs
 from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
 from raytune_ft.data.windows import Feed, Window, make_feed
-from raytune_ft.errors import TrainingError
-from raytune_ft.training.batching import StepData, TensorBatch, steps
+from raytune_ft.errors import Interrupted, TrainingError
+from raytune_ft.training.batching import StepData, TensorBatch, count_targets, steps
 from raytune_ft.training.checkpoint import TrainState
 from raytune_ft.training.engine import Engine, State
 from raytune_ft.training.loop import Hooks, train
@@ -320,6 +321,94 @@ def test_steps_that_were_counted_decide_rates_and_totals(
     expected = [1e-3 * (1 + math.cos(math.pi * step / total)) / 2 for step in range(total)]
     assert run.rates == pytest.approx(expected, rel=1e-12)
     assert {(e["total"], e["exact"]) for e in run.steps} == {(total, True)}
+
+
+class Counter(Recorder):
+    """Notes what each step's gradients are divided by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.divisors: list[list[int]] = [[]]
+
+    def forward_backward(self, batch: TensorBatch, n_targets: int) -> torch.Tensor:
+        self.divisors[-1].append(n_targets)
+        return super().forward_backward(batch, n_targets)
+
+    def step(self, lr: float) -> float:
+        self.divisors.append([])
+        return super().step(lr)
+
+
+def test_ten_packs_by_four_are_three_steps_each_by_its_own_tokens(
+    rows: Path, tokenizer: TextTokenizer, tiny_model: Path
+) -> None:
+    recipe = recipe_of(rows, tiny_model, {"pack": "none", "window": 5}, epochs=1)
+    feed = feed_of(recipe, tokenizer)
+    first = [replace(placed, behind=Position(0, 0, i + 1)) for i, placed in enumerate(
+        itertools.islice(iter_packs(feed), 10))]  # fmt: skip
+    ten = [*first[:-1], replace(first[-1], behind=Position(1), progress=1.0)]
+    counts = [count_targets(placed.pack) for placed in ten]
+    engine, state, hooks = Counter(), TrainState(), quiet_hooks()
+    batches = steps(ten, recipe.train, rank=0, workers=1)
+    train(engine, recipe, batches, state, None, hooks, lambda *_, **__: None)
+    assert engine.divisors == [
+        [sum(counts[:4])] * 4, [sum(counts[4:8])] * 4, [sum(counts[8:])] * 4, [],
+    ]  # fmt: skip
+    assert (state.step, state.targets) == (3, sum(counts))
+
+
+def quiet_hooks(**given: Any) -> Hooks:
+    hooks: dict[str, Any] = {
+        name: lambda *_: None for name in ("sample", "validate", "benchmark", "record", "save")
+    }
+    return Hooks(**{**hooks, "interrupted": lambda: False, **given})
+
+
+def test_an_interrupted_run_saves_behind_its_last_step_and_goes_on_as_if_it_had_not_been(
+    rows: Path, tokenizer: TextTokenizer, tiny_model: Path
+) -> None:
+    """Asked during step 3: that one is saved, once, and no further one is begun."""
+    recipe = recipe_of(rows, tiny_model, {}, warmup_steps=5)
+    feed, whole = feed_of(recipe, tokenizer), go(recipe, feed_of(recipe, tokenizer))
+    saved: list[TrainState] = []
+    state, engine = TrainState(), Recorder()
+    hooks = quiet_hooks(
+        save=lambda at: saved.append(copy.deepcopy(at)), interrupted=lambda: state.step >= 3
+    )
+    packs = iter_packs(feed, epochs=EPOCHS)
+    batches = steps(packs, recipe.train, rank=0, workers=1)
+    with pytest.raises(Interrupted, match=r"^stopped after step 3$"):
+        train(engine, recipe, batches, state, None, hooks, lambda *_, **__: None)
+    assert [at.step for at in saved] == [3]
+    again = go(recipe, feed, start=saved[0])
+    assert engine.rates + again.rates == whole.rates
+
+
+def test_a_spike_stops_a_run_at_the_same_step_whenever_it_was_taken_up(
+    rows: Path, tokenizer: TextTokenizer, tiny_model: Path
+) -> None:
+    """The losses that it is compared with stand in the checkpoint."""
+    recipe = recipe_of(rows, tiny_model, {}, loss_spike=3.0)
+    feed = feed_of(recipe, tokenizer)
+
+    class Spiking(Recorder):
+        def forward_backward(self, batch: TensorBatch, n_targets: int) -> torch.Tensor:
+            factor = 5.0 if state.step + 1 == 14 else 1.0
+            return torch.tensor(factor * n_targets / recipe.train.accumulation)
+
+    saved: dict[int, TrainState] = {}
+    every = recipe.model_copy(
+        update={"checkpoint": recipe.checkpoint.model_copy(update={"every": 1})}
+    )
+    hooks = quiet_hooks(save=lambda at: saved.update({at.step: copy.deepcopy(at)}))
+    for begin in (0, 11, 13):
+        state = copy.deepcopy(saved[begin]) if begin else TrainState()
+        packs = iter_packs(feed, Position(state.epoch, state.window, state.pack), epochs=EPOCHS)
+        batches = steps(packs, recipe.train, rank=0, workers=1)
+        engine = Spiking()
+        with pytest.raises(TrainingError, match=r"^step 14: loss 5 is 5.0 times the usual 1 \("):
+            train(engine, every, batches, state, None, hooks, lambda *_, **__: None)
+        assert len(engine.rates) == 13 - begin, "the optimizer has not seen it"
 
 
 @pytest.fixture
