@@ -59,6 +59,8 @@ class Outlook:
     available: int
     place: Place
     counts: Counts
+    parts: dict[str, int]
+    """Bytes per worker by part, which the report lays beside what was measured."""
 
     def line(self) -> str:
         """Say what a run needs of what there is."""
@@ -153,7 +155,7 @@ def check_memory(recipe: Recipe) -> Outlook | None:
             f"{recipe.model.path}: needs about {needed / GIB:.1f} GiB, {what} has "
             f"{available / GIB:.1f} GiB; {advice}"
         )
-    return Outlook(needed // together, available, where, found.counts)
+    return Outlook(needed // together, available, where, found.counts, dict(found.parts))
 
 
 def spoken(seconds: float) -> str:

@@ -59,6 +59,7 @@ def train(recipe: Recipe, *, source: str, resume: str | None = None) -> int:
             with ray_session():
                 prepared = prepare(recipe, folder, source, screen)
                 check_room(prepared, folder)
+                folder.update(plan={"parts": seen.parts} if seen is not None else None)
                 if seen is not None and (time := seen.time(recipe, prepared.job.expected_steps)):
                     screen.line(time)
                 with feeding(

@@ -113,6 +113,7 @@ class Wandb:
 
     def start(self, beginning: Beginning) -> str | None:
         """Open or go on with a run; without a key its files wait in the run folder for a sync."""
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # its own defects, sent home
         import wandb
 
         own = beginning.id or secrets.token_hex(4)
@@ -161,6 +162,7 @@ class Mlflow:
 
     def start(self, beginning: Beginning) -> str | None:
         """Open a run of the experiment, or the one that goes on."""
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # what is used, sent home
         from mlflow.entities import Param
         from mlflow.tracking import MlflowClient
 
