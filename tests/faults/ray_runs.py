@@ -35,9 +35,10 @@ ENDING = ("driver", "raylet")
 """Without these a run ends, and is taken up again by hand; without others it goes on."""
 ROWS = 240
 MOST_KILLS = 3
+START = "start of Ray"
 DEADLINE_S = 600.0
 """For a run that is not killed any more, under load."""
-ENDS_IN_S = 120.0
+ENDS_IN_S = 240.0
 """For a run whose raylet is gone."""
 
 
@@ -174,7 +175,7 @@ class Watch:
 def phase_of(run: RunFolder) -> str:
     """Tell by its files what a run is doing."""
     if not run.run_json.is_file():
-        return "start of Ray"
+        return START
     if not run.metrics.is_file():
         return "start of the workers"
     if any(run.checkpoints.glob(f"{durable.WRITING}*")):
@@ -238,10 +239,11 @@ def _kill(
 
 
 def _check_end(start: Start, kill: Kill) -> None:
-    """A run whose driver or raylet is gone ends, and says how to go on if it can."""
+    """A run whose driver or raylet is gone ends, and says how to go on once it has begun."""
     code = start.wait(ENDS_IN_S)
     printed = start.printed()
     if code is None:
         raise RuntimeError(f"the run hangs without its {kill.victim}: {printed}")
-    if kill.victim == "raylet" and (code == 0 or "Traceback" in printed):
+    begun = kill.victim == "raylet" and kill.phase != START
+    if begun and (code == 0 or "Traceback" in printed or "--resume" not in printed):
         raise RuntimeError(f"exit code {code} without a raylet: {printed}")
