@@ -93,7 +93,9 @@ def build_network(dtype: torch.dtype) -> LlamaForCausalLM:
             parameter.copy_((parameter + 0.1 * torch.randn_like(parameter)).bfloat16())
     if dtype == torch.float64:
         _widen_norms(network)
-    return network.to(dtype)
+    for parameter in network.parameters():  # alone: rotary frequencies stay as they are loaded
+        parameter.data = parameter.data.to(dtype)
+    return network
 
 
 def _widen_norms(network: LlamaForCausalLM) -> None:

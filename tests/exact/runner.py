@@ -66,8 +66,8 @@ def recipe_of(cell: Cell, folder: Path) -> Recipe:
     })  # fmt: skip
 
 
-def build(cell: Cell, recipe: Recipe) -> Engine:
-    """Make the cell's engine on the matrix's network."""
+def build(cell: Cell, recipe: Recipe) -> tuple[Engine, State]:
+    """Make the cell's engine on the matrix's network; return what it begins with as well."""
     dtype = getattr(torch, cell.dtype)
     model: Any = oracle.build_network(dtype)
     if cell.method == "lora":
@@ -78,17 +78,21 @@ def build(cell: Cell, recipe: Recipe) -> Engine:
             for name, parameter in model.named_parameters():
                 if "lora_" in name:  # B is not zero, so that every gradient counts
                     parameter.copy_((0.1 * torch.randn(parameter.shape)).bfloat16())
-        model = model.to(dtype)  # as DeepSpeed does
+        for parameter in model.parameters():  # as DeepSpeed does
+            parameter.data = parameter.data.to(dtype)
     if cell.checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     module = TokenLoss(model)
+    start = {n: p.detach().clone() for n, p in module.named_parameters() if p.requires_grad}
+    if cell.dtype == "bfloat16":
+        start = {name: weight.float() for name, weight in start.items()}
     config = presets.resolve(
         recipe, torch.float32 if cell.dtype == "float64" else dtype, on_gpu=False
     )
     if config is None:
-        return TorchEngine(module, CPU, recipe.train, dtype)
-    return ZeroEngine(module, CPU, recipe.train, config)
+        return TorchEngine(module, CPU, recipe.train, dtype), start
+    return ZeroEngine(module, CPU, recipe.train, config), start
 
 
 def placed(cell: Cell, recipe: Recipe) -> tuple[list[Placed], Pieces]:
@@ -117,12 +121,16 @@ def run(cell: Cell, folder: Path, meet: Callable[[], None]) -> Outcome | None:
     """
     recipe = recipe_of(cell, folder)
     meet()
-    engine = build(cell, recipe)
+    engine, weights = build(cell, recipe)
+    start = weights
     packs, laid = placed(cell, recipe)
     network = oracle.build_network(torch.float64)
     rows, done, found = samples(cell.packing), 0, []
-    weights, seconds = engine.weights(), State()
+    seconds = State()
     for number, data in enumerate(steps(packs, recipe.train, rank=rank(), workers=cell.world), 1):
+        if cell.dtype == "bfloat16":  # its rounding is compared at the same weights
+            engine.load(start, {})
+            weights, seconds, number = start, {}, 1  # noqa: PLW2901
         for batch in data.micro_batches:
             engine.forward_backward(batch, data.n_targets)
         norm = engine.step(LR)

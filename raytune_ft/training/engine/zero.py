@@ -21,7 +21,7 @@ from torch import nn
 
 from raytune_ft.config.footprint import bucket_elements
 from raytune_ft.config.schema import TrainSection
-from raytune_ft.errors import CheckpointError
+from raytune_ft.errors import CheckpointError, RecipeError
 from raytune_ft.training.batching import TensorBatch
 from raytune_ft.training.engine.base import Engine, State, rank, world_size
 from raytune_ft.training.engine.scaling import LossScale
@@ -50,6 +50,8 @@ class ZeroEngine(Engine):
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks its launcher for it; Ray sets it
         buckets = bucket_elements(sum(p.numel() for p in self.trained.values()))
         config["zero_optimization"].setdefault("reduce_bucket_size", buckets)
+        _check_half(config)
+        buffers = [(buffer, buffer.data) for buffer in module.buffers()]
         with redirect_stdout(io.StringIO()):  # its bfloat16 stage 1 prints memory tables
             self.engine, *_ = deepspeed.initialize(
                 model=module,
@@ -58,6 +60,10 @@ class ZeroEngine(Engine):
                 config=config,
                 dist_init_required=False,
             )
+        for buffer, data in buffers:
+            # DeepSpeed rounds them as well: a rotary frequency in bfloat16 is radians off at
+            # position 2000, in training alone
+            buffer.data = data
         self.zero: Any = self.engine.optimizer
         self.stage: int = config["zero_optimization"]["stage"]
         self.scaler = self.zero.loss_scaler if config["fp16"]["enabled"] else None
@@ -190,6 +196,17 @@ class ZeroEngine(Engine):
                 yield
             finally:
                 offload._register_deepspeed_module(offload.module)
+
+
+def _check_half(config: dict[str, Any]) -> None:
+    """Refuse float16 where DeepSpeed's accelerator does not compute it: most CPUs."""
+    from deepspeed.accelerator import get_accelerator
+
+    if config["fp16"]["enabled"] and not get_accelerator().is_fp16_supported():
+        raise RecipeError(
+            "model.dtype: float16 is not computed here under train.deepspeed; set model.dtype: "
+            "float32, or train.deepspeed: none"
+        )
 
 
 def _ensure_process_group(device: torch.device) -> None:
