@@ -28,12 +28,16 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # bytes are compared, of float32 on CPU
 
 from tests.conftest import make_tiny_model, write_chats
 from tests.faults import plain, ray_runs
 from tests.faults.verdict import Verdict, percentile
 
 Trial = Callable[[Path, Path, int], Verdict]
+TRIALS: dict[str, Trial] = {
+    "plain": plain.run_trial, "worlds": plain.run_world, "ray": ray_runs.run_trial,
+}  # fmt: skip
 
 
 def main(words: list[str] | None = None) -> int:
@@ -43,22 +47,19 @@ def main(words: list[str] | None = None) -> int:
         inputs = Path(place) / "inputs"
         inputs.mkdir()
         _in_a_child(lambda: make_inputs(inputs))
-        found: dict[str, list[Verdict]] = {}
+        wanted = {"plain": asked.plain, "worlds": asked.worlds, "ray": asked.ray}
         if asked.plain or asked.worlds:
             plain.load()
             plain.prepare(inputs)
-        if asked.plain:
-            found["plain"] = list(_trials(plain.run_trial, inputs, asked.plain, asked, "plain"))
-        if asked.worlds:
-            found["worlds"] = list(_trials(plain.run_world, inputs, asked.worlds, asked, "worlds"))
         if asked.ray:
             ray_runs.prepare(inputs)
-            found["ray"] = list(_trials(ray_runs.run_trial, inputs, asked.ray, asked, "ray"))
+        found: dict[str, list[Verdict]] = {kind: [] for kind in wanted if wanted[kind]}
+        for kind, verdicts in found.items():
+            for verdict in _trials(kind, inputs, wanted[kind], asked):
+                verdicts.append(verdict)
+                _write(asked.json, found)
     for kind, verdicts in found.items():
         print(summary(kind, verdicts), flush=True)
-    if asked.json:
-        content = {kind: [v.as_json() for v in verdicts] for kind, verdicts in found.items()}
-        Path(asked.json).write_text(json.dumps(content, indent=1))
     return 1 if any(is_bad(v) for verdicts in found.values() for v in verdicts) else 0
 
 
@@ -103,16 +104,22 @@ def _counts(words: Iterator[str]) -> str:
     return ", ".join(f"{word} {count}" for word, count in Counter(words).most_common())
 
 
-def _trials(
-    trial: Trial, inputs: Path, kills: int, asked: argparse.Namespace, kind: str
-) -> Iterator[Verdict]:
-    """Run trials side by side until so many processes were killed."""
-    seed, killed = asked.seed, 0
+def _write(file: str | None, found: dict[str, list[Verdict]]) -> None:
+    if file:
+        content = {kind: [v.as_json() for v in verdicts] for kind, verdicts in found.items()}
+        Path(file).write_text(json.dumps(content, indent=1))
+
+
+def _trials(kind: str, inputs: Path, kills: int, asked: argparse.Namespace) -> Iterator[Verdict]:
+    """Run trials side by side until so many processes were killed, or the time is over."""
+    trial, seed, killed = TRIALS[kind], asked.seed, 0
+    ends = time.monotonic() + 60 * asked.minutes
     running: set[Future[Verdict]] = set()
     jobs = asked.ray_jobs if kind == "ray" else asked.jobs
     with ProcessPoolExecutor(jobs, mp_context=get_context("fork")) as pool:
-        while killed < kills or running:
-            while killed + len(running) < kills and len(running) < jobs:
+        while running or (killed < kills and time.monotonic() < ends):
+            late = time.monotonic() > ends
+            while not late and killed + len(running) < kills and len(running) < jobs:
                 folder = inputs.parent / f"{kind}_{seed}"
                 running.add(pool.submit(_timed, trial, inputs, folder, seed))
                 seed += 1
@@ -170,7 +177,10 @@ def _arguments(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--ray-jobs", type=int, default=max(1, cores // 3), help="Ray runs at once; 3 cores each"
     )
-    parser.add_argument("--json", help="file for all figures")
+    parser.add_argument(
+        "--minutes", type=float, default=600, help="of each kind; then no further run is started"
+    )
+    parser.add_argument("--json", help="file for all figures, written behind every run")
     parser.add_argument("--folder", help="where runs stand while this works")
     return parser.parse_args(words)
 
