@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from raytune_ft.config.zero import asked, unsharded
+
 if TYPE_CHECKING:
     from raytune_ft.config.schema import Recipe
 
@@ -28,12 +30,13 @@ def _problems(recipe: Recipe) -> Iterator[str]:
 
 def _of_method(recipe: Recipe) -> Iterator[str]:
     model, zero = recipe.model, recipe.train.deepspeed
+    stage, _ = asked(zero)
     if model.quantization != "none" and model.method == "full":
         yield (
             f"model.method 'full' cannot train {model.quantization} weights; "
             "set model.quantization: none, or model.method: lora"
         )
-    if model.quantization != "none" and zero.startswith("zero3"):
+    if model.quantization != "none" and stage == 3:
         yield f"train.deepspeed '{zero}' cannot shard {model.quantization} weights; use zero2"
     if recipe.train.min_lr > recipe.train.lr:
         yield "train.min_lr is above train.lr; lower train.min_lr"
@@ -71,40 +74,30 @@ def _of_adapter(recipe: Recipe) -> Iterator[str]:
     swept = next((name for name in recipe.tune.space if name.startswith("lora.")), None)
     if model.load_from is not None and swept is not None:
         yield f"tune.space '{swept}': model.load_from gives the adapter as it is; leave it out"
-    if zero.startswith("zero3"):
-        for name, asked in (
+    if asked(zero)[0] == 3:
+        for name, given in (
             ("lora.use_dora", lora.use_dora),
             ("model.new_tokens", model.new_tokens),
         ):
-            if asked:
+            if given:
                 yield f"train.deepspeed '{zero}' shards the weights that {name} reads; use zero2"
 
 
 def _of_optimizer(recipe: Recipe) -> Iterator[str]:
     train = recipe.train
-    if train.deepspeed.startswith("zero") and (found := unsharded(train.optimizer)):
+    stage, offloaded = asked(train.deepspeed)
+    if stage and (found := unsharded(train.optimizer)):
         yield f"train.deepspeed '{train.deepspeed}' {found}"
+    if offloaded and train.optimizer != "adamw":
+        yield (
+            f"train.deepspeed '{train.deepspeed}' steps weights on the host, and train.optimizer "
+            f"'{train.optimizer}' is for GPUs; use adamw, or zero{stage}"
+        )
     if train.neftune_noise_alpha is not None and train.objective != "sft":
         yield (
             f"train.neftune_noise_alpha would make train.objective '{train.objective}' compare "
             "answers to shaken questions; leave it out, or set train.objective: sft"
         )
-
-
-def unsharded(optimizer: str) -> str | None:
-    """Say why ZeRO cannot spread an optimizer's state over ranks, and what to do; None if it can.
-
-    ZeRO lays weights end to end and cuts them anywhere: numbers must not depend on their
-    neighbours.
-    """
-    if optimizer == "muon":
-        return "cuts up the matrices that train.optimizer 'muon' needs whole; set it to none"
-    if optimizer.endswith("8bit"):
-        return (
-            f"cuts up the blocks in which train.optimizer '{optimizer}' keeps its averages; set "
-            "it to none, or use paged_adamw_32bit"
-        )
-    return None
 
 
 def _of_objective(recipe: Recipe) -> Iterator[str]:
@@ -128,7 +121,7 @@ def _of_objective(recipe: Recipe) -> Iterator[str]:
             f"data.sources[].loss 'all' has no meaning for train.objective '{objective}', which "
             "compares last answers; leave it out"
         )
-    if objective == "dpo" and recipe.train.deepspeed.startswith("zero3"):
+    if objective == "dpo" and asked(recipe.train.deepspeed)[0] == 3:
         yield (
             f"train.deepspeed '{recipe.train.deepspeed}' shards the weights that train.objective "
             "'dpo' compares with those of the start; use zero2, or train.objective: orpo"
@@ -142,8 +135,8 @@ def _of_evaluation(recipe: Recipe) -> Iterator[str]:
         "eval.export: best": wanted.export == "best",
         "eval.metrics": bool(wanted.metrics),
     }
-    for name, asked in needs_rows.items():
-        if asked and recipe.data.validation is None:
+    for name, given in needs_rows.items():
+        if given and recipe.data.validation is None:
             yield f"{name} needs held-out rows; set data.validation, such as 0.1"
     preference = recipe.train.objective != "sft"
     if preference and wanted.metrics:

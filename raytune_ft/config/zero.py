@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from raytune_ft.config import catalog
 from raytune_ft.config.document import nearest
-from raytune_ft.config.pairs import unsharded
 from raytune_ft.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -75,13 +74,45 @@ def read(name: str) -> dict[str, Any]:
 
 def stage_of(config: dict[str, Any]) -> int:
     """Return the stage that a file asks for; 0 shards nothing."""
-    return int(_block(config, "zero_optimization").get("stage", 0))
+    stage = _block(config, "zero_optimization").get("stage", 0)
+    return stage if stage in (1, 2, 3) else 0
 
 
 def offloads(config: dict[str, Any]) -> list[str]:
     """Return which of optimizer and parameters a file keeps on the host."""
     zero = _block(config, "zero_optimization")
     return [key for key in OFFLOADS if _block(zero, key).get("device", "none") != "none"]
+
+
+def asked(name: str) -> tuple[int, list[str]]:
+    """Return the stage that `train.deepspeed` means, and what is offloaded.
+
+    (0, []) for `none`, and for a file that is not here or is none: whoever reads it says so.
+    """
+    if name in PRESETS:  # without a look at its file: every recipe of a list asks
+        stage = int(name.removeprefix("zero")[0])
+        return stage, list(OFFLOADS[: stage - 1]) if name.endswith("offload") else []
+    try:
+        content = {} if name == "none" else read(name)
+    except RecipeError:
+        return 0, []
+    return stage_of(content), offloads(content)
+
+
+def unsharded(optimizer: str) -> str | None:
+    """Say why ZeRO cannot spread an optimizer's state over ranks, and what to do; None if it can.
+
+    ZeRO lays weights end to end and cuts them anywhere: numbers must not depend on their
+    neighbours.
+    """
+    if optimizer == "muon":
+        return "cuts up the matrices that train.optimizer 'muon' needs whole; set it to none"
+    if optimizer.endswith("8bit"):
+        return (
+            f"cuts up the blocks in which train.optimizer '{optimizer}' keeps its averages; set "
+            "it to none, or use paged_adamw_32bit"
+        )
+    return None
 
 
 def wanted(recipe: Recipe) -> dict[str, float]:
@@ -111,8 +142,11 @@ def problem(config: dict[str, Any], recipe: Recipe, dtype: str) -> str | None:
             return f"'{key}' is {given} in the file, but the recipe says {numbers[key]}; {_WRITE}"
         if key in HALVES and (found := _half_problem(key, given, dtype)):
             return found
-    if stage_of(config) in (1, 2, 3) and (found := unsharded(recipe.train.optimizer)):
-        return f"'zero_optimization.stage' {found}"
+    if stage_of(config) == 3 and recipe.train.objective == "dpo":
+        return (
+            "'zero_optimization.stage' 3 shards the weights that train.objective 'dpo' compares "
+            "with those of the start; write stage 2"
+        )
     known = (*numbers, *HALVES, *FREE, "zero_optimization")
     return _unknown("", config, known) or _zero_problem(_block(config, "zero_optimization"))
 

@@ -15,8 +15,8 @@ from pydantic import ValidationError
 
 from raytune_ft.config import problems
 from raytune_ft.config.document import KeyPath
-from raytune_ft.config.pairs import unsharded
 from raytune_ft.config.schema import Recipe
+from raytune_ft.config.zero import unsharded
 from raytune_ft.errors import RecipeError
 from raytune_ft.importers.values import Unknown, Value
 
