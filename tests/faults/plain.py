@@ -25,7 +25,7 @@ from raytune_ft.data.examples import Encoder
 from raytune_ft.data.packing import Pack, Position
 from raytune_ft.data.places import Placed, iter_packs
 from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
-from raytune_ft.data.windows import Feed, make_feed
+from raytune_ft.data.windows import make_feed
 from raytune_ft.training import checkpoint, worker
 from raytune_ft.training.run_folder import RunFolder, append_jsonl, read_jsonl, write_json
 from raytune_ft.training.worker import Job
@@ -33,6 +33,8 @@ from tests.faults.verdict import Kill, Verdict, compare, compare_rounded
 
 MOST_KILLS = 4
 DEADLINE_S = 240.0
+ALONE_S = 0.3
+"""Longest that ranks live behind a killed one, until they are ended."""
 ROWS = 64
 VARIANTS: dict[str, dict[str, Any]] = {
     "torch": {"train": {"deepspeed": "none"}},
@@ -92,16 +94,11 @@ def train(recipe: Recipe, folder: Path, rank: int, events: Path) -> None:
         watch_saving(show)
     job = Job(
         recipe.model_dump(mode="json"), str(folder), recipe.model.path,
-        expected_steps=9, sharing=64, data_fingerprint=fingerprint(feed),
+        expected_steps=9, sharing=64, data_fingerprint=training.fingerprint,
     )  # fmt: skip
     worker.run(job, packs, validation, show)
     if rank == 0:
         run.update(status="done")
-
-
-def fingerprint(feed: Feed) -> str:
-    """Return that of the training rows."""
-    return str(feed.source.fingerprint)
 
 
 def watch_saving(show: Any) -> None:
@@ -164,19 +161,19 @@ class Attempt:
             if self._ended():
                 return None
             time.sleep(0.002)
-        victim = chance.choice(self.pids)
-        os.kill(victim, signal.SIGKILL)
+        rank = chance.randrange(len(self.pids))
+        os.kill(self.pids[rank], signal.SIGKILL)
         at = time.monotonic()
-        for pid in self.pids:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
+        if len(self.pids) > 1:
+            time.sleep(chance.uniform(0.0, ALONE_S))
+        self._end()
         told = list(read_jsonl(self.events))
         steps = [line["step"] for line in read_jsonl(RunFolder(self.folder).metrics)]
         phase = told[-1]["what"] if told and told[-1]["at"] > begun else "start"
         if phase in ("step", "saved", "warning", "rows", "resumed", "checkpoint"):
             phase = "train"
         return Kill(
-            at=at, after_s=at - begun, victim=f"rank {self.pids.index(victim)}", phase=phase,
+            at=at, after_s=at - begun, victim=f"rank {rank}", phase=phase,
             step=max(steps, default=0), every=int(self.recipe.checkpoint.every),
         )  # fmt: skip
 
@@ -185,11 +182,18 @@ class Attempt:
         for pid in self.pids:
             found, status = os.waitpid(pid, os.WNOHANG)
             if found and status:
+                self.pids.remove(pid)
+                self._end()
                 log = Path(f"{self.folder}.log").read_text(errors="replace")
                 raise RuntimeError(f"a process of {self.folder} failed:\n{log[-2000:]}")
             if found:
                 self.pids = [other for other in self.pids if other != pid]
         return not self.pids
+
+    def _end(self) -> None:
+        for pid in self.pids:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
 
 
 def run_trial(inputs: Path, folder: Path, seed: int) -> Verdict:
