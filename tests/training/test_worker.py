@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +21,10 @@ from raytune_ft.data.packing import Position
 from raytune_ft.data.places import Placed, iter_packs
 from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
 from raytune_ft.data.windows import Feed, make_feed
-from raytune_ft.errors import CheckpointError
+from raytune_ft.errors import CheckpointError, Interrupted
 from raytune_ft.training import worker
+from raytune_ft.training.guards import Guards
+from raytune_ft.training.interruption import AskedToEnd
 from raytune_ft.training.run_folder import RunFolder, read_json, read_jsonl, write_json
 from raytune_ft.training.throughput import MOMENTARY
 from raytune_ft.training.worker import Job
@@ -57,7 +61,11 @@ def feed_of(recipe: Recipe) -> Feed:
 
 
 def train(
-    recipe: Recipe, folder: Path, events: list[dict[str, Any]] | None = None, **job: Any
+    recipe: Recipe,
+    folder: Path,
+    events: list[dict[str, Any]] | None = None,
+    guards: Guards = Guards(),  # noqa: B008, frozen
+    **job: Any,
 ) -> RunFolder:
     """Run a worker to the end, as `preparation` and the trainer would."""
     feed = feed_of(recipe)
@@ -73,7 +81,7 @@ def train(
     values = {"expected_steps": 9, "sharing": 64, "data_fingerprint": "sha-1", **job}
     worker.run(
         Job(recipe.model_dump(mode="json"), str(run.path), recipe.model.path, **values),
-        packs, None, told.append,
+        packs, None, told.append, guards,
     )  # fmt: skip
     return run
 
@@ -112,6 +120,31 @@ def test_a_run_taken_up_again_ends_with_the_same_bytes(
     assert read_json(again.path / "data.json") == read_json(whole.path / "data.json")
     (begun,) = (e for e in events if e.get("name") == "train")
     assert (begun["step"], begun["share"]) == (step, ledger(whole)[step - 1]["share"])
+
+
+def test_a_run_that_gets_sigterm_stops_behind_its_step_and_ends_with_the_same_bytes(
+    recipe: Recipe, whole: RunFolder, tmp_path: Path
+) -> None:
+    """It saves at its end alone otherwise; both parts are watched, which changes nothing."""
+    seldom = recipe.model_copy(
+        update={"checkpoint": recipe.checkpoint.model_copy(update={"every": 100})}
+    )
+
+    class Killer(list[dict[str, Any]]):
+        def append(self, event: dict[str, Any]) -> None:
+            if event["kind"] == "step" and event["step"] == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            super().append(event)
+
+    folder = tmp_path / "run"
+    with AskedToEnd() as asked, pytest.raises(Interrupted, match=r"^stopped after step 3$"):
+        train(seldom, folder, Killer(), Guards(interrupted=asked, watched=True))
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_000003"]
+    again = train(seldom, folder, guards=Guards(watched=True))
+    assert ledger(again) == ledger(whole)
+    weights = "adapter/adapter_model.safetensors"
+    assert runs.sha256(again.path / weights) == runs.sha256(whole.path / weights)
+    assert not list((folder / "stacks").iterdir())
 
 
 def test_the_rates_in_the_metrics_are_the_closed_formula_of_their_progress(
