@@ -6,12 +6,12 @@ is an error that names it, because DeepSpeed would do one thing and the loop ano
 
 from __future__ import annotations
 
+import difflib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raytune_ft.config import catalog
-from raytune_ft.config.document import nearest
 from raytune_ft.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -191,8 +191,8 @@ def _zero_problem(zero: dict[str, Any]) -> str | None:
 def _unknown(where: str, block: dict[str, Any], known: tuple[str, ...]) -> str | None:
     for key in block:
         if key not in known:
-            near = nearest(key, known)
-            hint = f"did you mean '{near}'?" if near else "remove it; nothing here follows it"
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
+            hint = f"did you mean '{near[0]}'?" if near else "remove it; nothing here follows it"
             return f"'{where}{key}': {hint}"
     return None
 
