@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 
 from raytune_ft.config.schema import Recipe
 from raytune_ft.data.packing import Pack, Position
@@ -24,6 +25,7 @@ from raytune_ft.data.questions import Question
 from raytune_ft.data.templating.templates import get_template
 from raytune_ft.data.tokenizing import hf_files
 from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
+from raytune_ft.errors import CheckpointError
 from raytune_ft.model import adapter, side_files
 from raytune_ft.training import best, checkpoint, course, dry_step, durable, identity
 from raytune_ft.training.answering import Voice
@@ -198,12 +200,20 @@ def _first_batches(packs: PackStream, recipe: Recipe) -> list[TensorBatch]:
 
 
 def _export(recipe: Recipe, voice: Voice, folder: RunFolder, base: Path) -> None:
+    """Write the result, whole or not at all; CheckpointError if the disk refuses."""
     is_adapter = recipe.model.method == "lora"
-    with durable.whole_folder(folder.adapter if is_adapter else folder.model) as place:
-        if is_adapter:
-            adapter.save_adapter(voice.model, place, str(base))
-        else:
-            side_files.save_full(voice.model, base, place)
-        if recipe.model.new_tokens:
-            template = hf_files.chat_template(recipe.model.template, voice.tokenizer)
-            hf_files.write(voice.tokenizer, place, template)
+    target = folder.adapter if is_adapter else folder.model
+    try:
+        with durable.whole_folder(target) as place:
+            if is_adapter:
+                adapter.save_adapter(voice.model, place, str(base))
+            else:
+                side_files.save_full(voice.model, base, place)
+            if recipe.model.new_tokens:
+                template = hf_files.chat_template(recipe.model.template, voice.tokenizer)
+                hf_files.write(voice.tokenizer, place, template)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{target}: cannot be written ({error}); the last checkpoint is unharmed: free space "
+            f"on {checkpoint.mount_of(target)} and go on with --resume {folder.path}"
+        ) from error

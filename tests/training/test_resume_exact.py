@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import resource
+import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,7 @@ import pytest
 import torch
 
 from raytune_ft.config.schema import Recipe
+from raytune_ft.errors import CheckpointError
 from raytune_ft.training import checkpoint, worker
 from raytune_ft.training.engine import Engine
 from tests.training.test_load_from import recipe_of, train
@@ -69,3 +73,27 @@ def test_trained_weights_and_optimizer_are_those_of_the_checkpoint(
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved <= set(fresh.trained), "a frozen weight has changed"
     assert len(moved) > len(fresh.trained) / 2, "what was learned is not there any more"
+
+
+def test_a_result_that_finds_no_room_is_written_when_taken_up_again(
+    tiny_model: Path, chats: Path, tmp_path: Path
+) -> None:
+    """The kernel refuses files over 20 KB: one line, nothing half-written, nothing lost."""
+    recipe = recipe_of(tiny_model, chats, train={"max_steps": 1})
+    run = train(recipe, tmp_path / "run")
+    expected = (run.adapter / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree(run.adapter)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(CheckpointError) as caught:
+            train(recipe, run.path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert str(caught.value).startswith(f"{run.adapter}: cannot be written (")
+    assert str(caught.value).endswith(f"go on with --resume {run.path}")
+    assert not [path for path in run.path.iterdir() if path.name.startswith((".writ", "adapter"))]
+    train(recipe, run.path)
+    assert (run.adapter / "adapter_model.safetensors").read_bytes() == expected
