@@ -1,4 +1,4 @@
-"""NF4 against the rule written again: blocks of 64 weights over the ends of rows."""
+"""NF4 against the rule written again (C41): blocks of 64 weights over the ends of rows."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from bitsandbytes.functional import quantize_4bit
 from bitsandbytes.nn import Linear4bit, Params4bit
 
 from raytune_ft.config.schema import LoraSection
@@ -20,21 +19,70 @@ SHAPES = [(64, 64), (64, 112), (100, 112), (7, 13), (3, 5), (96, 32), (40, 80), 
 BLOCK = 64
 
 
-def reference(weight: torch.Tensor) -> torch.Tensor:
-    """Round each weight to the nearest of 16 levels, scaled by the largest of its block."""
-    levels = quantize_4bit(torch.ones(BLOCK), quant_type="nf4")[1].code
-    flat = weight.flatten()
-    padding = -flat.numel() % BLOCK
-    blocks = torch.cat([flat, torch.zeros(padding)]).view(-1, BLOCK)
-    scales = blocks.abs().amax(1, keepdim=True)
-    nearest = ((blocks / scales).unsqueeze(-1) - levels).abs().argmin(-1)
-    return (levels[nearest] * scales).flatten()[: flat.numel()].view(weight.shape)
+SCALES = 256
+"""Scales that share a scale of their own, where they are quantised too."""
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_a_weight_of_any_shape_comes_back_as_the_rule_says(shape: tuple[int, int]) -> None:
+def levels() -> torch.Tensor:
+    """Make the 16 levels of arXiv 2305.14314, appendix E: quantiles of a normal distribution."""
+    last = 0.9677083
+    above = torch.special.ndtri(torch.linspace(last, 0.5, 9, dtype=torch.float64))[:-1]
+    below = torch.special.ndtri(torch.linspace(last, 0.5, 8, dtype=torch.float64))[:-1]
+    found = torch.cat([-below, torch.zeros(1, dtype=torch.float64), above]).sort().values
+    return (found / found.max()).float()
+
+
+def scale_levels() -> torch.Tensor:
+    """Make the 256 levels of arXiv 2110.02861, section 2.1: 7 decades, each finer than the last."""
+    found = [0.0, 1.0]
+    for decade in range(7):
+        edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float64)
+        means = 10.0 ** (decade - 6) * (edges[:-1] + edges[1:]) / 2
+        found += [*means.tolist(), *(-means).tolist()]
+    return torch.tensor(sorted(found), dtype=torch.float32)
+
+
+def rounded(
+    values: torch.Tensor, block: int, code: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the nearest levels (n, block), and the largest value (n, 1) that scales a block."""
+    padding = -values.numel() % block
+    blocks = torch.cat([values, values.new_zeros(padding)]).view(-1, block)
+    largest = blocks.abs().amax(1, keepdim=True)
+    nearest = ((blocks / largest).unsqueeze(-1) - code).abs().argmin(-1)
+    return code[nearest], largest
+
+
+def reference(weight: torch.Tensor, *, double_quant: bool = False) -> torch.Tensor:
+    """Send a weight through NF4; with `double_quant` its scales through 8 bits, less their mean."""
+    shares, scales = rounded(weight.flatten(), BLOCK, levels())
+    if double_quant:
+        flat = scales.flatten()
+        mean = flat.mean()
+        parts, largest = rounded(flat - mean, SCALES, scale_levels())
+        scales = ((parts * largest).flatten()[: flat.numel()] + mean).unsqueeze(1)
+    return (shares * scales).flatten()[: weight.numel()].view(weight.shape)
+
+
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])]
+LARGE = [(300, 112), (130, 257)]
+"""With more than 256 scales."""
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("shape", [*SHAPES, *LARGE])
+def test_a_weight_of_any_shape_comes_back_as_the_rule_says(
+    shape: tuple[int, int], double_quant: bool, device: str
+) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(through_nf4(weight, double_quant=False), reference(weight))
+    found = through_nf4(weight.to(device), double_quant=double_quant).cpu()
+    expected = reference(weight, double_quant=double_quant)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    other = reference(weight, double_quant=not double_quant)
+    if weight.numel() > 4 * BLOCK:
+        assert not torch.allclose(found, other, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("double_quant", [False, True])
@@ -56,7 +104,7 @@ def test_a_layer_computes_with_these_weights(shape: tuple[int, int], double_quan
     x = torch.randn(5, shape[1], generator=random, requires_grad=True)
     found = layer(x)
     found.sum().backward()
-    seen = through_nf4(weight, double_quant=double_quant)
+    seen = reference(weight, double_quant=double_quant)
     torch.testing.assert_close(found, x @ seen.T + bias, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(x.grad, seen.sum(0).expand_as(x), rtol=1e-5, atol=1e-5)
 

@@ -49,7 +49,9 @@ class Tokens(Run):
 
     def tokens(self, field: str, value: Any) -> tuple[list[tuple[bytes, bytes]], str]:
         recipe = self.changed(field, value)
-        own = TextTokenizer.from_folder(recipe.model.path, recipe.model.eos_token)
+        own = TextTokenizer.from_folder(
+            recipe.model.path, recipe.model.eos_token, recipe.model.new_tokens
+        )
         rows, encoder = open_sources(recipe.data, recipe.train.seed), Encoder.of(recipe, own)
         found = encode_rows(rows, encoder, np.arange(len(rows)))
         content = [
