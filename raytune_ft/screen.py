@@ -19,11 +19,14 @@ from rich.text import Text
 
 from raytune_ft.training.data_record import loss_line
 from raytune_ft.training.reporting import Summary, clock, moments
+from raytune_ft.training.reporting.series import evenly
 
 Event = dict[str, Any]
 
 SLOW_DATA = 0.05
 """Share of a step from which waiting for data is worth a word."""
+MOMENTS = 4
+"""Columns of answers that a terminal has room for; the report has all."""
 STAGES = {
     "model folder": "model folder",
     "ray": "start Ray",
@@ -187,10 +190,10 @@ def _short(event: Event) -> str:
 
 
 def answers_table(summary: Summary) -> Table:
-    """Lay the answers of all moments side by side, a row a prompt."""
+    """Lay the answers of some moments side by side, the first and last among them."""
     table = Table(title="answers", title_justify="left", show_lines=True)
     table.add_column("question", ratio=2, overflow="fold")
-    columns = moments(summary)
+    columns = evenly(moments(summary), MOMENTS)
     for when in columns:
         table.add_column(when, ratio=3, overflow="fold")
     for prompt, answers in summary.samples.items():
@@ -214,7 +217,8 @@ def rows_text(rows: Event) -> str:
 
 def _panel(summary: Summary, folder: str, next_commands: list[str]) -> Panel:
     grid = Table.grid(padding=(0, 2))
-    grid.add_row("rows", Text(rows_text(summary.rows)))
+    if summary.rows:
+        grid.add_row("rows", Text(rows_text(summary.rows)))
     grid.add_row("tokens", f"{summary.tokens:,} read, {summary.targets:,} trained")
     grid.add_row(
         "loss", f"{summary.first_loss:.3f} → {summary.last_loss:.3f}, {summary.steps} steps"

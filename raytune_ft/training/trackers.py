@@ -123,7 +123,8 @@ class Wandb:
         }  # fmt: skip
         values: dict[str, Any] = {
             "project": os.environ.get("WANDB_PROJECT", PROJECT), "name": beginning.name,
-            "id": own, "resume": "allow", "dir": str(beginning.folder),
+            "id": own, "resume": "allow" if beginning.id else None,
+            "dir": str(beginning.folder),
             "config": beginning.config,
             "settings": wandb.Settings(**options),
         }  # fmt: skip

@@ -78,7 +78,9 @@ def make_run(
     about = {"source": "quickstart.yaml", "model_folder": "models/tiny", "method": "lora"}
     folder.create(place.name, loader.dump_yaml(recipe), **about)
     folder.update(status=status, **info)
-    rows = {"rows": 1000, "used": 996, "dropped": {"empty": 4}, "places": {"empty": ["rows:3"]}}
+    rows: dict[str, Any] = {"rows": 1000, "used": 996, "dropped": {"empty": 4}}
+    rows |= {"cut": 0, "split": 0}
+    rows["places"] = {"empty": ["rows:3"]}
     write_json(folder.path / "data.json", {**rows, "tokens": 1_800_000, "density": 0.97})
     with folder.metrics.open("w", encoding="utf-8") as file:
         for step in range(1, steps + 1):
