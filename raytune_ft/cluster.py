@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+from raytune_ft.errors import TrainingError
+
 QUIET = {
     "RAY_DEDUP_LOGS": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -64,6 +66,9 @@ def ray_session(*, dashboard: bool = False) -> Iterator[None]:
     """Join the cluster that RAY_ADDRESS names, or start Ray on this machine, loopback only.
 
     A session that was already there is left running.
+
+    Raises:
+        TrainingError: Ray does not start, or there is none at RAY_ADDRESS.
     """
     for key, value in QUIET.items():
         os.environ.setdefault(key, value)
@@ -76,21 +81,34 @@ def ray_session(*, dashboard: bool = False) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    try:
+        _init(dashboard, allocation)
+    except Exception as error:  # Ray raises plain ones
+        reason = str(error).strip().partition("\n")[0]
+        raise TrainingError(
+            f"Ray did not start ({reason}); try again when this machine is less busy, or look at "
+            "RAY_ADDRESS if it is set"
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _init(dashboard: bool, allocation: dict[str, str]) -> None:
+    import ray
+
     if os.environ.get("RAY_ADDRESS"):
         ray.init(
             log_to_driver=False,
             logging_level=logging.ERROR,
             runtime_env={"env_vars": allocation},
         )
-    else:
-        ray.init(
-            address="local",
-            include_dashboard=dashboard,
-            dashboard_host="127.0.0.1",
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
-    try:
-        yield
-    finally:
-        ray.shutdown()
+        return
+    ray.init(
+        address="local",
+        include_dashboard=dashboard,
+        dashboard_host="127.0.0.1",
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
