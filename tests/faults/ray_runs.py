@@ -252,6 +252,6 @@ def _check_end(start: Start, kill: Kill) -> None:
     printed = start.printed()
     if code is None:
         raise RuntimeError(f"the run hangs without its {kill.victim}: {printed}")
-    begun = kill.victim == "raylet" and kill.phase != START
-    if begun and (code == 0 or "Traceback" in printed or "--resume" not in printed):
+    told = kill.victim == "raylet" and kill.phase != START and code != 0
+    if told and ("Traceback" in printed or "--resume" not in printed):
         raise RuntimeError(f"exit code {code} without a raylet: {printed}")
