@@ -5,6 +5,7 @@ Shared by training and sweeps. What fails here fails before a worker starts, and
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
 from raytune_ft.data.windows import Measurement, make_feed
 from raytune_ft.errors import DataError, RecipeError
 from raytune_ft.model import loading
+from raytune_ft.model.memory import trained_parameters
 from raytune_ft.screen import Screen
 from raytune_ft.training import answer_metrics, liveness, load_from, mmlu, trackers
 from raytune_ft.training.run_folder import STARTING, RunFolder, read_json, write_json
@@ -79,6 +81,8 @@ def prepare(recipe: Recipe, folder: RunFolder, source: str, screen: Screen) -> P
     if held_out is not None and recipe.eval.metrics:
         questions = held_out_questions(held_out, encoder, recipe.eval.rows)
     expected_steps = seen.steps(recipe)
+    config = json.loads((model_folder / "config.json").read_text(encoding="utf-8"))
+    disk.check_run(folder.path, recipe, trained_parameters(recipe, config), expected_steps)
 
     resolved = recipe.model_copy(
         update={"run": recipe.run.model_copy(update={"name": folder.path.name})}

@@ -6,8 +6,6 @@ workers, each running `training.worker.run` on its share of one sequence -> repo
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from rich.console import Console
 
 from raytune_ft import outlook, survey
@@ -15,8 +13,7 @@ from raytune_ft.cluster import noise_to, ray_session, session_folder
 from raytune_ft.config.schema import Recipe
 from raytune_ft.data.feeder import feeding
 from raytune_ft.fitting import fit, shown
-from raytune_ft.model.memory import trained_parameters
-from raytune_ft.preparation import Prepared, new_folder, prepare, removed_unless_started
+from raytune_ft.preparation import new_folder, prepare, removed_unless_started
 from raytune_ft.resume import open_run, resumable
 from raytune_ft.screen import Screen
 from raytune_ft.training import disk, reporting
@@ -58,7 +55,6 @@ def train(recipe: Recipe, *, source: str, resume: str | None = None) -> int:
                 screen({"kind": "warning", "text": warning})
             with ray_session():
                 prepared = prepare(recipe, folder, source, screen)
-                check_room(prepared, folder)
                 folder.update(plan={"parts": seen.parts} if seen is not None else None)
                 if seen is not None and (time := seen.time(recipe, prepared.job.expected_steps)):
                     screen.line(time)
@@ -76,14 +72,6 @@ def train(recipe: Recipe, *, source: str, resume: str | None = None) -> int:
             reporting.write_report(folder)
         screen.summary(reporting.summarize(folder), shown(folder), next_commands(folder))
     return 0
-
-
-def check_room(prepared: Prepared, folder: RunFolder) -> None:
-    """Refuse a run for whose checkpoints the disk of `run.storage` is clearly too small."""
-    job = prepared.job
-    recipe = Recipe.model_validate(job.recipe)
-    trained = trained_parameters(recipe, survey.read_config(Path(job.model_folder)))
-    disk.check_run(folder.path, recipe, trained, job.expected_steps)
 
 
 def next_commands(folder: RunFolder) -> list[str]:
