@@ -26,7 +26,7 @@ def test_plain_text_is_learned_as_a_whole(tiny_model: Path, tmp_path: Path) -> N
     record = read_json(run / "data.json")
     assert (record["used"], record["rows"]) == (40, 40) and record["split"] > 0
     assert record["formats"][0].startswith("text (by column text")
-    metrics = read_jsonl(run / "metrics.jsonl")
+    metrics = list(read_jsonl(run / "metrics.jsonl"))
     first = [line for line in metrics if line["epoch"] == 0]
     rows = [row for line in first for row in line["rows"]]
     assert sorted(set(rows)) == list(range(40)) and len(rows) > 40
@@ -44,7 +44,7 @@ def test_the_shipped_pairs_are_preferred(tiny_model: Path, tmp_path: Path) -> No
         "data.validation=0.2", "train.lr=1e-2", "chat_eval.max_new_tokens=2",
         f"run.storage={tmp_path}", "run.name=polite",
     )  # fmt: skip
-    metrics = read_jsonl(tmp_path / "polite" / "metrics.jsonl")
+    metrics = list(read_jsonl(tmp_path / "polite" / "metrics.jsonl"))
     assert metrics[0]["rewards_accuracy"] == 0.5 and metrics[0]["rewards_margin"] == 0.0
     held_out = [line for line in metrics if line["val_loss"] is not None]
     assert held_out[-1]["val_rewards_accuracy"] > 0.8

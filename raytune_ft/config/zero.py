@@ -142,11 +142,6 @@ def problem(config: dict[str, Any], recipe: Recipe, dtype: str) -> str | None:
             return f"'{key}' is {given} in the file, but the recipe says {numbers[key]}; {_WRITE}"
         if key in HALVES and (found := _half_problem(key, given, dtype)):
             return found
-    if stage_of(config) == 3 and recipe.train.objective == "dpo":
-        return (
-            "'zero_optimization.stage' 3 shards the weights that train.objective 'dpo' compares "
-            "with those of the start; write stage 2"
-        )
     known = (*numbers, *HALVES, *FREE, "zero_optimization")
     return _unknown("", config, known) or _zero_problem(_block(config, "zero_optimization"))
 

@@ -121,6 +121,7 @@ def _step(group: list[Placed], train: Sizes, rank: int, workers: int) -> StepDat
         n_packs=len(group),
         n_targets=n_targets,
         n_tokens=sum(len(pack.input_ids) for pack in packs),
+        n_pairs=sum(int((np.diff(pack.cu_seqlens).astype(np.int64) ** 2).sum()) for pack in packs),
         # both answers of a pair have its row's number
         row_ids=[int(row) for pack in packs for row in pack.row_ids[:: 2 if pairs else 1]],
         position=behind,

@@ -52,7 +52,8 @@ def packs_of(step: StepData) -> list[int]:
 
 
 def without_batches(step: StepData) -> dict[str, object]:
-    return {key: value for key, value in vars(step).items() if key != "micro_batches"}
+    own = ("micro_batches", "remade")
+    return {key: value for key, value in vars(step).items() if key not in own}
 
 
 def labelled(step: StepData) -> list[bool]:
@@ -85,6 +86,8 @@ def test_ranks_share_one_sequence(
             assert len(share.micro_batches) == accumulation
             assert without_batches(share) == without_batches(step)
     assert [p for s in whole for p in packs_of(s)] == list(range(len(stream)))
+    squares = sum(int(n) ** 2 for one in stream for n in np.diff(one.pack.cu_seqlens))
+    assert sum(s.n_pairs for s in whole) == squares
     assert all(s.epoch == s.position.epoch or s.position.pack == 0 for s in whole)
     assert sum(s.n_packs for s in whole) == sum(s.report["rows"] for s in whole) == len(stream)
     assert [s.progress for s in whole if s.ends_epoch] == list(range(1, len(counts) + 1))
