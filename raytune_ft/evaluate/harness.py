@@ -17,6 +17,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from raytune_ft.chat.model import ChatModel
 from raytune_ft.data.encode import encode_segments
 from raytune_ft.data.segments import Segment
+from raytune_ft.data.templating.templates import PromptTemplate
 from raytune_ft.model.answers import Drawing, answer_all
 from raytune_ft.model.scoring import Ending, score
 
@@ -73,7 +74,12 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
 
     def chat_template(self, chat_template: bool | str = False) -> str:
         """Return what the harness writes down as the template."""
-        return repr(self.chat.template) if chat_template else ""
+        if not chat_template:
+            return ""
+        template = self.chat.template
+        if isinstance(template, PromptTemplate):
+            return repr(template)
+        return self.chat.tokenizer.chat_template or ""
 
     def apply_chat_template(
         self, chat_history: Sequence[dict[str, str]], add_generation_prompt: bool = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Sequence
@@ -27,11 +28,13 @@ from raytune_ft.data.windows import make_feed
 from raytune_ft.errors import TrainingError
 from raytune_ft.model import adapter, loading
 from raytune_ft.model.loss import TokenLoss
+from raytune_ft.model.preference import build_loss
 from raytune_ft.training import presets
 from raytune_ft.training.answering import Voice
 from raytune_ft.training.engine import Engine, TorchEngine, ZeroEngine, rank
 from raytune_ft.training.validation import batches, held_out_figures
 from tests.conftest import write_chats
+from tests.training import test_preference as preference
 
 CPU = torch.device("cpu")
 TOKENS = 192
@@ -145,6 +148,28 @@ def test_nothing_to_measure_is_an_error_and_no_number(tiny_model: Path, rows: Pa
     engine = engine_of(recipe_of(tiny_model, rows))
     with pytest.raises(TrainingError, match="no token is labelled"):
         held_out_figures(engine, [], TOKENS)
+
+
+@pytest.mark.parametrize("objective", ["dpo", "orpo"])
+def test_held_out_pairs_are_the_mean_over_all_of_them_whatever_the_batches(
+    tiny_model: Path, tmp_path: Path, objective: str
+) -> None:
+    """Against each conversation alone; the weights have moved since the run began."""
+    rows = preference.write_pairs(tmp_path / "pairs.jsonl", 9)
+    recipe = preference.recipe_of(tiny_model, rows, objective)
+    model = preference.float64_model(tiny_model)
+    start = copy.deepcopy(model)
+    engine = TorchEngine(build_loss(model, recipe.train), CPU, recipe.train)
+    preference.moved(model)
+    packs = [placed.pack for placed in preference.placed_of(recipe)]
+    with torch.no_grad():
+        alone = preference.plain_loss(objective, model, start, preference.as_pairs(packs))
+    for tokens in (1, 400, 10_000):
+        found = held_out_figures(engine, packs, tokens)
+        assert found.keys() == {"val_loss", "val_rewards_margin", "val_rewards_accuracy"}
+        assert found["val_loss"] == pytest.approx(float(alone), rel=1e-10)
+        assert 0.0 <= found["val_rewards_accuracy"] <= 1.0
+    assert len(list(batches(packs, 400))) > 1
 
 
 QUESTIONS = [[5, 6, 7], [11, 12, 13, 14, 15, 16], [40], [21, 22], [60, 61, 62, 63]]
