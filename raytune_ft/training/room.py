@@ -156,6 +156,8 @@ def _bytes_in(text: str) -> str:
     parts = [f"asked for {asked[1]}"] if asked else []
     if used:
         parts.append(f"{used[1]} in use")
-    if free and whole:
+    if allowed := re.search(r"([\d.]+ [KMG]iB) allowed", text):
+        parts.append(f"{allowed[1]} allowed")
+    elif free and whole:
         parts.append(f"{free[1]} free of {whole[1]}")
     return f": {', '.join(parts)}" if parts else ""
