@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from pathlib import Path
 from typing import Any
@@ -89,3 +90,19 @@ def test_the_end_has_few_answers_and_the_figures_that_matter(tmp_path: Path) -> 
     assert re.search(r"speed +[\d,]+ tok/s, mfu 3\d\.\d%, \d+ s of steps", text)
     assert re.search(r"memory +21\.40 GiB at the peak", text)
     assert re.search(r"redone +4 steps after lost workers", text)
+
+
+def test_bars_count_what_is_done_and_mark_an_estimate() -> None:
+    """A terminal's bars; the numbers of the stage `samples` are prompts, not steps."""
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=True, width=120, legacy_windows=False)
+    screen = Screen(100, console=console)
+    with screen.live():
+        screen.stage("data", 40, 108)
+        screen({"kind": "stage", "name": "train", "step": 0, "total": 40, "exact": False})
+        screen(event(12, 40, exact=False, eta_seconds=49.0))
+        screen({"kind": "stage", "name": "samples", "done": 0, "total": 3, "step": 12})
+    *_, last = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", file.getvalue()).split("read and tokenise")
+    assert re.search(r"rows +━+ 108/108|rows +\S+ 40/108", last)
+    assert re.search(r"train +\S+ 12/~40 +eta 49 s +loss [\d.]+", last)
+    assert re.search(r"prompts +\S+ 0/3", last)

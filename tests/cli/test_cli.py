@@ -141,7 +141,7 @@ def test_show_json_is_the_whole_recipe(call: Command) -> None:
     shown = json.loads(call("show", NAME, "--json").out)
     assert shown == load_recipe(NAME).model_dump(mode="json")
     assert list(shown) == [
-        "model", "lora", "data", "train", "chat_eval", "checkpoint", "run", "tune",
+        "model", "lora", "data", "train", "chat_eval", "eval", "checkpoint", "run", "tune",
     ]  # fmt: skip
 
 
