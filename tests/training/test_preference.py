@@ -31,6 +31,7 @@ from raytune_ft.training.run_folder import RunFolder
 from tests import runs
 from tests.conftest import WORDS
 from tests.model.test_preference_loss import adapted, close, gradients, moved, plain_loss
+from tests.training import test_load_from
 from tests.training.test_worker import cut_back, feed_of, ledger, train
 
 CPU = torch.device("cpu")
@@ -272,3 +273,30 @@ def preference(chat: ChatModel) -> float:
     first = {word: chat.tokenizer.encode(word)[0] for word in ("red", "river", "blue", "stone")}
     liked = float(chances[first["red"]] + chances[first["river"]])
     return liked / (liked + float(chances[first["blue"]] + chances[first["stone"]]))
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_preferences_after_answers_compare_with_the_run_that_they_begin_with(
+    tiny_model: Path, chats: Path, rows: Path, tmp_path: Path, method: str
+) -> None:
+    """The reference is the trained model, not the base, and stays so where the run is resumed."""
+    model = {"path": str(tiny_model), "method": method}
+    answers = recipe_of(tiny_model, chats, "sft", max_steps=3)
+    answers = Recipe.model_validate({**answers.model_dump(), "model": model})
+    sft = test_load_from.train(answers, tmp_path / "answers")
+    second = recipe_of(tiny_model, rows, "dpo", max_steps=4, accumulation=2)
+    model |= {"load_from": str(sft.path)}
+    second = Recipe.model_validate({**second.model_dump(), "model": model})
+    dpo = test_load_from.train(second, tmp_path / "preferences")
+    first, *_, last = ledger(dpo)
+    assert first["loss"] == pytest.approx(math.log(2), rel=1e-6)
+    assert first["rewards_margin"] == 0.0 and last["rewards_margin"] > 0.0
+    result = "adapter" if method == "lora" else "model"
+    before = runs.sha256(next((dpo.path / result).glob("*.safetensors")))
+    lines = ledger(dpo)
+    shutil.rmtree(dpo.path / result)
+    for step in (3, 4):
+        shutil.rmtree(dpo.checkpoints / f"step_{step:06d}")
+    again = test_load_from.train(second, dpo.path)
+    assert ledger(again) == lines
+    assert runs.sha256(next((again.path / result).glob("*.safetensors"))) == before
