@@ -13,8 +13,9 @@ from tests.exact.groups import Groups
 from tests.exact.runner import Outcome
 
 LIMITS = {"float64": 1e-10, "float32": 1e-5}
-SPREAD = 1.05
-"""Shards add up the same bfloat16 gradients in another order, in float32."""
+SPREAD, SPREAD_OF_STAGE_3 = 1.05, 1.5
+"""Shards add up the same bfloat16 gradients in another order, in float32. Stage 3 has linear
+layers of its own, which round in other places."""
 STEP_LIMIT = 1e-4
 """Of a step's length; float32 weights around 1 keep 1e-5 of a step of 0.01."""
 
@@ -39,7 +40,7 @@ class Bounds:
         if limit is None:
             plain = self.outcome(replace(cell, stage=0, bucket="large"))
             assert plain.gradient < 0.1, f"bfloat16 without shards is {plain.gradient:.1e} off"
-            limit = SPREAD * plain.gradient
+            limit = (SPREAD_OF_STAGE_3 if cell.stage == 3 else SPREAD) * plain.gradient
         else:
             assert found.norm <= limit, f"{cell}: norm is {found.norm:.1e} off"
         assert found.gradient <= limit, f"{cell}: {found.gradient:.1e} over {limit:.1e}"
