@@ -107,6 +107,8 @@ class Watchdog:
         for name in (f".pulse_{self.place.rank}.json", f".signal_{self.place.rank}"):
             with contextlib.suppress(OSError):
                 (self.place.folder / name).unlink()
+        with contextlib.suppress(OSError):  # of a run without a hang nothing is left
+            self.place.folder.rmdir()
 
     def _watch(self) -> None:
         looked = time.monotonic()

@@ -83,7 +83,7 @@ def test_a_long_wait_for_a_rank_that_works_is_no_hang(tmp_path: Path) -> None:
     started = gloo.start("works_long_alone", tmp_path, victim=0, at=4, sample_every=4)
     assert started.wait(60) == [0, 0], started.printed()
     assert time.monotonic() - begun > LIMIT_S + 1
-    assert not list(tmp_path.glob("stacks/*")), "nothing is left of a run without a hang"
+    assert not (tmp_path / "stacks").exists(), "nothing is left of a run without a hang"
 
 
 ENDS = {
