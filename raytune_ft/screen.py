@@ -93,7 +93,7 @@ class Screen:
             if name != self._stage and name not in ("checkpoint", "train", "validation"):
                 self.line(f"[{time.monotonic() - self.started:6.1f} s] {label}")
         else:
-            done = int(event.get("done", event.get("step", 0)))
+            done = int(event["done"] if "done" in event else event.get("step") or 0)
             self._bar(name, label, done, total, exact=bool(event.get("exact", True)))
         self._stage = name
 

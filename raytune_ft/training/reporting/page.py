@@ -24,6 +24,8 @@ from raytune_ft.training.reporting.style import page, text
 from raytune_ft.training.reporting.summary import Summary, lenient, summarize
 from raytune_ft.training.run_folder import Event, RunFolder, read_jsonl
 
+FILES = 20
+"""Records of `raytune-ft eval` that are shown, by their names."""
 ROWS_ANSWERED = 12
 """Held-out rows whose answers are shown."""
 
@@ -74,6 +76,7 @@ def _page(folder: RunFolder, columns: Columns, summary: Summary, measured: list[
         tables.measured_table(measured, (summary.best or {}).get("step")),
         _evaluations(folder),
         tables.mmlu_table([line for line in read_jsonl(folder.mmlu) if isinstance(line, dict)]),
+        _benchmarks(folder),
         _data(summary.rows),
         memory_table(info, columns),
         _recipe(folder),
@@ -169,6 +172,12 @@ def _evaluations(folder: RunFolder) -> str:
         parts.append(tables.answer_moments({str(line.get("prompt")): answers}))
     title = f"Held-out rows answered, step {text(lines[-1].get('step'))}"
     return f"<h2>{title}</h2>{''.join(parts)}"
+
+
+def _benchmarks(folder: RunFolder) -> str:
+    files = sorted((folder.path / "evaluations").glob("*.json"))[-FILES:]
+    names = [f"evaluations/{file.name}" for file in files]
+    return tables.benchmark_table({name: lenient(folder, name) for name in names})
 
 
 def _data(rows: Event) -> str:

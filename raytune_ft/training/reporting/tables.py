@@ -110,6 +110,23 @@ def measured_table(lines: Iterable[Event], best_step: int | None) -> str:
     return f"<h2>Held-out rows</h2>{table(head, rows, best=best)}{note}"
 
 
+def benchmark_table(records: Mapping[str, Event]) -> str:
+    """Lay what `raytune-ft eval` measured under each other, by file; nothing without any."""
+    rows: list[list[object]] = []
+    for name, record in records.items():
+        results = record.get("results")
+        for task, measured in results.items() if isinstance(results, dict) else ():
+            for key, value in measured.items() if isinstance(measured, dict) else ():
+                metric, _, kind = str(key).partition(",")  # as the harness names it: acc,none
+                if kind and not metric.endswith("_stderr") and number(value) is not None:
+                    error = _figure(measured.get(f"{metric}_stderr,{kind}"))
+                    shown = metric if kind == "none" else f"{metric} ({kind})"
+                    rows.append([task, shown, _figure(value), error, name])
+    if not rows:
+        return ""
+    return f"<h2>Benchmarks</h2>{table(['task', 'metric', 'value', '±', 'file'], rows)}"
+
+
 def _figure(value: object) -> str:
     known = number(value)
     return "" if known is None else f"{known:.4f}" if abs(known) < 100 else f"{known:,.1f}"
