@@ -12,9 +12,9 @@ from raytune_ft import export
 from raytune_ft.config.loader import load_recipe
 from raytune_ft.config.schema import ModelSection
 from raytune_ft.errors import CheckpointError, RecipeError
-from raytune_ft.model import adapter, loading, merge
+from raytune_ft.model import adapter, beginnings, loading, merge
 from raytune_ft.model.tensors import load_tensors, save_tensors
-from raytune_ft.training import checkpoint
+from raytune_ft.training import checkpoint, load_from
 from raytune_ft.training.run_folder import RunFolder, write_json
 
 
@@ -63,15 +63,22 @@ def _tensors_of(step: Path, run: RunFolder) -> dict[str, Any]:
         raise RecipeError(f"{step}: of a full-parameter run; its model is {run.model}")
     names = load_tensors(final)
     loaded = checkpoint.load(step).weights
-    renamed = {
-        key.removeprefix("model.").replace(".default.", "."): value for key, value in loaded.items()
-    }
+    renamed = {_saved_name(key): value for key, value in loaded.items()}
+    if beginnings.moves_base(load_recipe(str(run.recipe)).lora.init_lora_weights):
+        first = adapter.read_adapter_weights(run.path / load_from.BEGINNING)
+        renamed = beginnings.on_base(renamed, beginnings.pairs_in(first))
     if renamed.keys() != names.keys():
         raise CheckpointError(
             f"{step}: its tensors have the network's own names; name the run {run.path}, whose "
             "adapter is written"
         )
     return {key: value.to(names[key].dtype) for key, value in renamed.items()}
+
+
+def _saved_name(name: str) -> str:
+    """Return the name that PEFT's files have for a trained tensor of the network."""
+    plain = name.removeprefix("model.").replace(".default", "").replace(".modules_to_save", "")
+    return plain.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
 
 
 def to_model(model: str, adapter_folder: str, out: str, size: str, base: str | None) -> Path:

@@ -141,12 +141,8 @@ def save_adapter(model: nn.Module, folder: Path, base: str) -> None:
     product less the first one, so that it is right on the base as it was.
     """
     config: dict[str, Any] = cast(Any, model).peft_config["default"].to_dict()
-    tensors = _adapter_state(model)
     first = beginnings.first_of(model)
-    for name, (a, b) in first.items():
-        for key, part, dim in (("lora_A", a, 0), ("lora_B", -b, 1)):
-            trained = tensors[f"{name}.{key}.weight"]
-            tensors[f"{name}.{key}.weight"] = torch.cat([trained, part.to(trained)], dim)
+    tensors = beginnings.on_base(_adapter_state(model), first)
     if first:
         r, alpha = config["r"], config["lora_alpha"]
         config |= {"r": 2 * r, "lora_alpha": 2 * alpha}

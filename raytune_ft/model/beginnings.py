@@ -104,6 +104,28 @@ def first_of(model: Any) -> Mapping[str, Pair]:
     return first
 
 
+def on_base(tensors: Mapping[str, torch.Tensor], first: Mapping[str, Pair]) -> dict[str, Any]:
+    """Return an adapter's tensors as they are right on the base as it was: of twice the rank.
+
+    Args:
+        tensors: by PEFT's names in files, trained.
+        first: the pairs that were taken out of the base.
+    """
+    moved = dict(tensors)
+    for name, (a, b) in first.items():
+        for key, part, dim in (("lora_A", a, 0), ("lora_B", -b, 1)):
+            trained = tensors[f"{name}.{key}.weight"]
+            moved[f"{name}.{key}.weight"] = torch.cat([trained, part.to(trained)], dim)
+    return moved
+
+
+def pairs_in(tensors: Mapping[str, torch.Tensor]) -> dict[str, Pair]:
+    """Return the A and B of each layer in an adapter's tensors."""
+    end = ".lora_A.weight"
+    names = [name.removesuffix(end) for name in tensors if name.endswith(end)]
+    return {n: (tensors[f"{n}.lora_A.weight"], tensors[f"{n}.lora_B.weight"]) for n in names}
+
+
 def layers_of(model: Any) -> Iterator[tuple[str, Any]]:
     """Yield (name, layer) of the adapted linear layers."""
     from peft.tuners.lora import LoraLayer

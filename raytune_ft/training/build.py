@@ -42,6 +42,9 @@ def build_engine(
     folder = Path(begin.path) if begin and begin.kind == "model" else model_folder
     model: Any = loading.load_model(folder, recipe.model, device, head_trained=head_trained)
     pieces = _new_tokens(recipe, model_folder)
+    if begin and begin.kind == "model":  # it may have been trained with these tokens
+        known = len(model.get_input_embeddings().weight)
+        pieces = {id_: former for id_, former in pieces.items() if id_ >= known}
     new_tokens.make_room(model, pieces)
     if recipe.model.method == "lora":
         source = adapter.Source(model_folder, samples)

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from raytune_ft import export
+from raytune_ft import convert, export
 from raytune_ft.chat.model import open_chat
 from raytune_ft.config import loader
 from raytune_ft.config.schema import Recipe
@@ -138,6 +138,12 @@ def test_a_run_taken_up_again_ends_with_the_same_bytes(
         assert file.read_bytes() == (tmp_path / "again" / result / file.name).read_bytes(), file
     kept = whole.path / "beginning" / "adapter_model.safetensors"
     assert kept.is_file() is (method in {"pissa", "eva", "loftq"})
+    if result == "adapter":  # a checkpoint made into an adapter is for the base as it was, too
+        step = whole.checkpoints / "step_000004"
+        made = convert.to_adapter(str(whole.recipe), str(step), str(tmp_path / "made"))
+        found = load_file(made / "adapter_model.safetensors")
+        for name, value in load_file(whole.adapter / "adapter_model.safetensors").items():
+            assert torch.equal(found[name], value), name
 
 
 @dataclass(frozen=True)
