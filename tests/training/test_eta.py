@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from raytune_ft.config.schema import Recipe
+from raytune_ft.training.checkpoint import TrainState
+from raytune_ft.training.course import progress
 from raytune_ft.training.eta import Eta
 
 
@@ -111,10 +113,12 @@ RUNS = {
         {"validate": 12.0, "save": 5.0, "benchmark": 9.0},
     ),
     "max_steps inside the epochs": Simulated(
-        recipe_of(train={"max_steps": 130}, **WORK), 100, cold(noisy(2.0, 0.1)), {**COSTS, "benchmark": 0.0}
+        recipe_of(train={"max_steps": 130}, **WORK), 100, cold(noisy(2.0, 0.1)),
+        {**COSTS, "benchmark": 0.0},
     ),
     "taken up in the middle": Simulated(
-        recipe_of(**WORK), 100, cold(noisy(2.0, 0.1), first=151), {"validate": 15.0, "save": 8.0}, start=150
+        recipe_of(**WORK), 100, cold(noisy(2.0, 0.1), first=151),
+        {"validate": 15.0, "save": 8.0}, start=150,
     ),
     "few steps": Simulated(recipe_of(train={"epochs": 1}), 8, cold(noisy(2.0, 0.03))),
     "short last steps of epochs": Simulated(
@@ -147,3 +151,43 @@ def test_steps_that_became_slower_are_believed() -> None:
     run = Simulated(recipe_of(), 100, lambda step: 1.0 if step < 150 else 3.0)
     _, _, late = errors(run)
     assert late < 0.01
+
+
+@pytest.mark.parametrize(
+    ("step", "changes", "counted", "known", "told"),
+    [
+        (10, {}, None, None, (1 / 6, 60, False)),
+        (11, {}, None, None, (11 / 60, 60, False)),
+        (10, {}, None, 61, (1 / 6, 61, True)),  # small files: packs of all epochs are known
+        (10, {}, 62, None, (10 / 62, 62, True)),  # data.compat
+        (10, {"eval": {"patience": 2}, "data": {"validation": 0.1}}, None, 61, (1 / 6, 61, False)),
+        (
+            10,
+            {"eval": {"patience": 2}, "data": {"validation": 0.1}},
+            62,
+            None,
+            (10 / 62, 62, False),
+        ),
+    ],
+)
+def test_a_total_is_sure_only_where_it_is_known(
+    step: int,
+    changes: dict[str, Any],
+    counted: int | None,
+    known: int | None,
+    told: tuple[float, int, bool],
+) -> None:
+    data = {"sources": [{"path": "d"}], **changes.get("data", {})}
+    recipe = recipe_of(**{**changes, "data": data})
+    state = TrainState(step=step, progress=3 * step / 60)
+    assert progress(state, counted, recipe, known) == (pytest.approx(told[0]), *told[1:])
+
+
+def test_the_end_is_sure_however_it_came() -> None:
+    """Early stopping, `max_steps`, the last row: the share is 1 and the total is what was done."""
+    ends = [
+        (recipe_of(), TrainState(step=20, progress=1.0, stopped=True)),
+        (recipe_of(train={"max_steps": 20}), TrainState(step=20, progress=1.0)),
+        (recipe_of(), TrainState(step=20, epoch=3, progress=3.0)),
+    ]
+    assert [progress(state, None, recipe, 60) for recipe, state in ends] == [(1.0, 20, True)] * 3
