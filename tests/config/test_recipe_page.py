@@ -56,7 +56,7 @@ def test_every_format_is_there() -> None:
 
 def test_examples_are_recipes(tmp_path: Path) -> None:
     examples = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
-    assert len(examples) == 4
+    assert len(examples) == 5
     for text in examples:
         whole = text if "base:" in text else f"base: qwen3_8b_qlora_alpaca_e3\n{text}"
         file = tmp_path / "my.yaml"
