@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
 import resource
 import time
 from collections.abc import Iterator
@@ -27,7 +26,9 @@ ROWS = 8
 """Documents in each pack."""
 ACCUMULATION = 2
 """Enough for a forward pass beside the gradients of the one before."""
-WARM, TIMED = 1, 2
+WARM, TIMED = 2, 2
+AHEAD = 2
+"""Processes alive: one measures, the other imports."""
 
 
 def main() -> None:
@@ -38,7 +39,6 @@ def main() -> None:
     parser.add_argument("--layers", type=int)
     parser.add_argument("--shrink", type=int, default=1, help="divide the widths: a rehearsal")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--start", choices=("fork", "spawn"), default="fork")
     parser.add_argument("--table", type=Path, help="print the table of an --out file")
     args = parser.parse_args()
     if args.table is not None:
@@ -62,26 +62,22 @@ def all_cells() -> Iterator[str]:
 
 
 def measured(cells: list[str], args: argparse.Namespace) -> Iterator[str]:
-    """Yield a line for each cell, made by a process of its own."""
-    # the imports take longer than a cell: children are forked behind them, before CUDA is there
-    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
-    import deepspeed  # noqa: F401
-    import peft  # noqa: F401
-    import torch
-    import transformers.models.llama.modeling_llama  # noqa: F401
-
-    from raytune_ft.training import build  # noqa: F401
-
-    # where an import has touched CUDA all the same, a forked child cannot
-    context = multiprocessing.get_context("spawn" if torch.cuda.is_initialized() else args.start)
-    for cell in cells:
-        receive, send = context.Pipe(duplex=False)
-        child = context.Process(target=measure, args=(cell, args, send))
-        child.start()
-        send.close()
+    """Yield a line for each cell, made by a process of its own; the next one imports meanwhile."""
+    context = multiprocessing.get_context("spawn")
+    left, waiting = list(cells), []
+    while left or waiting:
+        while left and len(waiting) < AHEAD:
+            cell = left.pop(0)
+            ours, theirs = context.Pipe()
+            child = context.Process(target=measure, args=(cell, args, theirs))
+            child.start()
+            theirs.close()
+            waiting.append((cell, child, ours))
+        cell, child, ours = waiting.pop(0)
         try:
-            yield receive.recv()
-        except EOFError:
+            ours.send("go")
+            yield ours.recv()
+        except (EOFError, OSError):
             child.join()
             yield json.dumps({"cell": cell, "model": args.model, "failed": child.exitcode})
         child.join()
@@ -119,14 +115,19 @@ def recipe_of(cell: str, args: argparse.Namespace) -> tuple[Any, dict[str, Any]]
     return Recipe.model_validate(body), shape
 
 
-def measure(cell: str, args: argparse.Namespace, send: Any) -> None:
-    """Build, train and send what was measured."""
+def measure(cell: str, args: argparse.Namespace, pipe: Any) -> None:
+    """Build, train and send what was measured, once something comes."""
+    import deepspeed  # noqa: F401
+    import peft  # noqa: F401
     import torch
+    import transformers.models.llama.modeling_llama  # noqa: F401
 
     from benchmarks.random_model import random_model
     from raytune_ft.model import loading
+    from raytune_ft.model.probe import probe
     from raytune_ft.training.build import build_engine
 
+    pipe.recv()
     recipe, shape = recipe_of(cell, args)
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
@@ -139,16 +140,18 @@ def measure(cell: str, args: argparse.Namespace, send: Any) -> None:
         return model
 
     loading.load_model = made  # 14 GB from a disk would take longer than the steps
+    rates = probe(device).__dict__ if on_gpu else None
     began = time.perf_counter()
     engine, _ = build_engine(recipe, Path(), device)
     marks.add("engine")
     ready = time.perf_counter() - began
     times = steps(engine, recipe, shape["vocab_size"], marks)
-    send.send(json.dumps({
+    pipe.send(json.dumps({
         "cell": cell,
         "model": args.model,
         "shape": {key: shape[key] for key in CHANGED},
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+        "rates": rates,
         "ready_s": round(ready, 1),
         "peak": marks.peak,
         "outside": marks.outside(),
@@ -170,9 +173,11 @@ def print_table(file: Path) -> None:
 
     parts_shown = ("base weights", "quantisation state", "embedding and head", "adapter",
                    "gradients", "optimizer", "activations", "logits", "workspace")  # fmt: skip
-    print("| model | cell |", " | ".join(parts_shown), "| sum | measured | ratio | beside torch, "
-          "predicted / measured | s, predicted | measured | ratio | tok/s |")  # fmt: skip
-    print("| --- | --- |", "--- | " * (len(parts_shown) + 8))
+    columns = ["model", "cell", *parts_shown, "sum", "measured", "ratio",
+               "beside torch, predicted / measured", "s, by the name", "s, by the probe",
+               "measured", "ratio", "tok/s"]  # fmt: skip
+    print("|", " | ".join(columns), "|")
+    print("|", " | ".join("---" for _ in columns), "|")
     args = argparse.Namespace(layers=None, shrink=1)
     for line in file.read_text(encoding="utf-8").splitlines():
         got = json.loads(line)
@@ -184,15 +189,23 @@ def print_table(file: Path) -> None:
         counts = count(shape | got["shape"], recipe)
         parts = memory_bytes(recipe, counts, on_gpu=got["outside"] > 0)
         beside = parts.pop("GPU context", 0)
-        total, device = sum(parts.values()), device_called(got["device"])
-        seconds = micro_seconds(recipe, counts, device) if device else 0.0
+        total = sum(parts.values())
+        known = device_called(got["device"])
+        seconds = [micro_seconds(recipe, counts, d) for d in (known, _probed(got)) if d] or [0.0]
         sizes = " | ".join(f"{parts.get(name, 0) / GIB:.2f}" for name in parts_shown)
         print(
             f"| {got['model']} | {got['cell']} | {sizes} | {total / GIB:.2f} | "
             f"{got['peak'] / GIB:.2f} | {total / got['peak']:.3f} | {beside / GIB:.2f} / "
-            f"{got['outside'] / GIB:.2f} | {seconds:.3f} | {got['micro_s']:.3f} | "
-            f"{seconds / got['micro_s']:.2f} | {got['tokens_per_s']:,} |"
+            f"{got['outside'] / GIB:.2f} | {seconds[0]:.3f} | {seconds[-1]:.3f} | "
+            f"{got['micro_s']:.3f} | {seconds[-1] / got['micro_s']:.2f} | "
+            f"{got['tokens_per_s']:,} |"
         )
+
+
+def _probed(got: dict[str, Any]) -> Any:
+    from raytune_ft.config.pace import Device
+
+    return Device(**got["rates"]) if got.get("rates") else None
 
 
 def steps(engine: Any, recipe: Any, vocabulary: int, marks: Marks) -> dict[str, Any]:

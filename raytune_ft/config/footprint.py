@@ -14,8 +14,10 @@ from typing import Any
 
 from raytune_ft.config.schema import Recipe
 
-LOGIT_ROWS = 1024
-"""Tokens whose logits exist at once: the loss goes through the head in chunks of so many."""
+LOGIT_ROWS = 512
+"""Tokens whose logits exist at once: the loss goes through the head in chunks of so many. On an
+H200, twice as many save 0.3 of 7.5 ms at 103,168 words and take 0.6 GiB more; half as many take 1.6
+times as long at 32,000 words."""
 BUCKETS = 8
 """Stretches in which ZeRO exchanges gradients, so that one travels while the next is made."""
 SMALLEST_BUCKET, LARGEST_BUCKET = 2**20, 500_000_000

@@ -56,20 +56,20 @@ DEVICES = {
 """By the word in the driver's name; bfloat16 without sparsity, and TB/s, of the vendor's sheets."""
 
 # Shares of the rates, and numbers of operations, fitted to the H200's runs.
-PRODUCTS, ATTENTION, FLOAT32 = 0.61, 0.40, 0.030
-PASSES = 11.9
+PRODUCTS, ATTENTION, FLOAT32 = 0.51, 0.42, 0.040
+PASSES = 4.3
 """Times that what a layer keeps is written or read, over forward and backward pass."""
 AGAIN = 0.33
 """Share of these passes, and of an adapter's products, that recomputation adds."""
 UNPACKING = 0.0095 * 4.27e12 / 6_476_005_376
 """Memory traffic per weight unpacked, in bytes, at the rate of copies."""
-LAYER_STARTS, ADAPTER_STARTS, BACKWARD_STARTS = 300, 50, 140
+LAYER_STARTS, ADAPTER_STARTS, BACKWARD_STARTS = 256, 30, 283
 """Operations that a decoder layer starts forward, those of each of its adapters, and backward."""
-UNPACKING_STARTS = {"none": 0, "nf4": 175, "int8": 700}
+UNPACKING_STARTS = {"none": 0, "nf4": 252, "int8": 660}
 """Those of a layer's weights each time they are unpacked, or what they read is packed."""
-BALANCE = 3.8
+BALANCE = 3.5
 """Exponent of the norm that joins the device's and the host's seconds."""
-UPDATE_BYTES, UPDATE_SECONDS = 30, 0.055
+UPDATE_BYTES, UPDATE_SECONDS = 30, 0.07
 """Of an optimizer step: traffic per weight, and what DeepSpeed or paging takes besides."""
 HOST_RATE, LINK_RATE = 20e9, 100e9
 """Bytes per second from and to the host, and between GPUs; assumed, not measured."""
@@ -91,13 +91,17 @@ def micro_seconds(recipe: Recipe, counts: Counts, device: Device, fill: float = 
         device: on which each worker runs.
         fill: tokens over the room in the packs, where packs are as short as their rows.
     """
-    setting = Setting(recipe, counts, on_gpu=True)
-    on_device = _device_seconds(setting, device, fill)
-    on_host = _host_seconds(setting, device)
+    on_device, on_host = sides(recipe, counts, device, fill)
     joined: float = (on_device**BALANCE + on_host**BALANCE) ** (1 / BALANCE)
     if recipe.train.objective == "dpo":  # the reference's forward pass
         joined *= 4 / 3
     return joined
+
+
+def sides(recipe: Recipe, counts: Counts, device: Device, fill: float = 1.0) -> tuple[float, float]:
+    """Return the seconds of a micro-step that the device needs, and those that the host needs."""
+    setting = Setting(recipe, counts, on_gpu=True)
+    return _device_seconds(setting, device, fill), _host_seconds(setting, device)
 
 
 def update_seconds(recipe: Recipe, counts: Counts, device: Device) -> float:

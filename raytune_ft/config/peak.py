@@ -225,6 +225,8 @@ def _training_state(setting: Setting) -> dict[str, float]:
     """Adapter, gradients and optimizer; gradients of 16-bit weights are summed in float32."""
     recipe, zero, n = setting.recipe, setting.zero, setting.counts.trained
     spread = setting.ranks if zero.stage >= 2 else 1
+    # stage 1 keeps 16-bit gradients beside the float32 sums until the step
+    gradient = 6 if zero.stage == 1 and setting.width == 2 else 4
     has_master = zero.stage > 0 or (setting.is_full and setting.width == 2)
     on_host = zero.optimizer_on_host and setting.on_gpu
     paged = setting.on_gpu and recipe.train.optimizer in PAGED
@@ -235,7 +237,7 @@ def _training_state(setting: Setting) -> dict[str, float]:
     return {
         "adapter": own / shards,
         "start of DPO": own if recipe.train.objective == "dpo" else 0,
-        "gradients": 4 * n / spread,
+        "gradients": gradient * n / spread,
         "optimizer": optimizer,
     }
 
@@ -306,7 +308,7 @@ def _unpacked(setting: Setting) -> float:
 def _buckets(setting: Setting) -> float:
     """Return ZeRO's two buffers of gradients on their way, and the one in float32."""
     zero = setting.zero
-    if not zero.stage:
+    if not zero.stage or (zero.stage == 1 and setting.width == 2):
         return 0
     elements = zero.bucket or bucket_elements(setting.counts.trained)
     buffers = 2 if setting.on_gpu else 1

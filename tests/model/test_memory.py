@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raytune_ft.config import catalog
+from raytune_ft.config.peak import CUBLAS
 from raytune_ft.config.schema import LoraSection, ModelSection, Recipe
 from raytune_ft.model.adapter import attach
 from raytune_ft.model.loading import load_model, read_config
@@ -35,11 +36,11 @@ def test_the_measured_7b_run() -> None:
     """8.89 GB were allocated at the peak by transformers, peft and bitsandbytes on one H200."""
     plan = plan_memory(recipe(), INTERNLM_7B, 80 * GIB)
     allocated = plan.total - plan.parts["GPU context"]
-    assert allocated == pytest.approx(8.89e9, rel=0.2)
+    assert allocated == pytest.approx(8.89e9, rel=0.15)  # its logits were not made in chunks
     assert plan.counts.trained == 159_907_840
     assert plan.counts.total == 7_321_948_160  # with biases and norms, counted by hand
     assert plan.fits is True
-    assert plan.advice == []
+    assert plan.proposals[0].memory <= 80 * GIB
 
 
 def test_alibi_keeps_a_mask_for_every_head() -> None:
@@ -53,8 +54,8 @@ def test_alibi_keeps_a_mask_for_every_head() -> None:
     folder = plan_memory(bfloat16, original, 80 * GIB)
     card = plan_memory(bfloat16, catalog.card("baichuan_13b_base").config, 80 * GIB)
     assert folder.parts["workspace"] == card.parts["workspace"]
-    unpacked = 2 * 5120 * 13696 * 2
-    assert folder.parts["workspace"] - unpacked == 2 * 40 * 2048**2
+    unpacked = 5120 * 13696 * (2 + 2 / 16)  # with its scales, in float32, twice
+    assert folder.parts["workspace"] - unpacked - CUBLAS == 2 * 40 * 2048**2
 
 
 def test_without_recomputation_activations_rule() -> None:
@@ -96,18 +97,12 @@ ROOMY: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("gib", [4, 8, 12, 16, 24, 40])
-def test_advice_fits_when_followed(gib: int) -> None:
-    """Each line of advice, put into the recipe as it stands there, makes the run fit."""
+def test_a_plan_that_does_not_fit_proposes_what_does(gib: int) -> None:
     plan = plan_memory(recipe(**ROOMY), INTERNLM_7B, gib * GIB)
     assert plan.fits is False
-    assert bool(plan.advice) is (gib > 4)
-    for line in plan.advice:
-        changes = {k: dict(v) for k, v in ROOMY.items()}
-        for part in line.replace(" with ", " and ").split(" and "):
-            name, _, value = part.partition(": ")
-            section, _, key = name.partition(".")
-            changes.setdefault(section, {})[key] = {"true": True}.get(value, value)
-        assert plan_memory(recipe(**changes), INTERNLM_7B, gib * GIB).fits, line
+    assert bool(plan.proposals) is (gib > 4)
+    for one in plan.proposals:
+        assert plan_memory(one.recipe, INTERNLM_7B, gib * GIB).fits, one.line
 
 
 @settings(max_examples=25, deadline=None)

@@ -1,0 +1,139 @@
+"""Proposals: what is proposed fits by the arithmetic of the plan, and nothing faster does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from raytune_ft.config import catalog
+from raytune_ft.config.footprint import Counts, count
+from raytune_ft.config.loader import load_recipe
+from raytune_ft.config.pace import DEVICES, epoch_seconds
+from raytune_ft.config.pairs import problem
+from raytune_ft.config.peak import memory_bytes
+from raytune_ft.config.proposal import FILLED, Proposal, proposals
+from raytune_ft.config.schema import Recipe
+
+GIB = 2**30
+H200 = DEVICES["h200"]
+NAMES = ("internlm_7b_qlora_oasst1_e3", "llama2_7b_qlora_oasst1_512_e3", "qwen3_8b_full_oasst1_e3")
+
+
+def shape_of(recipe: Recipe) -> dict[str, Any]:
+    shape = catalog.card_config(recipe.model.path)
+    assert shape is not None
+    return dict(shape)
+
+
+def found(recipe: Recipe, gib: float) -> list[Proposal]:
+    shape = shape_of(recipe)
+    return proposals(recipe, lambda changed: count(shape, changed), int(gib * GIB), H200)
+
+
+def typed(name: str, proposal: Proposal) -> Recipe:
+    """The recipe that a user gets who types the proposal, checked by the loader."""
+    return load_recipe(name, list(proposal.overrides))
+
+
+def peak(recipe: Recipe) -> int:
+    return sum(memory_bytes(recipe, count(shape_of(recipe), recipe), on_gpu=True).values())
+
+
+@settings(max_examples=25, deadline=None)
+@given(name=st.sampled_from(NAMES), gib=st.floats(5, 140))
+def test_what_is_proposed_fits_when_it_is_typed(name: str, gib: float) -> None:
+    recipe = load_recipe(name)
+    for one in found(recipe, gib)[:5]:
+        changed = typed(name, one)
+        assert problem(changed) is None
+        assert peak(changed) == one.memory
+        assert one.memory <= FILLED * gib * GIB
+        assert changed.global_batch_size == recipe.global_batch_size
+
+
+def everything(recipe: Recipe) -> list[Recipe]:
+    """All that keeps method and length, written down apart from the search."""
+    train, whole = recipe.train, recipe.train.micro_batch_size * recipe.train.accumulation
+    body = recipe.model_dump(mode="json")
+    settings_of = [
+        (micro, again, stored, optimizer, zero)
+        for micro in range(1, whole + 1)
+        if whole % micro == 0
+        for again in (True, False)
+        for stored in ("none", "int8", "nf4")
+        for optimizer in {train.optimizer, "paged_adamw_32bit", "paged_adamw_8bit", "adamw_8bit"}
+        for zero in {train.deepspeed, "none", "zero2_offload"}
+    ]
+    recipes = []
+    for micro, again, stored, optimizer, zero in settings_of:
+        changed = {
+            **body,
+            "model": {**body["model"], "gradient_checkpointing": again, "quantization": stored},
+            "train": {
+                **body["train"],
+                "micro_batch_size": micro,
+                "accumulation": whole // micro,
+                "optimizer": optimizer,
+                "deepspeed": zero,
+            },
+        }
+        try:
+            recipes.append(Recipe.model_validate(changed))
+        except ValueError:
+            continue  # a pair that does not work
+    return recipes
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("gib", [10, 16, 24, 48, 80, 139])
+def test_nothing_faster_fits(name: str, gib: float) -> None:
+    recipe = load_recipe(name)
+    counts: dict[str, Counts] = {}
+
+    def counted(changed: Recipe) -> Counts:
+        key = changed.model.method
+        counts[key] = counts.get(key) or count(shape_of(changed), changed)
+        return counts[key]
+
+    fitting = [
+        epoch_seconds(one, counted(one), H200, 1000)
+        for one in everything(recipe)
+        if sum(memory_bytes(one, counted(one), on_gpu=True).values()) <= FILLED * gib * GIB
+    ]
+    best = found(recipe, gib)
+    kept = [
+        one
+        for one in best
+        if one.recipe.model.method == recipe.model.method
+        and one.recipe.data.max_length == recipe.data.max_length
+    ]
+    assert bool(kept) is bool(fitting)
+    if fitting:
+        assert best[0].seconds == pytest.approx(min(fitting), rel=1e-12)
+
+
+def test_the_data_changes_last_and_as_little_as_can_be() -> None:
+    recipe = load_recipe("internlm_7b_qlora_oasst1_e3")
+    lengths = {gib: found(recipe, gib)[0].recipe.data.max_length for gib in (7.5, 8, 12, 80)}
+    assert lengths[80] == lengths[12] == 2048
+    assert lengths[7.5] <= lengths[8] < 2048
+    assert found(recipe, 3) == []
+
+
+def test_what_fits_already_and_is_fastest_is_left_alone() -> None:
+    recipe = load_recipe("internlm_7b_qlora_oasst1_e3")
+    again = found(recipe, 40)[0]
+    settled = typed("internlm_7b_qlora_oasst1_e3", again)
+    assert found(settled, 40)[0].overrides == ()
+
+
+def test_workers_are_offered_what_spreads() -> None:
+    recipe = load_recipe("llama2_7b_full_oasst1_e3", ["run.workers=8"])
+    kinds = {one.recipe.train.deepspeed for one in found(recipe, 80)}
+    assert "zero3" in kinds
+    assert all(not one.recipe.train.deepspeed.startswith("zero3") for one in found(
+        load_recipe("llama2_7b_qlora_oasst1_e3", ["run.workers=8"]), 80)
+        if one.recipe.model.quantization != "none")  # fmt: skip
