@@ -105,5 +105,5 @@ def _master(parameter: nn.Parameter) -> nn.Parameter:
             master.grad.add_(half.grad)
         half.grad = None
 
-    parameter.register_post_accumulate_grad_hook(collect)
+    parameter.register_post_accumulate_grad_hook(collect)  # type: ignore[no-untyped-call]
     return master
