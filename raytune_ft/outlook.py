@@ -81,8 +81,15 @@ class Outlook:
         return f"plan    ~{steps:,} steps, about {spoken(seconds)} on {device.name}"
 
 
-def place(gpu_memory: str | None = None, gpu: str | None = None) -> Place:
+def place(
+    gpu_memory: str | None = None, gpu: str | None = None, *, may_measure: bool = False
+) -> Place:
     """Return the place that a user names, or else this machine's GPUs, the smallest of them.
+
+    Args:
+        gpu_memory: as a user types it; None: as much as the GPU has.
+        gpu: a name of `pace.DEVICES`.
+        may_measure: whether this process may hold a CUDA context, to measure a GPU's rates.
 
     Raises:
         RecipeError: no such GPU is known, or the size is none.
@@ -98,7 +105,20 @@ def place(gpu_memory: str | None = None, gpu: str | None = None) -> Place:
     if not found:
         return Place(memory, None)
     smallest = min(found, key=lambda one: one.memory)
-    return Place(memory or smallest.memory, pace.device_called(smallest.name))
+    measured = _measured() if may_measure else None
+    return Place(memory or smallest.memory, measured or pace.device_called(smallest.name))
+
+
+def _measured() -> Device | None:
+    """Measure the first GPU; None where it is full, or torch cannot use it."""
+    import torch
+
+    from raytune_ft.model.probe import probe
+
+    try:
+        return probe(torch.device("cuda", 0)) if torch.cuda.is_available() else None
+    except RuntimeError:
+        return None
 
 
 def pace_of(recipe: Recipe, counts: Counts, where: Place, rows: Counted | None) -> Pace | None:

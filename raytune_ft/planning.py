@@ -69,7 +69,7 @@ def plan_recipe(
     Raises:
         RecipeError, ModelError, DataError: what training would fail on.
     """
-    where = outlook.place(gpu_memory, gpu)
+    where = outlook.place(gpu_memory, gpu, may_measure=True)
     found = survey.survey(recipe)
     rows, notes = found.counted, list(found.notes)
     packs = rows.packs if rows else None

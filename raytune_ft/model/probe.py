@@ -16,7 +16,7 @@ TOKENS, INPUTS, OUTPUTS = 8192, 4096, 11008
 """Of a product as a 7B model's MLP has it."""
 COPIED = 2**30
 """Bytes."""
-STARTS = 2000
+STARTS = 500
 
 
 def probe(device: torch.device) -> Device:
@@ -48,7 +48,8 @@ def _copy(device: torch.device) -> float:
 
 def _start(device: torch.device) -> float:
     cell = torch.zeros(8, device=device)
-    return _seconds(lambda: cell.add_(1), STARTS)
+    # whatever else the host does now makes a run longer, never shorter
+    return min(_seconds(lambda: cell.add_(1), STARTS) for _ in range(5))
 
 
 def _seconds(work: Callable[[], object], times: int) -> float:
