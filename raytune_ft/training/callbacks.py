@@ -133,12 +133,13 @@ def _spelled(voice: Voice, ids: Sequence[int]) -> str:
 def _benchmark(
     engine: Engine, recipe: Recipe, voice: Voice, questions: Benchmark, step: int, emit: Emit
 ) -> None:
-    found = mmlu.evaluate(
-        voice.model,
-        voice.tokenizer,
-        questions,
-        recipe.data,
-        engine.device,
-        lambda done, total: emit("stage", name="mmlu", done=done, total=total, step=step),
-    )
+    with engine.whole():
+        found = mmlu.evaluate(
+            voice.model,
+            voice.tokenizer,
+            questions,
+            recipe.data,
+            engine.device,
+            lambda done, total: emit("stage", name="mmlu", done=done, total=total, step=step),
+        )
     emit("mmlu", step=step, name=questions.name, **found)
