@@ -152,11 +152,6 @@ def latest(root: Path) -> Path | None:
     return next((folder for folder in newest_first if damage(folder) is None), None)
 
 
-def valid_steps(root: Path) -> list[Path]:
-    """Return all checkpoints that verify, oldest first; every byte of them is read."""
-    return [folder for folder in step_folders(root) if damage(folder) is None]
-
-
 def step_folders(root: Path) -> list[Path]:
     """Return what has a checkpoint's name, oldest first, and look into none."""
     found = root.glob(f"{STEP_PREFIX}*") if root.is_dir() else []

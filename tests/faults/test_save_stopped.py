@@ -17,6 +17,7 @@ from raytune_ft.errors import CheckpointError
 from raytune_ft.training import checkpoint, durable
 from raytune_ft.training.checkpoint import TrainState
 from tests.faults import shim
+from tests.training.test_checkpoint import whole_steps
 
 BEST, OLD, NEW = 3, 7, 10
 KEPT_BEFORE = [BEST, 5, OLD]
@@ -59,7 +60,7 @@ def check_after_a_fault(root: Path) -> bool:
         check(root, step)
     steps = {checkpoint.step_of(path) for path in root.iterdir()}
     assert steps <= {*KEPT_BEFORE, NEW}, "nothing half-written is left"
-    assert len(checkpoint.valid_steps(root)) == len(steps), "what has a step's name is whole"
+    assert len(whole_steps(root)) == len(steps), "what has a step's name is whole"
     if newest.state.step == OLD:
         check(root, 5)
     return newest.state.step == NEW

@@ -24,6 +24,10 @@ def tensors(value: float) -> dict[str, torch.Tensor]:
     return {"a": torch.full((3, 2), value), "b": torch.arange(4.0) * value}
 
 
+def whole_steps(root: Path) -> list[Path]:
+    return [folder for folder in checkpoint.step_folders(root) if checkpoint.damage(folder) is None]
+
+
 def write(root: Path, step: int, keep: int = 2) -> Path:
     state = TrainState(step=step, epoch=1, window=2, pack=3, tokens=10 * step, recipe_hash="h")
     return checkpoint.save(root, state, tensors(step), {"a/exp_avg": torch.ones(3, 2)}, keep=keep)
@@ -39,13 +43,13 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     for step in (5, 10, 15, 100000):
         write(tmp_path, step)
-    assert [p.name for p in checkpoint.valid_steps(tmp_path)] == ["step_000015", "step_100000"]
+    assert [p.name for p in whole_steps(tmp_path)] == ["step_000015", "step_100000"]
 
 
 def test_minus_one_keeps_all(tmp_path: Path) -> None:
     for step in (5, 10, 15):
         write(tmp_path, step, keep=-1)
-    assert len(checkpoint.valid_steps(tmp_path)) == 3
+    assert len(whole_steps(tmp_path)) == 3
 
 
 def test_damage_is_named(tmp_path: Path) -> None:
