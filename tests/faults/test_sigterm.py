@@ -128,7 +128,7 @@ def test_a_stopped_run_goes_on_and_a_hang_starts_it_again(
     assert re.search(r"a worker was lost \(step \d+: no worker went on for 8 s", printed), printed
     stacks = [(folder / f"stacks/rank_{rank}.txt").read_text() for rank in range(2)]
     assert sum("its process is T (stopped)" in stack for stack in stacks) == 1
-    assert sum("in all_gather" in stack or "in all_reduce" in stack for stack in stacks) >= 1
+    assert sum("distributed_c10d.py" in stack for stack in stacks) == 1, "the other one waits"
     lines, expected = (list(read_jsonl(run / "metrics.jsonl")) for run in (folder, whole))
     assert [(e["step"], e["rows"], e["loss"]) for e in lines] == [
         (e["step"], e["rows"], e["loss"]) for e in expected
