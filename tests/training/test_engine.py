@@ -22,7 +22,7 @@ def plain(tiny_model: Path) -> tuple[State, list[float]]:
     return after_all_steps(build(tiny_model, 4, "none"))
 
 
-@pytest.mark.parametrize("zero", ["zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"])
+@pytest.mark.parametrize("zero", ["zero1", "zero2", "zero2_offload", "zero3_offload"])
 def test_zero_equals_plain_torch(
     tiny_model: Path, plain: tuple[State, list[float]], zero: str
 ) -> None:
@@ -33,7 +33,7 @@ def test_zero_equals_plain_torch(
     assert max(norms) > 0.05, "clipping must have been at work"
 
 
-@pytest.mark.parametrize("zero", ["none", "zero1", "zero2", "zero3", "zero3_offload"])
+@pytest.mark.parametrize("zero", ["none", "zero2", "zero3"])
 def test_reload_goes_on_bit_for_bit(tiny_model: Path, zero: str) -> None:
     engine = build(tiny_model, 4, zero)
     steps = batches()
@@ -50,7 +50,7 @@ def test_reload_goes_on_bit_for_bit(tiny_model: Path, zero: str) -> None:
         assert torch.equal(value, other.weights()[name]), name
 
 
-@pytest.mark.parametrize("pair", [("none", "zero3"), ("zero3", "zero2"), ("zero1", "none")])
+@pytest.mark.parametrize("pair", [("none", "zero3"), ("zero1", "none")])
 def test_state_moves_between_engines(tiny_model: Path, pair: tuple[str, str]) -> None:
     one, other = (build(tiny_model, 4, zero) for zero in pair)
     steps = batches()
