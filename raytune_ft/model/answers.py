@@ -63,7 +63,7 @@ def answer_all(
     stop_ids: Collection[int],
     max_new_tokens: int,
     drawing: Drawing = GREEDY,
-    seeds: Sequence[int] = (),
+    seeds: Sequence[int | None] = (),
     ends: Callable[[Sequence[int]], bool] | None = None,
     after_token: Callable[[], None] | None = None,
 ) -> list[Answer]:
@@ -75,7 +75,8 @@ def answer_all(
         stop_ids: ids that end an answer.
         max_new_tokens: ids of an answer at most; the model's context may end it earlier.
         drawing: how tokens are chosen.
-        seeds: one per prompt, of its own random state, where tokens are drawn.
+        seeds: one per prompt, of its own random state, where tokens are drawn; None takes the
+            likeliest for this prompt all the same.
         ends: asked with an answer's ids after each; True ends it, the last id included.
         after_token: called once per forward pass, such as to say that this process is alive.
 
@@ -88,7 +89,8 @@ def answer_all(
     ]
     if drawing.temperature > 0.0:
         for row, seed in zip(rows, seeds, strict=True):
-            row.generator = torch.Generator(device_of(model)).manual_seed(seed)
+            if seed is not None:
+                row.generator = torch.Generator(device_of(model)).manual_seed(seed)
     answers: dict[int, Answer] = {}
     choose = _Chooser(drawing)
     by_length = sorted(rows, key=lambda row: len(row.prompt))
@@ -188,12 +190,11 @@ class _Chooser:
 
     def __call__(self, batch: _Batch) -> list[int]:
         scores = batch.logits()
-        generators = [row.generator for row in batch.rows]
-        if generators[0] is None:
-            chosen: list[int] = scores.argmax(-1).tolist()
-            return chosen
-        shares = self.processors(None, scores).softmax(-1)
-        return [
-            int(torch.multinomial(row, 1, generator=generator))
-            for row, generator in zip(shares, generators, strict=True)
-        ]
+        chosen: list[int] = scores.argmax(-1).tolist()
+        drawn = [place for place, row in enumerate(batch.rows) if row.generator is not None]
+        if drawn:
+            shares = self.processors(None, scores[drawn]).softmax(-1)
+            for place, share in zip(drawn, shares, strict=True):
+                generator = batch.rows[place].generator
+                chosen[place] = int(torch.multinomial(share, 1, generator=generator))
+        return chosen

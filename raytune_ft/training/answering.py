@@ -36,7 +36,7 @@ class Voice:
         prompts: Sequence[Sequence[int]],
         max_new_tokens: int,
         drawing: Drawing = GREEDY,
-        seeds: Sequence[int] = (),
+        seeds: Sequence[int | None] = (),
     ) -> list[Answer]:
         """Answer encoded prompts; every rank has to call it, and gets all answers.
 
@@ -44,7 +44,7 @@ class Voice:
             prompts: ids, the same on every rank.
             max_new_tokens: ids of an answer at most.
             drawing: how tokens are chosen.
-            seeds: one per prompt, where tokens are drawn.
+            seeds: one per prompt, where tokens are drawn; None for one that is answered greedily.
         """
         mine = range(rank(), len(prompts), world_size())
         company = _Company(self.engine.device)

@@ -11,7 +11,7 @@ from raytune_ft.data.encode import encode_prompt
 from raytune_ft.data.packing import Pack
 from raytune_ft.data.questions import Question
 from raytune_ft.data.rows.formats import fill_text
-from raytune_ft.model.answers import GREEDY, Drawing
+from raytune_ft.model.answers import Drawing
 from raytune_ft.training import answer_metrics, checkpoint, data_record, mmlu
 from raytune_ft.training.answering import Voice
 from raytune_ft.training.checkpoint import TrainState
@@ -83,18 +83,20 @@ def ask_prompts(recipe: Recipe, voice: Voice, step: int, when: str, emit: Emit) 
     longest = wanted.max_new_tokens
     if when == "before":
         longest = min(longest, FIRST_TOKENS)
-    drawings = {"greedy": GREEDY}
-    if wanted.temperature > 0.0:
-        drawings["sampled"] = Drawing(wanted.temperature, wanted.top_p)
-    seeds = [seed_of(recipe.train.seed, step, place) for place in range(len(prompts))]
-    for kind, drawing in drawings.items():
-        emit("stage", name="samples", done=0, total=len(prompts), step=step)
-        answers = voice.answer(ids, longest, drawing, seeds)
-        for prompt, answer in zip(prompts, answers, strict=True):
-            emit(
-                "sample", step=step, when=when, prompt=prompt, answer=voice.text(answer),
-                kind=kind, tokens=len(answer.ids), stopped=answer.stopped,
-            )  # fmt: skip
+    seeds: list[int | None] = [None] * len(prompts)
+    kinds = ["greedy"] * len(prompts)
+    if wanted.temperature > 0.0:  # beside the greedy ones: a batch takes little longer
+        seeds += [seed_of(recipe.train.seed, step, place) for place in range(len(prompts))]
+        kinds += ["sampled"] * len(prompts)
+    emit("stage", name="samples", done=0, total=len(kinds), step=step)
+    times = len(kinds) // len(prompts)
+    drawing = Drawing(wanted.temperature, wanted.top_p)
+    answers = voice.answer(ids * times, longest, drawing, seeds)
+    for prompt, kind, answer in zip(prompts * times, kinds, answers, strict=True):
+        emit(
+            "sample", step=step, when=when, prompt=prompt, answer=voice.text(answer),
+            kind=kind, tokens=len(answer.ids), stopped=answer.stopped,
+        )  # fmt: skip
 
 
 def seed_of(seed: int, step: int, place: int) -> int:

@@ -91,7 +91,14 @@ def test_drawn_answers_are_those_of_their_seeds_wherever_they_stand() -> None:
         model, prompts(), stop_ids={5}, max_new_tokens=24, drawing=Drawing(**how), seeds=seeds
     )
     assert [answer.ids for answer in drawn] == alone
-    assert alone != one_by_one(model, {5}), "drawn, not the likeliest"
+    likeliest = one_by_one(model, {5})
+    assert alone != likeliest, "drawn, not the likeliest"
+    some: list[int | None] = [None if place % 2 else seed for place, seed in enumerate(seeds)]
+    mixed = answer_all(
+        model, prompts(), stop_ids={5}, max_new_tokens=24, drawing=Drawing(**how), seeds=some
+    )
+    expected = [(likeliest if place % 2 else alone)[place] for place in range(len(seeds))]
+    assert [answer.ids for answer in mixed] == expected
 
 
 def test_batches_of_other_sizes_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
