@@ -100,10 +100,16 @@ class Setting:
     @property
     def recomputes(self) -> bool:
         """Whether layers are run again in the backward pass."""
-        choice = self.recipe.model.gradient_checkpointing
-        if choice == "auto":
-            return self.on_gpu and self.tokens > RECOMPUTE_FROM_TOKENS
-        return choice
+        return recomputes(self.recipe, on_gpu=self.on_gpu)
+
+
+def recomputes(recipe: Recipe, *, on_gpu: bool) -> bool:
+    """Tell what `model.gradient_checkpointing` comes to."""
+    choice = recipe.model.gradient_checkpointing
+    if choice == "auto":
+        tokens = recipe.train.micro_batch_size * recipe.data.max_length
+        return on_gpu and tokens > RECOMPUTE_FROM_TOKENS
+    return choice
 
 
 def memory_bytes(recipe: Recipe, counts: Counts, *, on_gpu: bool) -> dict[str, int]:

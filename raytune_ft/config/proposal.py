@@ -16,7 +16,7 @@ from typing import Any
 from raytune_ft.config.footprint import Counts
 from raytune_ft.config.pace import Device, epoch_seconds
 from raytune_ft.config.pairs import problem
-from raytune_ft.config.peak import memory_bytes
+from raytune_ft.config.peak import memory_bytes, recomputes
 from raytune_ft.config.schema import Recipe
 
 FILLED = 0.97
@@ -89,7 +89,7 @@ def alternatives(found: list[Proposal], number: int) -> list[Proposal]:
     kinds: dict[tuple[Any, ...], Proposal] = {}
     for one in found:
         model, train = one.recipe.model, one.recipe.train
-        kind = (model.quantization, model.gradient_checkpointing, train.deepspeed)
+        kind = (model.quantization, recomputes(one.recipe, on_gpu=True), train.deepspeed)
         kinds.setdefault(kind, one)
     return list(kinds.values())[:number]
 
