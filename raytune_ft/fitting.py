@@ -127,7 +127,7 @@ def see_through(ended: Fit, wish: Wish, mailbox: Any, folder: RunFolder, screen:
         raise errors.TrainingError(
             f"the workers ended and may not be started again (run.max_failures), the last time: "
             f"{said['words'] if said else failures.last_line(ended.error)}; see "
-            f"{shown(folder)}/run.log"
+            f"{shown(folder)}/run.log; {on}"
         ) from None
     if ended.error is not None:
         raise ended.error
