@@ -124,8 +124,10 @@ def test_export_and_merge_answer_as_the_trained_model(
     same(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), expected)
 
 
-@pytest.mark.parametrize("name", ON_NF4)
-@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize(
+    ("name", "double_quant"),
+    [*((name, True) for name in ON_NF4), ("plain", False), ("loftq", False)],
+)
 def test_on_nf4(biased: Path, tmp_path: Path, name: str, double_quant: bool) -> None:
     model = moved(begun(biased, ON_NF4[name], quantization="nf4", double_quant=double_quant))
     expected = logits(model)
