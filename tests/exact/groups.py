@@ -11,7 +11,8 @@ from typing import Any
 
 from tests.exact.cells import Cell
 
-TIMEOUT_S = 120
+START_TIMEOUT_S, TIMEOUT_S = 600, 120
+"""Of a group's processes, which import for seconds on a quiet machine; and of a cell."""
 
 
 class Group:
@@ -30,22 +31,26 @@ class Group:
             process.start()
             self.pipes.append(ours)
             self.processes.append(process)
+        self._answers("start", START_TIMEOUT_S)
 
     def run(self, cell: Cell) -> Any:
         """Return rank 0's outcome; RuntimeError with the traceback of the first rank that fails."""
         for pipe in self.pipes:
             pipe.send(cell)
+        return self._answers(str(cell), TIMEOUT_S)[0]
+
+    def _answers(self, what: str, timeout_s: float) -> dict[int, Any]:
         answers: dict[int, Any] = {}
         while len(answers) < self.world:
-            ready = wait([p for i, p in enumerate(self.pipes) if i not in answers], TIMEOUT_S)
+            ready = wait([p for i, p in enumerate(self.pipes) if i not in answers], timeout_s)
             if not ready:
-                raise RuntimeError(f"ranks {set(range(self.world)) - set(answers)} hang: {cell}")
+                raise RuntimeError(f"ranks {set(range(self.world)) - set(answers)} hang: {what}")
             for pipe in ready:
                 number = self.pipes.index(pipe)  # type: ignore[arg-type]
                 answers[number], error = pipe.recv()  # type: ignore[union-attr]
                 if error is not None:
-                    raise RuntimeError(f"rank {number}, {cell}:\n{error}")
-        return answers[0]
+                    raise RuntimeError(f"rank {number}, {what}:\n{error}")
+        return answers
 
     def close(self) -> None:
         """End the processes."""
@@ -95,6 +100,7 @@ def serve(rank: int, world: int, folder: str, pipe: Connection) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world
     )
+    pipe.send((None, None))
     while True:
         cell = pipe.recv()
         try:

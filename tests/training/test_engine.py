@@ -81,8 +81,11 @@ def two_ranks(rank: int, folder: Path, out: Path) -> None:
         with engine.whole():
             loss = first_loss(engine) if rank == 0 else 0.0  # one rank alone
         state, weights = engine.optimizer_state(), engine.weights()
+        engine.load(first["weights"], first["state"])  # as the best weights are, behind the last
+        with engine.whole():
+            back = first_loss(engine)
         if rank == 0:
-            found = {"weights": weights, "state": state, "norms": norms, "loss": loss}
+            found = {"weights": weights, "state": state, "norms": norms, "loss": loss, "back": back}
             torch.save(found, out / f"{zero}.pt")
         else:
             assert not state and not weights
@@ -101,6 +104,7 @@ def test_two_ranks_go_on_where_one_was(
     one = build(tiny_model, 4, "none")
     advance(one, batches()[0])
     torch.save({"weights": one.weights(), "state": one.optimizer_state()}, tmp_path / "first.pt")
+    begun = first_loss(one)
     entry: Callable[..., None] = two_ranks
     mp.spawn(entry, args=(tiny_model, tmp_path), nprocs=2)
     for zero in SPREAD:
@@ -111,3 +115,4 @@ def test_two_ranks_go_on_where_one_was(
         alone.load(got["weights"], got["state"])  # a checkpoint of two ranks fits one
         close(alone.optimizer_state(), got["state"], 0)
         assert got["loss"] == pytest.approx(first_loss(alone), rel=1e-6)
+        assert got["back"] == pytest.approx(begun, rel=1e-6) != got["loss"]

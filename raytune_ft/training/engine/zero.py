@@ -169,9 +169,11 @@ class ZeroEngine(Engine):
             for name, parameter in self.trained.items():
                 parameter.copy_(weights[name])
             return
+        # small ones stay whole between steps, and are gathered anew only where they are not
+        self.zero._partition_all_parameters()
         for index in range(len(self.flats)):
             self.zero._reassign_or_swap_out_partitioned_parameters(index)
-        if kept := self.zero.persistent_parameters:  # small ones, whole on every rank
+        if kept := self.zero.persistent_parameters:
             kept[0].all_gather(kept)
 
     def _scale(self) -> LossScale:
