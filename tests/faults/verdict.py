@@ -72,9 +72,9 @@ def compare(seed: int, variant: str, folder: Path, whole: Path, kills: list[Kill
     """Compare weights, optimizer, ledger, answers and rows of a run with an undisturbed one's."""
     verdict = Verdict(seed, variant, kills)
     verdict.mismatches += [
-        f"{kill.redone} steps redone, saved every {kill.every}"
-        for kill in kills
-        if kill.redone > kill.every
+        f"{kill.redone} steps redone, saved every {allowed}"
+        for kill, allowed in zip(kills, intervals(kills), strict=True)
+        if kill.redone > allowed
     ]
     found, wanted = contents(folder), contents(whole)
     verdict.mismatches += [
@@ -84,6 +84,20 @@ def compare(seed: int, variant: str, folder: Path, whole: Path, kills: list[Kill
     ]
     verdict.repeated, verdict.missing = repeated_and_missing(RunFolder(folder))
     return verdict
+
+
+def intervals(kills: Iterable[Kill]) -> list[int]:
+    """Return for each kill how many steps there may be behind the last save.
+
+    A process that is killed before it takes a step leaves those of the one before it.
+    """
+    allowed: list[int] = []
+    step = 0
+    for kill in kills:
+        left = allowed[-1] if allowed and kill.step == step else 0
+        allowed.append(max(kill.every, left))
+        step = kill.step
+    return allowed
 
 
 def compare_rounded(
