@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.ready
 RUN    ?= runs/quickstart
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench bench-data faults mutants serve clean
+.PHONY: help setup demo test lint bench bench-data exact faults mutants serve clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,9 +42,14 @@ bench-data: setup ## the data stream beside datasets + TRL; memory; resuming a m
 	@$(BIN)/python -m benchmarks.data_resume
 	@$(BIN)/python -m benchmarks.data_memory
 
-faults: setup ## kill -9 tests, longer than those of `make test`
+exact: setup ## gradients of every way to train beside float64, sample by sample; 20 seeds twice
+	@$(BIN)/python -m pytest -m exact tests/exact
+	@$(BIN)/python -m pytest tests/training/test_same_bytes.py -s --seeds=20
+
+faults: setup ## 400 runs' processes killed at random instants, hangs, a full disk; hours on 2 cores
 	@$(BIN)/python -m pytest tests/data/test_ledger.py --kills=200
-	@$(BIN)/python -m pytest tests/faults --faults=20
+	@$(BIN)/python -m pytest tests/faults --faults=4 --plain-faults=0 --ray-faults=0
+	@$(BIN)/python -m tests.faults.run --plain 300 --worlds 50 --ray 100 --json faults.json $(ARGS)
 
 mutants: setup ## plant known silent bugs, one at a time; the tests must find each
 	@$(BIN)/python -m tests.mutants.run $(ARGS)
