@@ -142,6 +142,8 @@ def problem(config: dict[str, Any], recipe: Recipe, dtype: str) -> str | None:
             return f"'{key}' is {given} in the file, but the recipe says {numbers[key]}; {_WRITE}"
         if key in HALVES and (found := _half_problem(key, given, dtype)):
             return found
+    if found := _unknown("data_types.", _block(config, "data_types"), ("grad_accum_dtype",)):
+        return found
     known = (*numbers, *HALVES, *FREE, "zero_optimization")
     return _unknown("", config, known) or _zero_problem(_block(config, "zero_optimization"))
 

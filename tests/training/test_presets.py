@@ -113,6 +113,7 @@ CONTRADICTIONS: list[tuple[dict[str, Any], torch.dtype, str]] = [
     ({"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}, F32,
      "needs a stage"),
     ({"zero_optimisation": {"stage": 2}}, F32, "did you mean 'zero_optimization'?"),
+    ({"data_types": {"buffer_dtype": "bf16"}}, BF16, "'data_types.buffer_dtype': remove it"),
     ({"flops_profiler": {}}, F32, "'flops_profiler': remove it"),
 ]  # fmt: skip
 

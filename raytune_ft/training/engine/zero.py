@@ -51,7 +51,6 @@ class ZeroEngine(Engine):
         buckets = bucket_elements(sum(p.numel() for p in self.trained.values()))
         config["zero_optimization"].setdefault("reduce_bucket_size", buckets)
         _check_half(config)
-        buffers = [(buffer, buffer.data) for buffer in module.buffers()]
         with redirect_stdout(io.StringIO()):  # its bfloat16 stage 1 prints memory tables
             self.engine, *_ = deepspeed.initialize(
                 model=module,
@@ -60,10 +59,6 @@ class ZeroEngine(Engine):
                 config=config,
                 dist_init_required=False,
             )
-        for buffer, data in buffers:
-            # DeepSpeed rounds them as well: a rotary frequency in bfloat16 is radians off at
-            # position 2000, in training alone
-            buffer.data = data
         self.zero: Any = self.engine.optimizer
         self.stage: int = config["zero_optimization"]["stage"]
         self.scaler = self.zero.loss_scaler if config["fp16"]["enabled"] else None
