@@ -67,9 +67,14 @@ def resumable(folder: RunFolder, shown: str) -> Iterator[None]:
         if isinstance(error, RaytuneError | RayTaskError):
             raise
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        if not folder.run_json.is_file():
-            raise TrainingError(f"Ray was lost ({reason}); start the run again") from None
-        folder.update(status="interrupted")
-        raise Interrupted(
-            f"{shown}: Ray was lost ({reason}); go on with: raytune-ft train --resume {shown}"
-        ) from None
+        raise lost(folder, shown, reason) from None
+
+
+def lost(folder: RunFolder, shown: str, reason: str) -> RaytuneError:
+    """Note that a run's Ray was lost; return what to tell, as `resumable` raises it."""
+    if not folder.run_json.is_file():
+        return TrainingError(f"Ray was lost ({reason}); start the run again")
+    folder.update(status="interrupted")
+    return Interrupted(
+        f"{shown}: Ray was lost ({reason}); go on with: raytune-ft train --resume {shown}"
+    )

@@ -72,6 +72,11 @@ class Screen:
             yield self
         self._live = None
 
+    def close(self) -> None:
+        """Take the bars away for good, from any thread."""
+        if self._live is not None:
+            self._live.stop()
+
     def __call__(self, event: Event) -> None:
         """Show one event of a run."""
         handler = getattr(self, f"_on_{event['kind']}", None)
