@@ -81,6 +81,7 @@ def two_ranks(rank: int, folder: Path, out: Path) -> None:
         with engine.whole():
             loss = first_loss(engine) if rank == 0 else 0.0  # one rank alone
         state, weights = engine.optimizer_state(), engine.weights()
+        advance(engine, batches()[0], rank, 2)
         engine.load(first["weights"], first["state"])  # as the best weights are, behind the last
         with engine.whole():
             back = first_loss(engine)
