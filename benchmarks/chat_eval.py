@@ -27,9 +27,9 @@ from benchmarks.memory_plan import full_packs, recipe_of
 from benchmarks.random_model import random_model
 from raytune_ft.model import loading
 from raytune_ft.model.answers import Drawing
-from raytune_ft.training.answering import Voice
 from raytune_ft.training.build import build_engine
 from raytune_ft.training.callbacks import FIRST_TOKENS
+from raytune_ft.training.evaluating.answering import Voice
 
 PROMPT_TOKENS = (31, 57)
 

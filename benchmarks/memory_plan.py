@@ -4,7 +4,7 @@ Random weights of a real 7B shape go through `training.build.build_engine` and t
 steps of full packs, several documents in each; every cell is a process of its own. A cell's line of
 JSON has the peak by torch's allocator (`torch.cuda.max_memory_allocated`), what the device lost
 beside that allocator, and seconds of a micro-step and of an update. The table sets them against
-what `config.peak` and `config.pace` say.
+what `config.estimates.peak` and `config.estimates.pace` say.
 Run: python -m benchmarks.memory_plan [--cells all|METHOD,LENGTH,MICRO,RECOMPUTE[,SETTING...] ...]
      [--model CARD] [--layers N] [--out FILE];  python -m benchmarks.memory_plan --table FILE
 """
@@ -167,9 +167,9 @@ CHANGED = ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size"
 
 def print_table(file: Path) -> None:
     """Print as Markdown what is predicted now beside what was measured in a file of lines."""
-    from raytune_ft.config.footprint import count
-    from raytune_ft.config.pace import device_called, micro_seconds
-    from raytune_ft.config.peak import memory_bytes
+    from raytune_ft.config.estimates.footprint import count
+    from raytune_ft.config.estimates.pace import device_called, micro_seconds
+    from raytune_ft.config.estimates.peak import memory_bytes
 
     parts_shown = ("base weights", "quantisation state", "embedding and head", "adapter",
                    "gradients", "optimizer", "activations", "logits", "workspace")  # fmt: skip
@@ -203,7 +203,7 @@ def print_table(file: Path) -> None:
 
 
 def _probed(got: dict[str, Any]) -> Any:
-    from raytune_ft.config.pace import Device
+    from raytune_ft.config.estimates.pace import Device
 
     return Device(**got["rates"]) if got.get("rates") else None
 

@@ -14,8 +14,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from raytune_ft.training.reporting import summarize
 from raytune_ft.training.run_folder import RunFolder
+from raytune_ft.training.watching.reporting import summarize
 
 
 def main() -> None:

@@ -14,8 +14,8 @@ from raytune_ft.config.schema import ModelSection
 from raytune_ft.errors import CheckpointError, RecipeError
 from raytune_ft.model import adapter, beginnings, loading, merge
 from raytune_ft.model.tensors import load_tensors, save_tensors
-from raytune_ft.training import checkpoint, load_from
 from raytune_ft.training.run_folder import RunFolder, write_json
+from raytune_ft.training.saving import checkpoint, load_from
 
 
 def to_adapter(config: str, trained: str, out: str) -> Path:

@@ -21,12 +21,13 @@ from raytune_ft.config.schema import Recipe
 from raytune_ft.data.feeder import Supply
 from raytune_ft.preparation import Prepared
 from raytune_ft.screen import Screen
-from raytune_ft.training import failures, worker
-from raytune_ft.training.checkpoint import step_folders, step_of
-from raytune_ft.training.guards import Guards
-from raytune_ft.training.interruption import AskedToEnd
+from raytune_ft.training import worker
+from raytune_ft.training.guarding import failures
+from raytune_ft.training.guarding.guards import Guards
+from raytune_ft.training.guarding.interruption import AskedToEnd
+from raytune_ft.training.guarding.watchdog import PATIENCE_S
 from raytune_ft.training.run_folder import Event, RunFolder
-from raytune_ft.training.watchdog import PATIENCE_S
+from raytune_ft.training.saving.checkpoint import step_folders, step_of
 from raytune_ft.wish import GRACE_S, Wish
 
 POLL_SECONDS = 0.2

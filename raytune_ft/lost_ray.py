@@ -19,8 +19,8 @@ from raytune_ft.errors import Interrupted
 from raytune_ft.preparation import removed_unless_started
 from raytune_ft.resume import lost
 from raytune_ft.screen import Screen
-from raytune_ft.training import reporting
 from raytune_ft.training.run_folder import RunFolder
+from raytune_ft.training.watching import reporting
 
 WATCHED = {"raylet": "its raylet ended", "gcs_server": "its control service ended"}
 """Name of a process as the kernel has it, and what is said of it."""

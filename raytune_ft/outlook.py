@@ -1,7 +1,8 @@
 """Outlook: what can be said of a run's memory and time on this machine before anything loads.
 
 `plan` shows it at length, `train` in a line, and `train` refuses what clearly cannot fit. GPUs are
-asked about by the driver's tool only (`config.gpus`): no process but a worker holds a CUDA context.
+asked about by the driver's tool only (`config.estimates.gpus`): no process but a worker holds a
+CUDA context.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from raytune_ft import survey
-from raytune_ft.config import catalog, gpus, pace
-from raytune_ft.config.footprint import Counts
-from raytune_ft.config.pace import Device
+from raytune_ft.config import catalog
+from raytune_ft.config.estimates import gpus, pace
+from raytune_ft.config.estimates.footprint import Counts
+from raytune_ft.config.estimates.pace import Device
 from raytune_ft.config.schema import Recipe
 from raytune_ft.errors import MemoryPlanError, RecipeError
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from raytune_ft import outlook, survey
-from raytune_ft.config import pace
+from raytune_ft.config.estimates import pace
 from raytune_ft.config.schema import Recipe
 from raytune_ft.data.report import CUT, SPLIT, Report
 from raytune_ft.errors import MemoryPlanError

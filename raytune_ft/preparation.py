@@ -30,8 +30,11 @@ from raytune_ft.errors import DataError, RecipeError
 from raytune_ft.model import loading
 from raytune_ft.model.memory import trained_parameters
 from raytune_ft.screen import Screen
-from raytune_ft.training import answer_metrics, disk, liveness, load_from, mmlu, trackers
+from raytune_ft.training.evaluating import answer_metrics, mmlu
+from raytune_ft.training.guarding import disk, liveness
 from raytune_ft.training.run_folder import STARTING, RunFolder, read_json, write_json
+from raytune_ft.training.saving import load_from
+from raytune_ft.training.watching import trackers
 from raytune_ft.training.worker import Job
 
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from raytune_ft.config import loader
 from raytune_ft.config.schema import Recipe
 from raytune_ft.errors import CheckpointError, Interrupted, RaytuneError, TrainingError
-from raytune_ft.training import liveness
+from raytune_ft.training.guarding import liveness
 from raytune_ft.training.run_folder import RunFolder
 
 

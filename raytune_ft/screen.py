@@ -17,9 +17,9 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from raytune_ft.training.data_record import loss_line
-from raytune_ft.training.reporting import Summary, clock, moments
-from raytune_ft.training.reporting.series import evenly
+from raytune_ft.training.watching.data_record import loss_line
+from raytune_ft.training.watching.reporting import Summary, clock, moments
+from raytune_ft.training.watching.reporting.series import evenly
 
 Event = dict[str, Any]
 

@@ -27,10 +27,10 @@ from raytune_ft.data.templating import templates
 from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
 from raytune_ft.errors import ModelError, RecipeError
 from raytune_ft.model.default_model import NAME as DEFAULT_MODEL
-from raytune_ft.training import trackers
+from raytune_ft.training.watching import trackers
 
 if TYPE_CHECKING:
-    from raytune_ft.config.pace import Device
+    from raytune_ft.config.estimates.pace import Device
     from raytune_ft.model.memory import MemoryPlan
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")

@@ -17,8 +17,9 @@ from raytune_ft.lost_ray import ending_with_ray, leave
 from raytune_ft.preparation import new_folder, prepare, removed_unless_started
 from raytune_ft.resume import open_run, resumable
 from raytune_ft.screen import Screen
-from raytune_ft.training import disk, reporting
+from raytune_ft.training.guarding import disk
 from raytune_ft.training.run_folder import RunFolder
+from raytune_ft.training.watching import reporting
 
 DATA_TASKS = 2
 """Windows of rows made at once; a core tokenises for several GPUs."""

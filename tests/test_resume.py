@@ -14,7 +14,7 @@ from raytune_ft.config.schema import Recipe
 from raytune_ft.errors import CheckpointError, DataError, Interrupted, TrainingError
 from raytune_ft.preparation import new_folder
 from raytune_ft.resume import open_run, resumable
-from raytune_ft.training import liveness
+from raytune_ft.training.guarding import liveness
 from raytune_ft.training.run_folder import STARTING, RunFolder, write_json
 
 GONE = {**liveness.this_process(), "began": "an earlier boot 1"}

@@ -12,8 +12,8 @@ import pytest
 from rich.console import Console
 
 from raytune_ft.screen import Screen, step_line
-from raytune_ft.training.reporting import summarize
 from raytune_ft.training.run_folder import append_jsonl
+from raytune_ft.training.watching.reporting import summarize
 from tests.training.made_runs import make_run
 from tests.training.made_runs import step_line as event_of
 

@@ -86,7 +86,7 @@ def _resumed(run: str, name: str | None, overrides: list[str]) -> tuple[str, lis
         spelling.check_same(name, asked, loader.load_recipe(recipe), run)
         return recipe, []
     if overrides:
-        from raytune_ft.training import identity
+        from raytune_ft.training.saving import identity
 
         for word in overrides:
             identity.check_field(word.partition("=")[0], run)

@@ -11,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from raytune_ft.config import catalog, listing
-from raytune_ft.config.footprint import count
-from raytune_ft.config.peak import memory_bytes
+from raytune_ft.config.estimates.footprint import count
+from raytune_ft.config.estimates.peak import memory_bytes
 from raytune_ft.config.schema import Recipe
 from raytune_ft.config.written import changed_fields, dump_changes
 

@@ -15,8 +15,8 @@ from raytune_ft.entry import tell
 from raytune_ft.errors import CheckpointError, RecipeError
 
 if TYPE_CHECKING:
-    from raytune_ft.training.reporting.listing import Entry
     from raytune_ft.training.run_folder import RunFolder
+    from raytune_ft.training.watching.reporting.listing import Entry
 
 NOTHING_FOUND = 1
 STORAGE = "runs"
@@ -39,7 +39,7 @@ HtmlOut = Annotated[
 @verb("runs")
 def runs(folder: Storage = STORAGE, as_json: Json = False) -> int:
     """List runs, newest first: status, steps, losses, speed; tab-separated where piped."""
-    from raytune_ft.training.reporting.listing import list_runs
+    from raytune_ft.training.watching.reporting.listing import list_runs
 
     found = list_runs(Path(folder).expanduser())
     if as_json:
@@ -56,7 +56,7 @@ def runs(folder: Storage = STORAGE, as_json: Json = False) -> int:
 
 
 def _cells(entry: Entry) -> tuple[str, ...]:
-    from raytune_ft.training.reporting import clock
+    from raytune_ft.training.watching.reporting import clock
 
     best = "" if entry.best is None else f"{entry.best:.4f} @{entry.best_step}"
     total = entry.total if entry.total is not None else "?"
@@ -91,7 +91,7 @@ def _print_tabbed(rows: Sequence[Sequence[str]]) -> None:
 @verb("compare")
 def compare(names: Several, html: HtmlOut = None, as_json: Json = False) -> int:
     """Lay runs over each other: recipe fields that differ, final figures, and --html curves."""
-    from raytune_ft.training.reporting import comparison
+    from raytune_ft.training.watching.reporting import comparison
 
     if len(names) < 2:
         raise RecipeError(f"compare: name two runs or more; raytune-ft runs {STORAGE} lists them")
@@ -136,6 +136,6 @@ def _write(target: Path, content: str) -> None:
 @verb("report")
 def report(run: Run) -> None:
     """Write a run's report.html again: of one that still goes on, or was killed."""
-    from raytune_ft.training.reporting import write_report
+    from raytune_ft.training.watching.reporting import write_report
 
     print(write_report(_folder(run)))

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from raytune_ft.config.document import nearest, read_file
-from raytune_ft.config.footprint import fitting_targets
+from raytune_ft.config.estimates.footprint import fitting_targets
 from raytune_ft.errors import RecipeError
 
 PRESETS = (

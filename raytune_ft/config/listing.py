@@ -1,7 +1,7 @@
 """What `raytune-ft list` shows: every name with its parts and the memory that it needs.
 
-Memory is `config.peak`'s figure for one GPU, from the card's shape and the recipe's fields;
-a recipe is checked once and counted for every card.
+Memory is `config.estimates.peak`'s figure for one GPU, from the card's shape and the recipe's
+fields; a recipe is checked once and counted for every card.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from raytune_ft.config import catalog
-from raytune_ft.config.footprint import count
-from raytune_ft.config.peak import memory_bytes
+from raytune_ft.config.estimates.footprint import count
+from raytune_ft.config.estimates.peak import memory_bytes
 from raytune_ft.config.schema import Recipe
 
 METHODS = ("qlora", "lora", "int8_lora", "full")

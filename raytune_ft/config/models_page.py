@@ -27,7 +27,7 @@ make `qwen3_8b_qlora_alpaca_e3`. Another model of a network below needs no card:
   `tokenizer.json` is read by the library that writes it, so there is nothing to compare.
 * **QLoRA**: memory predicted for one GPU, rank 64 on every linear layer, packs of 2,048 tokens, one
   at a time, optimizer state paged to the host (recipe `qlora_oasst1_e3`). The formula is
-  `raytune_ft/config/peak.py`; for other settings: `raytune-ft plan NAME data.max_length=512`.
+  `config/estimates/peak.py`; for other settings: `raytune-ft plan NAME data.max_length=512`.
 
 The table is made from the cards, `configs/models/` and `configs/families.yaml`; on a terminal it is
 `raytune-ft list --models`.
@@ -72,7 +72,7 @@ pytest tests/config
 ```
 
 The tests count the card's parameters on transformers' own network and compare. A `model_type`
-that the memory formula does not know (`linear_layers` in `raytune_ft/config/footprint.py`) shows
+that the memory formula does not know (`linear_layers` in `config/estimates/footprint.py`) shows
 there.
 
 A card does not teach a new network. Model types are those of transformers' causal language models

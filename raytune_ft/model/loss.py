@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from raytune_ft.config.footprint import LOGIT_ROWS
+from raytune_ft.config.estimates.footprint import LOGIT_ROWS
 from raytune_ft.errors import ModelError
 
 IGNORE_INDEX = -100

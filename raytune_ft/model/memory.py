@@ -1,7 +1,7 @@
 """Memory planning: a recipe and a config.json in, predicted peak bytes per worker out.
 
 Parameters are counted on a network without storage, so every family is counted exactly; what they
-and the activations take is `config.peak`'s arithmetic.
+and the activations take is `config.estimates.peak`'s arithmetic.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from raytune_ft.config.footprint import Counts, norm_widths, own_inputs
-from raytune_ft.config.pace import DEVICES, Device
-from raytune_ft.config.peak import host_bytes, memory_bytes
-from raytune_ft.config.proposal import Proposal, alternatives, proposals
+from raytune_ft.config.estimates.footprint import Counts, norm_widths, own_inputs
+from raytune_ft.config.estimates.pace import DEVICES, Device
+from raytune_ft.config.estimates.peak import host_bytes, memory_bytes
+from raytune_ft.config.estimates.proposal import Proposal, alternatives, proposals
 from raytune_ft.config.schema import Recipe
 from raytune_ft.model.adapter import linear_names
 from raytune_ft.model.families import detect

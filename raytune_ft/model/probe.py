@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from raytune_ft.config.pace import Device
+from raytune_ft.config.estimates.pace import Device
 
 TOKENS, INPUTS, OUTPUTS = 8192, 4096, 11008
 """Of a product as a 7B model's MLP has it."""

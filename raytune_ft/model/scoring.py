@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from raytune_ft.config.footprint import LOGIT_ROWS
+from raytune_ft.config.estimates.footprint import LOGIT_ROWS
 from raytune_ft.model.generate import device_of, evaluating
 from raytune_ft.model.loss import Attention, causal_model, has_plain_head
 

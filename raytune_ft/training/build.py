@@ -12,10 +12,11 @@ from raytune_ft.config.schema import Recipe
 from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
 from raytune_ft.model import adapter, beginnings, loading, new_tokens, noise
 from raytune_ft.model.preference import build_loss
-from raytune_ft.training import durable, load_from, presets
+from raytune_ft.training import presets
 from raytune_ft.training.batching import TensorBatch
 from raytune_ft.training.engine import Engine, TorchEngine, ZeroEngine, rank
-from raytune_ft.training.load_from import BEGINNING, Begin
+from raytune_ft.training.saving import durable, load_from
+from raytune_ft.training.saving.load_from import BEGINNING, Begin
 
 Samples = Callable[[], Iterable[TensorBatch]]
 

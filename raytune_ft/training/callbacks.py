@@ -12,14 +12,16 @@ from raytune_ft.data.packing import Pack
 from raytune_ft.data.questions import Question
 from raytune_ft.data.rows.formats import fill_text
 from raytune_ft.model.answers import Drawing
-from raytune_ft.training import answer_metrics, checkpoint, data_record, mmlu
-from raytune_ft.training.answering import Voice
-from raytune_ft.training.checkpoint import TrainState
 from raytune_ft.training.engine import Engine, rank, world_size
+from raytune_ft.training.evaluating import answer_metrics, mmlu
+from raytune_ft.training.evaluating.answering import Voice
+from raytune_ft.training.evaluating.mmlu import Benchmark
+from raytune_ft.training.evaluating.validation import held_out_figures
 from raytune_ft.training.loop import Emit, Hooks
-from raytune_ft.training.mmlu import Benchmark
 from raytune_ft.training.run_folder import RunFolder
-from raytune_ft.training.validation import held_out_figures
+from raytune_ft.training.saving import checkpoint
+from raytune_ft.training.saving.checkpoint import TrainState
+from raytune_ft.training.watching import data_record
 
 FIRST_TOKENS = 50
 """Longest answer before training, as in XTuner v0.1.9: an untrained model may never end."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from raytune_ft.config.schema import Recipe
 from raytune_ft.training.batching import StepData
-from raytune_ft.training.checkpoint import TrainState
+from raytune_ft.training.saving.checkpoint import TrainState
 from raytune_ft.training.schedule import Moment, expected_steps, in_warmup, share_of
 
 

@@ -9,18 +9,19 @@ from typing import Protocol
 
 from raytune_ft.config.schema import Recipe
 from raytune_ft.errors import Interrupted, RaytuneError, TrainingError
-from raytune_ft.training import course, data_record, stopping
+from raytune_ft.training import course, stopping
 from raytune_ft.training.batching import StepData
-from raytune_ft.training.checkpoint import TrainState
 from raytune_ft.training.engine import Engine, world_size
-from raytune_ft.training.eta import Eta
-from raytune_ft.training.pulse import PULSE
-from raytune_ft.training.room import Room
+from raytune_ft.training.guarding.pulse import PULSE
+from raytune_ft.training.guarding.room import Room
+from raytune_ft.training.guarding.stragglers import ForwardClock, Stragglers
+from raytune_ft.training.saving.checkpoint import TrainState
 from raytune_ft.training.schedule import lr_at
 from raytune_ft.training.step import seed_step, take_step
-from raytune_ft.training.stragglers import ForwardClock, Stragglers
-from raytune_ft.training.throughput import Meter
 from raytune_ft.training.vitals import agree
+from raytune_ft.training.watching import data_record
+from raytune_ft.training.watching.eta import Eta
+from raytune_ft.training.watching.throughput import Meter
 
 
 class Emit(Protocol):

@@ -17,7 +17,7 @@ from typing import Any
 
 from raytune_ft import __version__
 from raytune_ft.errors import CheckpointError
-from raytune_ft.training import liveness
+from raytune_ft.training.guarding import liveness
 
 Event = dict[str, Any]
 

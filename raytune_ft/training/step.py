@@ -17,9 +17,9 @@ from raytune_ft.config.schema import Recipe
 from raytune_ft.errors import TrainingError
 from raytune_ft.training import stopping
 from raytune_ft.training.batching import StepData
-from raytune_ft.training.checkpoint import TrainState
 from raytune_ft.training.engine import Engine, TorchEngine, rank, world_size
-from raytune_ft.training.pulse import PULSE
+from raytune_ft.training.guarding.pulse import PULSE
+from raytune_ft.training.saving.checkpoint import TrainState
 from raytune_ft.training.vitals import Vitals, gather, measures, take_sums
 
 MAX_OVERFLOWS = 20

@@ -11,7 +11,7 @@ from statistics import median
 
 from raytune_ft.config.schema import EvalSection
 from raytune_ft.errors import TrainingError
-from raytune_ft.training.checkpoint import TrainState
+from raytune_ft.training.saving.checkpoint import TrainState
 
 REMEMBERED = 50
 """Losses that a spike is compared with."""

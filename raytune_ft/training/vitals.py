@@ -15,7 +15,7 @@ from raytune_ft.errors import TrainingError
 from raytune_ft.model.loss import TokenLoss
 from raytune_ft.training.batching import StepData
 from raytune_ft.training.engine import rank, world_size
-from raytune_ft.training.failures import Elsewhere
+from raytune_ft.training.guarding.failures import Elsewhere
 
 
 @dataclass(frozen=True)

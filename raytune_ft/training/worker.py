@@ -27,20 +27,23 @@ from raytune_ft.data.tokenizing import hf_files
 from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
 from raytune_ft.errors import CheckpointError
 from raytune_ft.model import adapter, side_files
-from raytune_ft.training import best, checkpoint, course, dry_step, durable, identity
-from raytune_ft.training.answering import Voice
+from raytune_ft.training import course
 from raytune_ft.training.batching import TensorBatch, steps
 from raytune_ft.training.build import build_engine
 from raytune_ft.training.callbacks import build_hooks
-from raytune_ft.training.checkpoint import TrainState
 from raytune_ft.training.engine import Engine, rank, world_size
-from raytune_ft.training.exclusive import only_writer
-from raytune_ft.training.guards import Guards, guarded
-from raytune_ft.training.load_from import Begin
+from raytune_ft.training.evaluating import best
+from raytune_ft.training.evaluating.answering import Voice
+from raytune_ft.training.guarding import dry_step
+from raytune_ft.training.guarding.exclusive import only_writer
+from raytune_ft.training.guarding.guards import Guards, guarded
+from raytune_ft.training.guarding.room import Room
 from raytune_ft.training.loop import Emit, train
-from raytune_ft.training.recording import recorded
-from raytune_ft.training.room import Room
 from raytune_ft.training.run_folder import Event, RunFolder
+from raytune_ft.training.saving import checkpoint, durable, identity
+from raytune_ft.training.saving.checkpoint import TrainState
+from raytune_ft.training.saving.load_from import Begin
+from raytune_ft.training.watching.recording import recorded
 
 PackStream = Callable[[Position], Iterator[Placed]]
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from raytune_ft.training.reporting.comparison import compare, differing, flat, unambiguous
 from raytune_ft.training.run_folder import RunFolder
+from raytune_ft.training.watching.reporting.comparison import compare, differing, flat, unambiguous
 from tests.cli.conftest import Command
 from tests.training.made_runs import make_run, recipe_of
 from tests.training.test_report import HOSTILE, TAGS, markup
@@ -92,7 +92,7 @@ def test_hostile_names_and_recipes_stay_text(storage: Path) -> None:
     for place in (storage / name, storage / "x"):
         make_run(place, recipe=recipe_of("x", data={"system": HOSTILE + place.name}))
     (storage / "x" / "recipe.yaml").write_text(f"? {json.dumps(HOSTILE)}\n: {{a: 1}}\n")
-    from raytune_ft.training.reporting.comparison import compare_page
+    from raytune_ft.training.watching.reporting.comparison import compare_page
 
     page = compare_page(compare([RunFolder(storage / name), RunFolder(storage / "x")]))
     assert markup(page).tags <= TAGS and not markup(page).attributes & {"src", "onerror", "href"}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from raytune_ft import outlook
-from raytune_ft.config import gpus
+from raytune_ft.config.estimates import gpus
 from raytune_ft.config.loader import load_recipe
 from raytune_ft.config.schema import Recipe
 from raytune_ft.errors import MemoryPlanError

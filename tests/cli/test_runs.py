@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from raytune_ft.training import liveness
-from raytune_ft.training.reporting import write_report
-from raytune_ft.training.reporting.listing import SUMMARY, figures_of, list_runs
+from raytune_ft.training.guarding import liveness
 from raytune_ft.training.run_folder import RunFolder
+from raytune_ft.training.watching.reporting import write_report
+from raytune_ft.training.watching.reporting.listing import SUMMARY, figures_of, list_runs
 from tests.cli.conftest import Command
 from tests.training.made_runs import make_run
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from raytune_ft.config import catalog, listing
-from raytune_ft.config.footprint import count, fitting_targets, linear_layers
+from raytune_ft.config.estimates.footprint import count, fitting_targets, linear_layers
+from raytune_ft.config.estimates.peak import memory_bytes
 from raytune_ft.config.loader import load_recipe
-from raytune_ft.config.peak import memory_bytes
 from raytune_ft.config.schema import Recipe
 
 GIB = 2**30

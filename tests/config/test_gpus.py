@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from raytune_ft.config import gpus
+from raytune_ft.config.estimates import gpus
 
 TWO = """\
 0, GPU-1f0c, NVIDIA H200, 143771

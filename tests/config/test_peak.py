@@ -19,16 +19,22 @@ from hypothesis import strategies as st
 
 from benchmarks.memory_plan import all_cells, recipe_of
 from raytune_ft.config import catalog
-from raytune_ft.config.footprint import Counts, bucket_elements, count
-from raytune_ft.config.loader import load_recipe
-from raytune_ft.config.pace import (
+from raytune_ft.config.estimates.footprint import Counts, bucket_elements, count
+from raytune_ft.config.estimates.pace import (
     DEVICES,
     device_called,
     epoch_seconds,
     micro_seconds,
     sides,
 )
-from raytune_ft.config.peak import Setting, host_bytes, kept_per_token, memory_bytes, zero_of
+from raytune_ft.config.estimates.peak import (
+    Setting,
+    host_bytes,
+    kept_per_token,
+    memory_bytes,
+    zero_of,
+)
+from raytune_ft.config.loader import load_recipe
 from raytune_ft.config.schema import Recipe
 
 CELLS: list[dict[str, Any]] = json.loads(

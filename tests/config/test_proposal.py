@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raytune_ft.config import catalog
-from raytune_ft.config.footprint import Counts, count
+from raytune_ft.config.estimates.footprint import Counts, count
+from raytune_ft.config.estimates.pace import DEVICES, epoch_seconds
+from raytune_ft.config.estimates.peak import memory_bytes
+from raytune_ft.config.estimates.proposal import FILLED, Proposal, proposals
 from raytune_ft.config.loader import load_recipe
-from raytune_ft.config.pace import DEVICES, epoch_seconds
 from raytune_ft.config.pairs import problem
-from raytune_ft.config.peak import memory_bytes
-from raytune_ft.config.proposal import FILLED, Proposal, proposals
 from raytune_ft.config.schema import Recipe
 
 GIB = 2**30

@@ -26,8 +26,9 @@ from raytune_ft.data.packing import Pack, Position
 from raytune_ft.data.places import Placed, iter_packs
 from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
 from raytune_ft.data.windows import make_feed
-from raytune_ft.training import checkpoint, worker
+from raytune_ft.training import worker
 from raytune_ft.training.run_folder import RunFolder, append_jsonl, read_jsonl, write_json
+from raytune_ft.training.saving import checkpoint
 from raytune_ft.training.worker import Job
 from tests.faults.verdict import Kill, Verdict, compare, compare_rounded
 

@@ -22,13 +22,13 @@ from torch import nn
 from raytune_ft.config.schema import Recipe
 from raytune_ft.data.packing import Position
 from raytune_ft.data.report import new_report
-from raytune_ft.training import failures
 from raytune_ft.training.batching import StepData, TensorBatch
-from raytune_ft.training.checkpoint import TrainState
 from raytune_ft.training.engine import TorchEngine
-from raytune_ft.training.guards import Guards, guarded
+from raytune_ft.training.guarding import failures
+from raytune_ft.training.guarding.guards import Guards, guarded
 from raytune_ft.training.loop import Hooks, train
 from raytune_ft.training.run_folder import RunFolder, append_jsonl
+from raytune_ft.training.saving.checkpoint import TrainState
 
 STEPS = 8
 TELLING_S = 1.5
@@ -211,7 +211,7 @@ def gradient_is_nan(rank: Rank) -> None:
 
 def is_asked_to_stop(rank: Rank) -> None:
     """One rank alone gets SIGTERM."""
-    from raytune_ft.training.interruption import AskedToEnd
+    from raytune_ft.training.guarding.interruption import AskedToEnd
 
     rank.hooks = replace(
         rank.hooks,

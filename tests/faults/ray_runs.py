@@ -23,8 +23,8 @@ import psutil
 import yaml
 
 from raytune_ft.errors import Interrupted
-from raytune_ft.training import durable
 from raytune_ft.training.run_folder import RunFolder, read_jsonl
+from raytune_ft.training.saving import durable
 from tests.faults.verdict import Kill, Verdict, compare
 
 WORKER, FEEDER, DATA_TASK, RAYLET = "RayTrainWorker", "ray::Feeder", "ray::MapBatches", "raylet"

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from raytune_ft.training.guarding.watchdog import EXIT_CODE
 from raytune_ft.training.run_folder import read_jsonl
-from raytune_ft.training.watchdog import EXIT_CODE
 from tests.faults import gloo
 
 LIMIT_S = 5

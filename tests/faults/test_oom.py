@@ -18,15 +18,15 @@ from raytune_ft.data.places import Placed, iter_packs
 from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
 from raytune_ft.data.windows import make_feed
 from raytune_ft.errors import MemoryPlanError
-from raytune_ft.training import dry_step
 from raytune_ft.training.batching import steps
 from raytune_ft.training.build import build_engine
-from raytune_ft.training.checkpoint import TrainState
 from raytune_ft.training.engine import Engine
-from raytune_ft.training.failures import Retry
+from raytune_ft.training.guarding import dry_step
+from raytune_ft.training.guarding.failures import Retry
+from raytune_ft.training.guarding.room import FILE, Room
 from raytune_ft.training.loop import Hooks, train
-from raytune_ft.training.room import FILE, Room
 from raytune_ft.training.run_folder import read_json
+from raytune_ft.training.saving.checkpoint import TrainState
 from tests.conftest import write_chats
 
 LENGTH = 48

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from raytune_ft.errors import CheckpointError
-from raytune_ft.training import checkpoint, durable
-from raytune_ft.training.checkpoint import TrainState
+from raytune_ft.training.saving import checkpoint, durable
+from raytune_ft.training.saving.checkpoint import TrainState
 from tests.faults import shim
 from tests.training.test_checkpoint import whole_steps
 

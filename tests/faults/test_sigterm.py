@@ -16,8 +16,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from raytune_ft.training.checkpoint import step_folders, step_of
 from raytune_ft.training.run_folder import RunFolder, read_jsonl
+from raytune_ft.training.saving.checkpoint import step_folders, step_of
 from tests import runs
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]

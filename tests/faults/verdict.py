@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from raytune_ft.training import checkpoint, durable
 from raytune_ft.training.run_folder import RunFolder, read_json, read_jsonl
+from raytune_ft.training.saving import checkpoint, durable
 from tests.runs import adapter_of, sha256
 
 KEPT = ("step", "epoch", "progress", "loss", "lr", "grad_norm", "tokens", "targets", "rows",

@@ -17,12 +17,12 @@ from raytune_ft.data.places import Placed, iter_packs
 from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
 from raytune_ft.data.windows import make_feed
 from raytune_ft.errors import MemoryPlanError
-from raytune_ft.training import dry_step
 from raytune_ft.training.batching import steps
 from raytune_ft.training.build import build_engine
-from raytune_ft.training.checkpoint import TrainState
+from raytune_ft.training.guarding import dry_step
+from raytune_ft.training.guarding.room import Room
 from raytune_ft.training.loop import Hooks, train
-from raytune_ft.training.room import Room
+from raytune_ft.training.saving.checkpoint import TrainState
 from tests.conftest import make_tiny_model, write_chats
 
 pytestmark = [

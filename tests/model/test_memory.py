@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raytune_ft.config import catalog
-from raytune_ft.config.peak import CUBLAS
+from raytune_ft.config.estimates.peak import CUBLAS
 from raytune_ft.config.schema import LoraSection, ModelSection, Recipe
 from raytune_ft.model.adapter import attach
 from raytune_ft.model.loading import load_model, read_config

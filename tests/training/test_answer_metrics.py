@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from raytune_ft.errors import RecipeError
-from raytune_ft.training import answer_metrics
-from raytune_ft.training.answer_metrics import WORD, check_installed, score
+from raytune_ft.training.evaluating import answer_metrics
+from raytune_ft.training.evaluating.answer_metrics import WORD, check_installed, score
 
 WANTED = ["The red river is deep.", "seven green stones", "红色的河很深", ""]
 ANSWERS = ["the  red river\nis deep.", "green stones and seven", "红河很深", "x"]

@@ -25,9 +25,11 @@ from raytune_ft.data.windows import make_feed
 from raytune_ft.model.adapter import load_adapter
 from raytune_ft.model.generate import stream_ids
 from raytune_ft.model.loading import load_model
-from raytune_ft.training import answer_metrics, checkpoint, worker
+from raytune_ft.training import worker
 from raytune_ft.training.callbacks import FIRST_TOKENS
+from raytune_ft.training.evaluating import answer_metrics
 from raytune_ft.training.run_folder import RunFolder, read_jsonl, write_json
+from raytune_ft.training.saving import checkpoint
 from raytune_ft.training.worker import Job
 from tests import runs
 from tests.conftest import write_chats

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load
 
 from raytune_ft.errors import CheckpointError
-from raytune_ft.training import checkpoint, durable, tensor_file
-from raytune_ft.training.checkpoint import TrainState
-from raytune_ft.training.exclusive import only_writer
+from raytune_ft.training.guarding.exclusive import only_writer
+from raytune_ft.training.saving import checkpoint, durable, tensor_file
+from raytune_ft.training.saving.checkpoint import TrainState
 
 
 def tensors(value: float) -> dict[str, torch.Tensor]:
@@ -168,7 +168,7 @@ def test_a_part_of_another_tensor_is_written_by_its_values(tmp_path: Path) -> No
 HOLDER = """
 import sys, time
 from pathlib import Path
-from raytune_ft.training.exclusive import only_writer
+from raytune_ft.training.guarding.exclusive import only_writer
 with only_writer(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from raytune_ft.config.schema import Recipe
-from raytune_ft.training.checkpoint import TrainState
 from raytune_ft.training.course import progress
-from raytune_ft.training.eta import Eta
+from raytune_ft.training.saving.checkpoint import TrainState
+from raytune_ft.training.watching.eta import Eta
 
 
 @dataclass(frozen=True)

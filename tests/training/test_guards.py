@@ -18,14 +18,15 @@ from torch import nn
 
 from raytune_ft.config.schema import Recipe
 from raytune_ft.errors import CheckpointError, DataError, TrainingError
-from raytune_ft.training import checkpoint, disk, failures, guards, memory_end, watchdog
-from raytune_ft.training.checkpoint import TrainState
-from raytune_ft.training.failures import Elsewhere, Retry
-from raytune_ft.training.interruption import AskedToEnd
-from raytune_ft.training.pulse import PULSE, Pulse, listen
+from raytune_ft.training.guarding import disk, failures, guards, memory_end, watchdog
+from raytune_ft.training.guarding.failures import Elsewhere, Retry
+from raytune_ft.training.guarding.interruption import AskedToEnd
+from raytune_ft.training.guarding.pulse import PULSE, Pulse, listen
+from raytune_ft.training.guarding.stragglers import STEPS, ForwardClock, Stragglers
+from raytune_ft.training.guarding.watchdog import Place, Watchdog
 from raytune_ft.training.run_folder import RunFolder, read_jsonl, write_json
-from raytune_ft.training.stragglers import STEPS, ForwardClock, Stragglers
-from raytune_ft.training.watchdog import Place, Watchdog
+from raytune_ft.training.saving import checkpoint
+from raytune_ft.training.saving.checkpoint import TrainState
 
 MIB = 2**20
 
@@ -223,7 +224,7 @@ def test_forward_passes_are_timed_and_backward_passes_are_not(
                 x.register_hook(lambda _: spend(100.0))
             return x * 2
 
-    monkeypatch.setattr("raytune_ft.training.stragglers.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("raytune_ft.training.guarding.stragglers.time.perf_counter", lambda: now[0])
     module = Slow()
     clock = ForwardClock(module, torch.device("cpu"))
     for _ in range(2):

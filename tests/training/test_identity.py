@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from raytune_ft.config.schema import Recipe
 from raytune_ft.errors import CheckpointError, RecipeError
-from raytune_ft.training import identity
+from raytune_ft.training.saving import identity
 
 FIXED_BY_SECTION = {
     "model": (

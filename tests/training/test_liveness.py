@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from raytune_ft.training import liveness
+from raytune_ft.training.guarding import liveness
 from raytune_ft.training.run_folder import RunFolder, write_json
 
 DRIVER = """

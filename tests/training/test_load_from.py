@@ -21,9 +21,10 @@ from raytune_ft.data.places import Placed, iter_packs
 from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
 from raytune_ft.data.windows import make_feed
 from raytune_ft.errors import CheckpointError
-from raytune_ft.training import checkpoint, load_from, worker
+from raytune_ft.training import worker
 from raytune_ft.training.build import build_engine
 from raytune_ft.training.run_folder import RunFolder, read_jsonl, write_json
+from raytune_ft.training.saving import checkpoint, load_from
 from raytune_ft.training.worker import Job
 from tests.conftest import make_tiny_model
 

@@ -28,9 +28,9 @@ from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
 from raytune_ft.data.windows import Feed, Window, make_feed
 from raytune_ft.errors import Interrupted, TrainingError
 from raytune_ft.training.batching import StepData, TensorBatch, count_targets, steps
-from raytune_ft.training.checkpoint import TrainState
 from raytune_ft.training.engine import Engine, State
 from raytune_ft.training.loop import Hooks, train
+from raytune_ft.training.saving.checkpoint import TrainState
 from tests.conftest import write_chats
 
 EPOCHS = 3

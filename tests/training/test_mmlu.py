@@ -20,10 +20,10 @@ from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
 from raytune_ft.errors import DataError, RecipeError
 from raytune_ft.model import loading
 from raytune_ft.screen import Screen
-from raytune_ft.training import mmlu
-from raytune_ft.training.recording import RunWriter
-from raytune_ft.training.reporting.tables import mmlu_table
+from raytune_ft.training.evaluating import mmlu
 from raytune_ft.training.run_folder import RunFolder, read_jsonl
+from raytune_ft.training.watching.recording import RunWriter
+from raytune_ft.training.watching.reporting.tables import mmlu_table
 from tests.conftest import WORDS
 from tests.data.conftest import write_jsonl
 

@@ -14,11 +14,18 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from raytune_ft.training.reporting import left_with_report, summarize, write_report
-from raytune_ft.training.reporting.series import Columns, number, short, smooth, thin, ticks
-from raytune_ft.training.reporting.svg import Chart, Line, draw
-from raytune_ft.training.reporting.tables import changes, measured_table
 from raytune_ft.training.run_folder import RunFolder, append_jsonl
+from raytune_ft.training.watching.reporting import left_with_report, summarize, write_report
+from raytune_ft.training.watching.reporting.series import (
+    Columns,
+    number,
+    short,
+    smooth,
+    thin,
+    ticks,
+)
+from raytune_ft.training.watching.reporting.svg import Chart, Line, draw
+from raytune_ft.training.watching.reporting.tables import changes, measured_table
 from tests.training.made_runs import GIB, make_run, recipe_of
 
 CHROMIUM = shutil.which("chromium")

@@ -13,8 +13,9 @@ import torch
 
 from raytune_ft.config.schema import Recipe
 from raytune_ft.errors import CheckpointError
-from raytune_ft.training import checkpoint, worker
+from raytune_ft.training import worker
 from raytune_ft.training.engine import Engine
+from raytune_ft.training.saving import checkpoint
 from tests.training.test_load_from import recipe_of, train
 
 WAYS: dict[str, dict[str, dict[str, Any]]] = {

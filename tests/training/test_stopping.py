@@ -18,10 +18,11 @@ from raytune_ft.data.packing import Position
 from raytune_ft.data.places import iter_packs
 from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
 from raytune_ft.errors import TrainingError
-from raytune_ft.training import checkpoint, stopping
+from raytune_ft.training import stopping
 from raytune_ft.training.batching import steps
-from raytune_ft.training.checkpoint import TrainState
 from raytune_ft.training.loop import Hooks, train
+from raytune_ft.training.saving import checkpoint
+from raytune_ft.training.saving.checkpoint import TrainState
 from tests.conftest import write_chats
 from tests.training.test_loop import Recorder, feed_of, recipe_of
 

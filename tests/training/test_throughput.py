@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from raytune_ft.data.packing import IGNORE_INDEX
 from raytune_ft.model.loss import TokenLoss
 from raytune_ft.training.batching import to_tensors
-from raytune_ft.training.throughput import Meter, Work, memory_use, peak_flops, work_of
+from raytune_ft.training.watching.throughput import Meter, Work, memory_use, peak_flops, work_of
 
 LENGTH, SEGMENTS = 64, [64, 64]
 

@@ -15,10 +15,10 @@ import pytest
 
 from raytune_ft.config.schema import Recipe
 from raytune_ft.errors import Interrupted, RecipeError
-from raytune_ft.training import trackers
-from raytune_ft.training.recording import RunWriter, grouped, recorded
 from raytune_ft.training.run_folder import RunFolder, read_jsonl
-from raytune_ft.training.trackers import Beginning, Trackers
+from raytune_ft.training.watching import trackers
+from raytune_ft.training.watching.recording import RunWriter, grouped, recorded
+from raytune_ft.training.watching.trackers import Beginning, Trackers
 from tests.training.made_runs import recipe_of, step_line
 
 SECRETS = {

@@ -30,9 +30,9 @@ from raytune_ft.model import adapter, loading
 from raytune_ft.model.loss import TokenLoss
 from raytune_ft.model.preference import build_loss
 from raytune_ft.training import presets
-from raytune_ft.training.answering import Voice
 from raytune_ft.training.engine import Engine, TorchEngine, ZeroEngine, rank
-from raytune_ft.training.validation import batches, held_out_figures
+from raytune_ft.training.evaluating.answering import Voice
+from raytune_ft.training.evaluating.validation import batches, held_out_figures
 from tests.conftest import write_chats
 from tests.training import test_preference as preference
 

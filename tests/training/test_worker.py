@@ -23,10 +23,10 @@ from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
 from raytune_ft.data.windows import Feed, make_feed
 from raytune_ft.errors import CheckpointError, Interrupted
 from raytune_ft.training import worker
-from raytune_ft.training.guards import Guards
-from raytune_ft.training.interruption import AskedToEnd
+from raytune_ft.training.guarding.guards import Guards
+from raytune_ft.training.guarding.interruption import AskedToEnd
 from raytune_ft.training.run_folder import RunFolder, read_json, read_jsonl, write_json
-from raytune_ft.training.throughput import MOMENTARY
+from raytune_ft.training.watching.throughput import MOMENTARY
 from raytune_ft.training.worker import Job
 from tests import runs
 

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from raytune_ft.config.footprint import bucket_elements
+from raytune_ft.config.estimates.footprint import bucket_elements
 from raytune_ft.config.schema import TrainSection
 from raytune_ft.errors import CheckpointError, RecipeError
 from raytune_ft.training.batching import TensorBatch

@@ -1,0 +1,1 @@
+"""What a recipe needs, by arithmetic alone: memory, time, and the settings that fit."""

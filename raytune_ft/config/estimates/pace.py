@@ -1,0 +1,162 @@
+"""Pace: a recipe, a model's counts and a device in, seconds of a step out. No torch.
+
+A micro-step takes the device as long as its products, attention, passes over memory and unpacking
+of weights take, and the host as long as Python needs to start them; the slower of the two decides,
+and near balance both count. Shares of the device's rates were fitted once to measured runs on one
+H200 (`python -m benchmarks.memory_plan`, docs/planning.md); other devices come in by their rates.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from raytune_ft.config.estimates.footprint import Counts
+from raytune_ft.config.estimates.peak import Setting, kept_per_token
+from raytune_ft.config.schema import Recipe
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Device:
+    """Rates of a GPU and of the machine around it."""
+
+    name: str
+    memory: int
+    """Bytes."""
+    products: float
+    """Floating-point operations per second of large bfloat16 products."""
+    copies: float
+    """Bytes per second, read and written, of a copy in the device's memory."""
+    start: float
+    """Seconds in which Python starts one operation."""
+    is_measured: bool = True
+    """Whether the rates were measured; else a data sheet's, reached as the H200 reaches its own."""
+
+
+_REACHED, _COPIED = 785e12 / 989e12, 4.27e12 / 4.8e12
+_START = 6.5e-6
+
+
+def _by_sheet(name: str, gib: float, products: float, copies: float) -> Device:
+    return Device(
+        name, int(gib * GIB), products * 1e12 * _REACHED, copies * 1e12 * _COPIED, _START, False
+    )
+
+
+DEVICES = {
+    "h200": Device("H200", int(139.8 * GIB), 785e12, 4.27e12, _START),
+    "h100": _by_sheet("H100", 79.2, 989, 3.35),
+    "a100": _by_sheet("A100", 79.2, 312, 2.04),
+    "l40s": _by_sheet("L40S", 44.4, 362, 0.864),
+    "l4": _by_sheet("L4", 22.0, 121, 0.30),
+    "rtx 4090": _by_sheet("RTX 4090", 23.5, 165, 1.01),
+    "rtx 3090": _by_sheet("RTX 3090", 23.6, 71, 0.94),
+}
+"""By the word in the driver's name; bfloat16 without sparsity, and TB/s, of the vendor's sheets."""
+
+# Shares of the rates, and numbers of operations, fitted to the H200's runs.
+PRODUCTS, ATTENTION, FLOAT32 = 0.51, 0.42, 0.040
+PASSES = 4.3
+"""Times that what a layer keeps is written or read, over forward and backward pass."""
+AGAIN = 0.33
+"""Share of these passes, and of an adapter's products, that recomputation adds."""
+UNPACKING = 0.0095 * 4.27e12 / 6_476_005_376
+"""Memory traffic per weight unpacked, in bytes, at the rate of copies."""
+LAYER_STARTS, ADAPTER_STARTS, BACKWARD_STARTS = 256, 30, 283
+"""Operations that a decoder layer starts forward, those of each of its adapters, and backward."""
+UNPACKING_STARTS = {"none": 0, "nf4": 252, "int8": 660}
+"""Those of a layer's weights each time they are unpacked, or what they read is packed."""
+BALANCE = 3.5
+"""Exponent of the norm that joins the device's and the host's seconds."""
+UPDATE_BYTES, UPDATE_SECONDS = 30, 0.07
+"""Of an optimizer step: traffic per weight, and what DeepSpeed or paging takes besides."""
+HOST_RATE, LINK_RATE = 20e9, 100e9
+"""Bytes per second from and to the host, and between GPUs; assumed, not measured."""
+
+
+def device_called(name: str) -> Device | None:
+    """Return the device whose word stands in `name`, a driver's or a user's; None if none does."""
+    said = name.lower().replace("-", " ").replace("_", " ")
+    found = [word for word in DEVICES if word in said or word.replace(" ", "") in said]
+    return DEVICES[max(found, key=len)] if found else None
+
+
+def micro_seconds(recipe: Recipe, counts: Counts, device: Device, fill: float = 1.0) -> float:
+    """Predict a micro-step's seconds: one forward and backward pass of one worker.
+
+    Args:
+        recipe: the run.
+        counts: of its model.
+        device: on which each worker runs.
+        fill: tokens over the room in the packs, where packs are as short as their rows.
+    """
+    on_device, on_host = sides(recipe, counts, device, fill)
+    joined: float = (on_device**BALANCE + on_host**BALANCE) ** (1 / BALANCE)
+    if recipe.train.objective == "dpo":  # the reference's forward pass
+        joined *= 4 / 3
+    return joined
+
+
+def sides(recipe: Recipe, counts: Counts, device: Device, fill: float = 1.0) -> tuple[float, float]:
+    """Return the seconds of a micro-step that the device needs, and those that the host needs."""
+    setting = Setting(recipe, counts, on_gpu=True)
+    return _device_seconds(setting, device, fill), _host_seconds(setting, device)
+
+
+def update_seconds(recipe: Recipe, counts: Counts, device: Device) -> float:
+    """Predict an optimizer step's seconds beside its micro-steps."""
+    setting = Setting(recipe, counts, on_gpu=True)
+    traffic = UPDATE_BYTES * counts.trained / setting.ranks / device.copies
+    slow = setting.zero.stage > 0 or recipe.train.optimizer.startswith("paged")
+    on_host = setting.zero.optimizer_on_host
+    hosted = UPDATE_BYTES * counts.trained / setting.ranks / HOST_RATE if on_host else 0
+    return traffic + hosted + (UPDATE_SECONDS if slow else 0)
+
+
+def epoch_seconds(
+    recipe: Recipe, counts: Counts, device: Device, packs: float, fill: float = 1.0
+) -> float:
+    """Predict an epoch's seconds, without what is evaluated and written."""
+    per_step = recipe.global_batch_size
+    micro_steps = packs / (recipe.train.micro_batch_size * recipe.run.workers)
+    return micro_steps * micro_seconds(recipe, counts, device, fill) + packs / per_step * (
+        update_seconds(recipe, counts, device)
+    )
+
+
+def _device_seconds(setting: Setting, device: Device, fill: float) -> float:
+    counts, tokens = setting.counts, setting.tokens * fill
+    again = 1 if setting.recomputes else 0
+    passes = 3 if setting.is_full else 2  # weights that are trained have gradients of their own
+    head = counts.vocabulary * counts.hidden * passes
+    products = 2 * tokens * (counts.linear * (passes + again) + head)
+    seconds = products / (PRODUCTS * device.products)
+    length = setting.recipe.data.max_length * fill
+    attention = 4 * tokens * length * counts.queries * counts.layers * (3.5 + again)
+    seconds += attention / (ATTENTION * device.products)
+    traffic = PASSES * kept_per_token(setting) * tokens * counts.layers * (1 + AGAIN * again)
+    if setting.recipe.model.quantization != "none":
+        traffic += UNPACKING * counts.linear * (2 + again)
+    if not setting.is_full and setting.adapter_width == 4:
+        products = 6 * counts.trained * tokens * (1 + AGAIN * again)
+        seconds += products / (FLOAT32 * device.products)
+    return seconds + traffic / device.copies + _sent_weights(setting) * (2 + again)
+
+
+def _sent_weights(setting: Setting) -> float:
+    """Return the seconds in which ZeRO-3 brings all weights together, or from the host, once."""
+    if setting.zero.stage < 3:
+        return 0.0
+    size = setting.counts.total * setting.width
+    if setting.zero.weights_on_host:
+        return size / HOST_RATE
+    return size * (1 - 1 / setting.ranks) / LINK_RATE
+
+
+def _host_seconds(setting: Setting, device: Device) -> float:
+    again = 1 if setting.recomputes else 0
+    adapted = 0 if setting.is_full else setting.counts.adapted
+    starts = (LAYER_STARTS + ADAPTER_STARTS * adapted) * (1 + again) + BACKWARD_STARTS
+    starts += UNPACKING_STARTS[setting.recipe.model.quantization] * (2 + again)
+    return setting.counts.layers * starts * device.start

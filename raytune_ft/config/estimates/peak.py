@@ -1,0 +1,326 @@
+"""Peak memory: a recipe and a model's counts in, bytes of one worker by part out. No torch.
+
+Three moments compete for the peak of a step, each with all weights, optimizer state and the
+gradients of earlier micro-batches: the end of the forward pass, where a chunk of logits exists;
+the backward pass of the last layers, where one is unpacked or made again; its end, where gradients
+are exchanged. What a layer keeps was read off torch's allocator, tensor by tensor, and is checked
+against measured runs by `python -m benchmarks.memory_plan` (docs/planning.md).
+
+Units: bytes; widths are per token. T = tokens of a micro-batch, L = of a pack.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+from raytune_ft.config.estimates.footprint import LOGIT_ROWS, Counts, bucket_elements
+from raytune_ft.config.schema import Recipe
+
+NF4_CODES = 0.5
+NF4_SCALES_DOUBLE = 1 / 64 + 4 / (64 * 256)
+"""One byte per 64 weights, and a float32 per 256 of these."""
+NF4_SCALES = 4 / 64
+
+LOGIT_BYTES = 12
+"""Per logit of a chunk: log-softmax, its gradient and the one before it, in float32."""
+CUBLAS = 66 * 2**20
+"""Workspaces of the forward's and the backward's thread."""
+GPU_CONTEXT = 840 * 2**20
+"""What a CUDA process holds outside torch's allocator, its kernels loaded."""
+NCCL_CONTEXT = 540 * 2**20
+"""NCCL's buffers on top, with DeepSpeed even for one worker."""
+PROCESS = 600 * 2**20
+"""A process on a CPU that has imported all libraries."""
+RECOMPUTE_FROM_TOKENS = 512
+"""`gradient_checkpointing: auto` recomputes above this many tokens per micro-batch."""
+LIVE_PARAMETERS = 1_000_000_000
+"""Elements that ZeRO-3 gathers at most (`stage3_max_live_parameters`)."""
+
+MOMENTS = {"adamw": 8.0, "paged_adamw_32bit": 8.0, "paged_adamw_8bit": 2.04, "adamw_8bit": 2.04,
+           "lion": 4.0, "muon": 4.0}  # fmt: skip
+"""Bytes that an optimizer keeps per trained weight."""
+PAGED = ("paged_adamw_32bit", "paged_adamw_8bit", "lion")
+"""Optimizers whose averages move to the host when the GPU is full."""
+
+
+@dataclass(frozen=True)
+class Zero:
+    """What DeepSpeed is told, as far as it takes memory."""
+
+    stage: int = 0
+    optimizer_on_host: bool = False
+    weights_on_host: bool = False
+    bucket: int | None = None
+    """Elements; None: as `bucket_elements` says."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A recipe's numbers on one kind of device."""
+
+    recipe: Recipe
+    counts: Counts
+    on_gpu: bool
+
+    @property
+    def width(self) -> int:
+        """Bytes of a number that the model computes with."""
+        dtype = self.recipe.model.dtype
+        if dtype == "auto":
+            return 2 if self.on_gpu else 4
+        return 4 if dtype == "float32" else 2
+
+    @property
+    def is_full(self) -> bool:
+        """Whether all weights are trained."""
+        return self.recipe.model.method == "full"
+
+    @property
+    def adapter_width(self) -> int:
+        """Bytes of a trained weight as the model computes with it: PEFT's adapters are float32."""
+        return self.width if self.is_full or self.zero.stage else 4
+
+    @property
+    def zero(self) -> Zero:
+        """DeepSpeed's settings."""
+        return zero_of(self.recipe.train.deepspeed)
+
+    @property
+    def ranks(self) -> int:
+        """Workers that optimizer state is spread over."""
+        return self.recipe.run.workers if self.zero.stage else 1
+
+    @property
+    def tokens(self) -> int:
+        """Of a micro-batch."""
+        return self.recipe.train.micro_batch_size * self.recipe.data.max_length
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether layers are run again in the backward pass."""
+        return recomputes(self.recipe, on_gpu=self.on_gpu)
+
+
+def recomputes(recipe: Recipe, *, on_gpu: bool) -> bool:
+    """Tell what `model.gradient_checkpointing` comes to."""
+    choice = recipe.model.gradient_checkpointing
+    if choice == "auto":
+        tokens = recipe.train.micro_batch_size * recipe.data.max_length
+        return on_gpu and tokens > RECOMPUTE_FROM_TOKENS
+    return choice
+
+
+def memory_bytes(recipe: Recipe, counts: Counts, *, on_gpu: bool) -> dict[str, int]:
+    """Return the peak memory of one worker by part, in bytes; parts of 0 are left out.
+
+    On a GPU all is the device's memory but for `GPU context` as torch's allocator counts it; what
+    the host holds besides is `host_bytes`.
+    """
+    setting = Setting(recipe, counts, on_gpu)
+    always = {**_weights(setting), **_training_state(setting)}
+    passing = max(
+        (_forward_end(setting), _in_backward(setting), _backward_end(setting)),
+        key=lambda moment: sum(moment.values()),
+    )
+    context = GPU_CONTEXT + (NCCL_CONTEXT if setting.zero.stage else 0)
+    parts = {**always, **passing}
+    parts |= {"GPU context": context} if on_gpu else {"process": PROCESS}
+    return {name: int(size) for name, size in parts.items() if size}
+
+
+def host_bytes(recipe: Recipe, counts: Counts) -> dict[str, int]:
+    """Return by part what one worker with a GPU keeps in the host's memory, or may move there."""
+    setting = Setting(recipe, counts, on_gpu=True)
+    zero, n = setting.zero, counts.trained / setting.ranks
+    moments = MOMENTS[recipe.train.optimizer] * n
+    parts = {}
+    if zero.optimizer_on_host:
+        # float32 weights and their gradients, and a copy in the model's type to send back
+        parts["optimizer on the host"] = moments + (8 + setting.width) * n
+    elif recipe.train.optimizer in PAGED:
+        parts["optimizer, paged"] = moments
+    if zero.weights_on_host:
+        parts["weights on the host"] = counts.total * setting.width / setting.ranks
+    return {name: int(size) for name, size in parts.items()}
+
+
+@functools.cache
+def zero_of(name: str) -> Zero:
+    """Return the memory side of `train.deepspeed`; what cannot be read is taken for stage 2."""
+    from raytune_ft.config import zero
+    from raytune_ft.errors import RecipeError
+
+    if name == "none":
+        return Zero()
+    if name in zero.PRESETS:  # none of them sizes its buckets
+        host = name.endswith("_offload")
+        return Zero(int(name[4]), host, host and name.startswith("zero3"))
+    try:
+        content = zero.read(name)
+    except RecipeError:
+        return Zero(2)
+    found, block = zero.offloads(content), content.get("zero_optimization") or {}
+    bucket: Any = block.get("reduce_bucket_size", zero.AUTO)
+    return Zero(
+        zero.stage_of(content), "offload_optimizer" in found, "offload_param" in found,
+        None if bucket == zero.AUTO else int(bucket),
+    )  # fmt: skip
+
+
+def kept_per_token(setting: Setting) -> float:
+    """Return the bytes per token that one decoder layer keeps for its backward pass."""
+    counts, width = setting.counts, setting.width
+    norms = (4 + (width if setting.is_full else 0)) * counts.norms  # a float32 copy of the input
+    attention = 4 * width * counts.queries  # queries, keys, values, as many heads each, and result
+    mlp = 3 * width * counts.mlp  # gate, its activation, up
+    return norms + attention + mlp + _kept_of_inputs(setting)
+
+
+def _kept_of_inputs(setting: Setting) -> float:
+    """Return what linear layers and their adapters keep of what they read."""
+    recipe, counts, width = setting.recipe, setting.counts, setting.width
+    quantised = width * counts.own_inputs if recipe.model.quantization == "int8" else 0
+    if setting.is_full:
+        return width * counts.own_inputs
+    own = setting.adapter_width
+    middle = own * recipe.lora.r * counts.adapted
+    if recipe.lora.dropout > 0:
+        mask = 1 if setting.on_gpu else own
+        return quantised + middle + (own + mask) * counts.adapter_inputs
+    if own == width:
+        return middle + width * counts.own_inputs
+    return quantised + middle + own * counts.adapter_inputs
+
+
+def _mask_per_token(setting: Setting) -> float:
+    """Return the attention mask's bytes per query: of booleans, or a number for each head."""
+    return setting.recipe.data.max_length * (setting.counts.mask_heads * setting.width or 1)
+
+
+def _mask_of_layer(setting: Setting) -> float:
+    """Return what attention makes of a mask of booleans, in every layer anew."""
+    return 0 if setting.counts.mask_heads else setting.width * setting.recipe.data.max_length
+
+
+def _weights(setting: Setting) -> dict[str, float]:
+    model, counts, width = setting.recipe.model, setting.counts, setting.width
+    shards = setting.ranks if setting.zero.stage == 3 else 1
+    stored, scales = float(width), 0.0
+    if model.quantization == "int8":
+        stored = 1.0
+    elif model.quantization == "nf4":
+        stored, scales = NF4_CODES, NF4_SCALES_DOUBLE if model.double_quant else NF4_SCALES
+    base = (counts.linear * stored + counts.other * width) / shards
+    outside = (counts.embedding + counts.head) * width / shards
+    if setting.zero.weights_on_host and setting.on_gpu:
+        base = outside = 0
+    gathered = 0.0
+    if setting.zero.stage == 3 and (shards > 1 or base == 0):
+        gathered = min(LIVE_PARAMETERS, counts.total) * width
+    return {
+        "base weights": base,
+        "quantisation state": counts.linear * scales,
+        "embedding and head": outside,
+        "gathered weights": gathered,
+    }
+
+
+def _training_state(setting: Setting) -> dict[str, float]:
+    """Adapter, gradients and optimizer; gradients of 16-bit weights are summed in float32."""
+    recipe, zero, n = setting.recipe, setting.zero, setting.counts.trained
+    spread = setting.ranks if zero.stage >= 2 else 1
+    # stage 1 keeps 16-bit gradients beside the float32 sums until the step
+    gradient = 6 if zero.stage == 1 and setting.width == 2 else 4
+    has_master = zero.stage > 0 or (setting.is_full and setting.width == 2)
+    on_host = zero.optimizer_on_host and setting.on_gpu
+    paged = setting.on_gpu and recipe.train.optimizer in PAGED
+    moments = 0.0 if paged else MOMENTS[recipe.train.optimizer]
+    shards = setting.ranks if zero.stage == 3 else 1
+    own = 0.0 if setting.is_full else n * setting.adapter_width
+    optimizer = 0 if on_host else n * (moments + (4 if has_master else 0)) / setting.ranks
+    return {
+        "adapter": own / shards,
+        "start of DPO": own if recipe.train.objective == "dpo" else 0,
+        "gradients": gradient * n / spread,
+        "optimizer": optimizer,
+    }
+
+
+def _forward_end(setting: Setting) -> dict[str, float]:
+    """Return a chunk's logits beside all that the layers keep, and the last norm."""
+    counts, width, tokens = setting.counts, setting.width, setting.tokens
+    last = 4 * counts.hidden + 3 * width * counts.hidden  # result, labelled rows, their gradient
+    logits = min(tokens, LOGIT_ROWS) * counts.vocabulary * LOGIT_BYTES
+    if setting.is_full:  # the gradient of the head, of a chunk and of those before
+        logits += 2 * counts.vocabulary * counts.hidden * width
+    kept = _between_layers(setting) if setting.recomputes else _all_layers(setting)
+    return {
+        "activations": kept + tokens * last,
+        "logits": logits,
+        "workspace": tokens * _mask_per_token(setting) + _libraries(setting),
+    }
+
+
+def _in_backward(setting: Setting) -> dict[str, float]:
+    """Return what one of the last layers takes when its down projection runs, and those before."""
+    counts, width, tokens = setting.counts, setting.width, setting.tokens
+    one = tokens * (kept_per_token(setting) + _mask_of_layer(setting))
+    dropped = tokens * counts.mlp * (setting.adapter_width + 1) * (setting.recipe.lora.dropout > 0)
+    passing = tokens * width * (counts.mlp + 5 * counts.hidden)
+    unpacked = _unpacked(setting)
+    kept = _between_layers(setting) + one if setting.recomputes else _all_layers(setting)
+    return {
+        # unpacked before the dropped-out input exists; or that, and nothing unpacked any more
+        "activations": kept + passing - (dropped if unpacked > dropped else 0),
+        "workspace": tokens * _mask_per_token(setting) + _libraries(setting) + _buckets(setting)
+        + (unpacked if unpacked > dropped else 0),
+    }  # fmt: skip
+
+
+def _backward_end(setting: Setting) -> dict[str, float]:
+    """Return what the last gradients take on their way; the embedding's comes last."""
+    counts = setting.counts
+    embedding = 2 * counts.vocabulary * counts.hidden * setting.width if setting.is_full else 0
+    return {"workspace": embedding + _libraries(setting) + _buckets(setting)}
+
+
+def _between_layers(setting: Setting) -> float:
+    """Return what recomputation keeps: every layer's input, and what bitsandbytes will not drop."""
+    counts, width = setting.counts, setting.width
+    held = 0
+    if setting.recipe.model.quantization == "int8":  # its layers hold on to their inputs
+        distinct = 2 * counts.hidden + counts.queries + counts.mlp
+        held = width * distinct
+    return setting.tokens * counts.layers * (width * counts.hidden + held)
+
+
+def _all_layers(setting: Setting) -> float:
+    return (
+        setting.tokens * setting.counts.layers * (kept_per_token(setting) + _mask_of_layer(setting))
+    )
+
+
+def _unpacked(setting: Setting) -> float:
+    """Return the bytes of a quantised weight while it is multiplied, with its scales."""
+    largest = setting.counts.largest_linear
+    if setting.recipe.model.quantization == "none":
+        return 0
+    scales = 2 * 4 / 64 if setting.recipe.model.quantization == "nf4" else 0
+    return largest * (setting.width + scales)
+
+
+def _buckets(setting: Setting) -> float:
+    """Return ZeRO's two buffers of gradients on their way, and the one in float32."""
+    zero = setting.zero
+    if not zero.stage or (zero.stage == 1 and setting.width == 2):
+        return 0
+    elements = zero.bucket or bucket_elements(setting.counts.trained)
+    buffers = 2 if setting.on_gpu else 1
+    filled = min(elements, setting.counts.trained)
+    return elements * buffers * setting.width + filled * 4
+
+
+def _libraries(setting: Setting) -> int:
+    return CUBLAS if setting.on_gpu else 0

@@ -1,0 +1,1 @@
+"""What a model in training can do: held-out rows, prompts, MMLU, and which step was best."""

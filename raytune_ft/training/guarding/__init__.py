@@ -1,0 +1,1 @@
+"""What watches over training: memory, disk, time, signals, and workers that are lost."""

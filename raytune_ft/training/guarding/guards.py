@@ -1,0 +1,143 @@
+"""Guards: what watches over one rank's training, put around the loop's hooks.
+
+Interruption, the disk before every save, the watchdog, and the patience that ranks have where only
+some of them work.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import ParamSpec, TypeVar
+
+import torch
+
+from raytune_ft.config.schema import Recipe
+from raytune_ft.errors import CheckpointError, TrainingError
+from raytune_ft.training.engine import Engine, rank, world_size
+from raytune_ft.training.guarding import disk, failures, memory_end
+from raytune_ft.training.guarding.failures import Elsewhere
+from raytune_ft.training.guarding.pulse import PULSE, listen
+from raytune_ft.training.guarding.watchdog import (
+    FOLDER,
+    MARGIN_S,
+    PATIENCE_S,
+    Place,
+    Watchdog,
+    host,
+    left_behind,
+    patience,
+    set_timeouts,
+)  # fmt: skip
+from raytune_ft.training.loop import Hooks
+from raytune_ft.training.run_folder import RunFolder
+from raytune_ft.training.saving.checkpoint import TrainState
+from raytune_ft.training.vitals import exchange
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Guards:
+    """What the caller of a rank's training can tell and wants."""
+
+    interrupted: Callable[[], bool] = lambda: False
+    """Whether this rank was asked to stop."""
+    watched: bool = False
+    """Whether a hang ends this process; somebody has to start it again."""
+
+
+@contextmanager
+def guarded(
+    guards: Guards, hooks: Hooks, engine: Engine, recipe: Recipe, folder: RunFolder
+) -> Iterator[Hooks]:
+    """Watch over training while the block runs; yield the hooks to train with.
+
+    Raises:
+        TrainingError: memory ran out at the same step twice, and processes were killed for it.
+    """
+    save = functools.partial(_save, hooks.save, engine, recipe, folder)
+    hooks = replace(hooks, interrupted=guards.interrupted, save=save)
+    with ExitStack() as stack:
+        if guards.watched:
+            limit = recipe.run.collective_timeout
+            _watch(stack, limit, engine, folder)
+            patient = functools.partial(_patiently, engine.device, limit)
+            hooks = replace(
+                hooks, sample=patient(hooks.sample), validate=patient(hooks.validate),
+                benchmark=patient(hooks.benchmark), save=patient(hooks.save),
+            )  # fmt: skip
+        yield hooks
+
+
+def _watch(stack: ExitStack, limit_s: float, engine: Engine, folder: RunFolder) -> None:
+    """Start this rank's watchdog, and set how long collectives wait, until the stack unwinds."""
+    place = folder.path / FOLDER
+    if rank() == 0:
+        _see_who_was_killed(folder)
+    PULSE.attempt = int(exchange(torch.tensor([time.time_ns()]), engine.device)[0][0])
+    listen(engine.module, engine.trained.values())
+
+    def hung(line: str, step: int) -> None:
+        PULSE.step = step
+        failures.note(folder, line, rank=rank(), kind=failures.HANG)
+
+    own = Place(place, rank(), world_size(), PULSE.attempt)
+    stack.enter_context(Watchdog(own, PULSE, limit_s, hung))
+    set_timeouts(limit_s + MARGIN_S)
+    stack.callback(set_timeouts, PATIENCE_S)
+
+
+def _see_who_was_killed(folder: RunFolder) -> None:
+    """Note it where the last start left pulses and no word: its processes were killed."""
+    found = left_behind(folder.path / FOLDER)
+    if found is None:
+        return
+    said = failures.last(folder)
+    if said is not None and said["attempt"] == found["attempt"]:
+        return
+    PULSE.step, PULSE.attempt = found["step"], found["attempt"]
+    words = f"killed at step {found['step']}"
+    if found["host"] != host() or not memory_end.suspected(found["memory"], memory_end.kills()):
+        failures.mention(folder, words)
+        return
+    words = f"killed (out of memory?) at step {found['step']}"
+    again = f"{words} twice; see `dmesg`, and give it more memory or a smaller data.max_length"
+    if failures.note(folder, words, rank=0, kind=failures.KILLED, again=again):
+        raise TrainingError(again)
+
+
+def _patiently(device: torch.device, limit_s: float, hook: Callable[P, R]) -> Callable[P, R]:
+    @functools.wraps(hook)
+    def patient(*args: P.args, **kwargs: P.kwargs) -> R:
+        PULSE.beat(getattr(hook, "__name__", "save"))
+        with patience(device, limit_s):
+            return hook(*args, **kwargs)
+
+    return patient
+
+
+def _save(
+    save: Callable[[TrainState], None],
+    engine: Engine,
+    recipe: Recipe,
+    folder: RunFolder,
+    state: TrainState,
+) -> None:
+    """Save if there is room for it; if not, every rank knows before any begins."""
+    problem = None
+    if rank() == 0:
+        try:
+            disk.check_save(folder.checkpoints, engine.shapes, recipe.train.optimizer)
+        except CheckpointError as error:
+            problem = error
+    short = exchange(torch.tensor([problem is not None], dtype=torch.int64), engine.device)[0][0]
+    if problem is not None:
+        raise problem
+    if short:
+        raise Elsewhere(f"step {state.step}: no room for a checkpoint")
+    save(state)

@@ -1,0 +1,1 @@
+"""What a person or a tracker sees of a run: figures, the time left, reports."""
