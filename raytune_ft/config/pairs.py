@@ -88,7 +88,7 @@ def _of_optimizer(recipe: Recipe) -> Iterator[str]:
     stage, offloaded = asked(train.deepspeed)
     if stage and (found := unsharded(train.optimizer)):
         yield f"train.deepspeed '{train.deepspeed}' {found}"
-    if offloaded and train.optimizer != "adamw":
+    if offloaded and train.optimizer not in ("adamw", "paged_adamw_32bit"):
         yield (
             f"train.deepspeed '{train.deepspeed}' steps weights on the host, and train.optimizer "
             f"'{train.optimizer}' is for GPUs; use adamw, or zero{stage}"

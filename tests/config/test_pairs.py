@@ -46,10 +46,9 @@ REFUSED: dict[str, tuple[list[str], str, list[str]]] = {
         ["train.optimizer=lion", "train.deepspeed=zero2_offload"], "use adamw, or zero2",
         ["train.optimizer=lion", "train.deepspeed=zero2"],
     ),
-    "a paged optimizer on the host": (
+    "Lion beside weights on the host": (
+        ["train.optimizer=lion", "train.deepspeed=zero3_offload"], "use adamw, or zero3",
         ["train.optimizer=paged_adamw_32bit", "train.deepspeed=zero3_offload"],
-        "use adamw, or zero3",
-        ["train.optimizer=adamw", "train.deepspeed=zero3_offload"],
     ),
     "a file that offloads": (
         ["train.optimizer=lion", "train.deepspeed=FILE_OFFLOADING"], "use adamw, or zero2",
