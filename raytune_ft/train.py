@@ -9,11 +9,11 @@ from __future__ import annotations
 from rich.console import Console
 
 from raytune_ft import outlook, survey
-from raytune_ft.cluster import noise_to, ray_session, session_folder
+from raytune_ft.cluster import noise_to, session_folder
 from raytune_ft.config.schema import Recipe
 from raytune_ft.data.feeder import feeding
 from raytune_ft.fitting import fit, shown
-from raytune_ft.lost_ray import ending_with_ray, leave
+from raytune_ft.lost_ray import seen_to_the_end
 from raytune_ft.preparation import new_folder, prepare, removed_unless_started
 from raytune_ft.resume import open_run, resumable
 from raytune_ft.screen import Screen
@@ -55,10 +55,7 @@ def train(recipe: Recipe, *, source: str, resume: str | None = None) -> int:
             screen.stage("ray")
             if warning := disk.check_ray(session_folder()):
                 screen({"kind": "warning", "text": warning})
-            with (
-                ray_session(),
-                ending_with_ray(lambda why: leave(folder, shown(folder), why, screen, terminal)),
-            ):
+            with seen_to_the_end(folder, shown(folder), screen, terminal):
                 prepared = prepare(recipe, folder, source, screen)
                 folder.update(plan={"parts": seen.parts} if seen is not None else None)
                 if seen is not None and (time := seen.time(recipe, prepared.job.expected_steps)):

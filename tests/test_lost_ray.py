@@ -16,8 +16,10 @@ from raytune_ft.training.run_folder import RunFolder
 from tests import runs
 
 SOON_S = 30.0
-STARTING = "start workers"
-"""What a run says whose record is written, and whose driver waits for Ray from then on."""
+BEGUN = "start workers"
+"""What a run says whose record is written."""
+LOADING = "load model"
+"""What it says when its driver asks Ray for nothing any more."""
 
 
 @pytest.fixture(params=list(WATCHED))
@@ -61,25 +63,40 @@ def test_a_ray_that_is_shut_down_is_not_lost(process: subprocess.Popen[bytes]) -
 
 @pytest.mark.slow
 @pytest.mark.ray
-@pytest.mark.parametrize("name", list(WATCHED))
-def test_a_run_without_its_ray_says_how_to_go_on(
-    name: str, tiny_model: Path, chats: Path, tmp_path: Path
+def test_a_run_without_its_raylet_says_how_to_go_on(
+    tiny_model: Path, chats: Path, tmp_path: Path
 ) -> None:
-    recipe = runs.write_recipe(tmp_path, tiny_model, chats, "lost")
-    driver = runs.start(recipe)
-    assert driver.stderr is not None
-    said = []
-    for line in driver.stderr:
-        said.append(line)
-        if STARTING in line:
-            break
-    parts = [c for c in psutil.Process(driver.pid).children() if c.name() == name]
-    assert len(parts) == 1, "".join(said)
+    driver = runs.start(runs.write_recipe(tmp_path, tiny_model, chats, "lost"))
+    said = read_until(LOADING, driver)
+    parts = [c for c in psutil.Process(driver.pid).children() if c.name() == "raylet"]
+    assert len(parts) == 1, said
     parts[0].kill()
     _, rest = driver.communicate(timeout=120)
-    assert driver.returncode == 75, "".join(said) + rest
-    folder = tmp_path / "runs" / "lost"
+    assert driver.returncode == 75, said + rest
     last = rest.splitlines()[-1]
-    assert f"Ray was lost ({WATCHED[name]}); go on with: raytune-ft train --resume " in last
+    assert "Ray was lost (its raylet ended); go on with: raytune-ft train --resume " in last
+    assert "driver was killed" not in rest
     assert "Traceback" not in rest
-    assert RunFolder(folder).info()["status"] == "interrupted"
+    assert RunFolder(tmp_path / "runs/lost").info()["status"] == "interrupted"
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_killed_driver_is_spoken_for(tiny_model: Path, chats: Path, tmp_path: Path) -> None:
+    driver = runs.start(runs.write_recipe(tmp_path, tiny_model, chats, "lost"))
+    read_until(BEGUN, driver)
+    driver.kill()
+    _, rest = driver.communicate(timeout=120)
+    last = rest.splitlines()[-1]
+    assert "its driver was killed, or Ray was lost; go on with: raytune-ft train --resume" in last
+
+
+def read_until(word: str, driver: subprocess.Popen[str]) -> str:
+    """Read what a driver says up to a line with a word."""
+    assert driver.stderr is not None
+    said = ""
+    for line in driver.stderr:
+        said += line
+        if word in line:
+            return said
+    raise AssertionError(said)

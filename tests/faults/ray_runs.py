@@ -11,6 +11,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -34,14 +35,19 @@ VICTIMS = {
 """Who may be killed, and what its command line has in it."""
 ENDING = ("driver", "raylet")
 """Without these a run ends, and is taken up again by hand; without others it goes on."""
-ROWS = 48
+ROWS = 56
+"""About 36 steps of two workers in three epochs."""
 MOST_KILLS = 3
 MOST_STARTS = 9
 START = "start of Ray"
 DEADLINE_S = 600.0
 """For a run that is not killed any more, under load."""
-ENDS_IN_S = 240.0
+ENDS_IN_S = 60.0
 """For a run whose raylet is gone."""
+SPOKEN_IN_S = 10.0
+"""For the process that speaks for a driver that cannot."""
+CODES = {"driver": {-signal.SIGKILL}, "raylet": {Interrupted.exit_code, 1}}
+"""1 is Ray's own, of a driver that asked something of the raylet at that very moment."""
 
 
 def prepare(inputs: Path) -> None:
@@ -111,6 +117,10 @@ class Start:
     def found_no_room(self) -> bool:
         """Tell whether Ray itself did not start in the time it has, as on a busy machine."""
         return "Ray did not start" in "".join(self.printed().splitlines()[-1:])
+
+    def told_how_to_go_on(self) -> bool:
+        """Tell whether the last line says it."""
+        return "train --resume" in "".join(self.printed().splitlines()[-1:])
 
     def below(self, title: str) -> list[psutil.Process]:
         """Find the processes below the driver whose command line has a word in it."""
@@ -250,10 +260,13 @@ def _kill(
 def _check_end(start: Start, kill: Kill) -> None:
     """A run whose driver or raylet is gone ends, and says how to go on once it has begun."""
     code = start.wait(ENDS_IN_S)
-    printed = start.printed()
     if code is None:
-        raise RuntimeError(f"the run hangs without its {kill.victim}: {printed}")
-    if kill.victim == "raylet" and kill.phase != START and code:
-        told = code == Interrupted.exit_code and "--resume" in printed.splitlines()[-1]
-        if not told or "Traceback" in printed:
-            raise RuntimeError(f"exit code {code} without a raylet: {printed}")
+        raise RuntimeError(f"the run hangs without its {kill.victim}: {start.printed()}")
+    if kill.phase == START or not code:
+        return
+    ends = time.monotonic() + SPOKEN_IN_S
+    while not (told := start.told_how_to_go_on()) and time.monotonic() < ends:
+        time.sleep(0.05)
+    printed = start.printed()
+    if not told or "Traceback" in printed or code not in CODES[kill.victim]:
+        raise RuntimeError(f"exit code {code} without a {kill.victim}: {printed}")
