@@ -89,7 +89,9 @@ def train(recipe: Recipe, folder: Path) -> RunFolder:
     def packs(start: Position) -> Iterator[Placed]:
         return iter_packs(feed, start, epochs=recipe.train.epochs)
 
-    job = Job(recipe.model_dump(mode="json"), str(folder), section.path, expected_steps=4)
+    content = recipe.model_dump(mode="json")
+    # one thread: two of them wait for each other longer than these small products take
+    job = Job(content, str(folder), section.path, expected_steps=4, sharing=64)
     worker.run(job, packs, None, lambda _event: None)
     return run
 
