@@ -43,7 +43,7 @@ bench-data: setup ## the data stream beside datasets + TRL; memory; resuming a m
 	@$(BIN)/python -m benchmarks.data_memory
 
 exact: setup ## gradients of every way to train beside float64, sample by sample; 20 seeds twice
-	@$(BIN)/python -m pytest -m exact tests/exact
+	@$(BIN)/python -m pytest -m exact
 	@$(BIN)/python -m pytest tests/training/test_same_bytes.py -s --seeds=20
 
 faults: setup ## 400 runs' processes killed at random instants, hangs, a full disk; hours on 2 cores

@@ -30,6 +30,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=20, help="kills of the data stream's ledger test")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the long proofs to `make exact`, which is `pytest -m exact`."""
+    if "exact" in config.option.markexpr:
+        return
+    whole = [item for item in items if item.get_closest_marker("exact")]
+    config.hook.pytest_deselected(items=whole)
+    items[:] = [item for item in items if item not in whole]
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama of 2 layers, width 64, with a byte-level BPE tokenizer and ChatML."""

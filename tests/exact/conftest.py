@@ -19,15 +19,6 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[RESULTS] = {}
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave the whole matrix to `pytest -m exact`."""
-    if "exact" in config.option.markexpr:
-        return
-    whole = [item for item in items if item.get_closest_marker("exact")]
-    config.hook.pytest_deselected(items=whole)
-    items[:] = [item for item in items if item not in whole]
-
-
 @pytest.fixture(scope="package")
 def bounds(
     tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
