@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from raytune_ft.errors import CheckpointError
 from raytune_ft.training.engine import Engine, State
+from tests.ranks import run_ranks
 from tests.training.engines import advance, after_all_steps, batches, build, close
 
 SPREAD = ("none", "zero2", "zero3")
@@ -107,7 +107,7 @@ def test_two_ranks_go_on_where_one_was(
     torch.save({"weights": one.weights(), "state": one.optimizer_state()}, tmp_path / "first.pt")
     begun = first_loss(one)
     entry: Callable[..., None] = two_ranks
-    mp.spawn(entry, args=(tiny_model, tmp_path), nprocs=2)
+    run_ranks(entry, (tiny_model, tmp_path), 2)
     for zero in SPREAD:
         got = torch.load(tmp_path / f"{zero}.pt", weights_only=True)
         close(got["weights"], plain[0], 5e-6)

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from rich.console import Console
 
 from raytune_ft import survey
@@ -26,6 +25,7 @@ from raytune_ft.training.watching.recording import RunWriter
 from raytune_ft.training.watching.reporting.tables import mmlu_table
 from tests.conftest import WORDS
 from tests.data.conftest import write_jsonl
+from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
 DATA = DataSection.model_validate({"sources": [{"path": "x"}], "max_length": 24})
@@ -188,7 +188,7 @@ def test_ranks_that_share_the_questions_find_the_same_figures(
     tiny_model: Path, questions: Path, tmp_path: Path
 ) -> None:
     """An odd number of questions: the last round repeats one, which counts once."""
-    mp.spawn(_rank, (2, tiny_model, questions, tmp_path), nprocs=2)
+    run_ranks(_rank, (2, tiny_model, questions, tmp_path), 2)
     alone = answered(tiny_model, questions)
     for number in range(2):
         assert json.loads((tmp_path / f"rank_{number}.json").read_text()) == alone

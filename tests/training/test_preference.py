@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from raytune_ft.chat import ChatModel, open_chat
 from raytune_ft.config.schema import Recipe
@@ -31,6 +30,7 @@ from raytune_ft.training.run_folder import RunFolder
 from tests import runs
 from tests.conftest import WORDS
 from tests.model.test_preference_loss import adapted, close, gradients, moved, plain_loss
+from tests.ranks import run_ranks
 from tests.training import test_load_from
 from tests.training.test_worker import cut_back, feed_of, ledger, train
 
@@ -190,7 +190,7 @@ def test_two_ranks_and_zero_train_the_same_weights(tiny_model: Path, tmp_path: P
     """float32: only the order of additions may differ."""
     entry: Callable[..., None] = two_ranks
     rows = write_pairs(tmp_path / "pairs.jsonl", 12)
-    mp.spawn(entry, args=(tiny_model, rows, tmp_path), nprocs=2)
+    run_ranks(entry, (tiny_model, rows, tmp_path), 2)
     for objective in OBJECTIVES:
         one = after_steps(recipe_of(tiny_model, rows, objective, accumulation=4), tiny_model)
         wide = after_steps(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -11,13 +10,9 @@ import pytest
 
 from raytune_ft.config.schema import Recipe
 from tests.conftest import write_chats
+from tests.ranks import forks
 
 WEIGHTS = "adapter/adapter_model.safetensors"
-IMPORTED = [
-    "tests.training.test_worker", "peft", "bitsandbytes",
-    "transformers.models.llama.modeling_llama",
-]  # fmt: skip
-"""Modules that take seconds to import and draw nothing: once for all processes."""
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +46,7 @@ def bytes_of(content: dict[str, object], seed: int, folder: str) -> str:
 
 def hashes(content: dict[str, object], seeds: Sequence[int], folder: Path) -> list[str]:
     """Run every seed in a process of its own, which has trained nothing before."""
-    fresh = multiprocessing.get_context("forkserver")
-    fresh.set_forkserver_preload(IMPORTED)
-    with ProcessPoolExecutor(2, fresh, max_tasks_per_child=1) as pool:
+    with ProcessPoolExecutor(2, forks(), max_tasks_per_child=1) as pool:
         folders = [str(folder / f"run_{n}") for n in range(len(seeds))]
         return list(pool.map(bytes_of, [content] * len(seeds), seeds, folders))
 

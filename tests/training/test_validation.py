@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 from raytune_ft.config.schema import LoraSection, ModelSection, Recipe
@@ -34,6 +33,7 @@ from raytune_ft.training.engine import Engine, TorchEngine, ZeroEngine, rank
 from raytune_ft.training.evaluating.answering import Voice
 from raytune_ft.training.evaluating.validation import batches, held_out_figures
 from tests.conftest import write_chats
+from tests.ranks import run_ranks
 from tests.training import test_preference as preference
 
 CPU = torch.device("cpu")
@@ -218,8 +218,7 @@ def _rank(number: int, model: Path, rows: Path, folder: Path) -> None:
 def test_every_rank_of_1_2_or_4_tells_the_same_and_so_does_zero_3(
     tiny_model: Path, rows: Path, tmp_path: Path
 ) -> None:
-    # forked: four more imports of everything would take longer than the test
-    mp.start_processes(_rank, (tiny_model, rows, tmp_path), nprocs=4, start_method="fork")
+    run_ranks(_rank, (tiny_model, rows, tmp_path), 4)
     alone = json.loads((tmp_path / "ranks_1_0.json").read_text())
     assert alone["again"] == alone["all"]
     lengths = {len(ids) for ids, _ in alone["answers"]}
