@@ -82,6 +82,7 @@ def test_a_run_without_its_raylet_says_how_to_go_on(
 
 @pytest.mark.slow
 @pytest.mark.ray
+@pytest.mark.exact
 def test_a_killed_driver_is_spoken_for(tiny_model: Path, chats: Path, tmp_path: Path) -> None:
     driver = runs.start(runs.write_recipe(tmp_path, tiny_model, chats, "lost"))
     read_until(BEGUN, driver)

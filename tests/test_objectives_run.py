@@ -12,9 +12,10 @@ from raytune_ft.training.run_folder import read_json, read_jsonl
 from tests import runs
 from tests.conftest import ROOT, WORDS
 
-pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
-
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.exact
 def test_plain_text_is_learned_as_a_whole(tiny_model: Path, tmp_path: Path) -> None:
     """A text file, a document a line, some longer than a pack: no template, no token left out."""
     lines = [" ".join(WORDS[(i + k) % 10] for k in range(3 + i * 7 % 90)) for i in range(24)]
@@ -39,6 +40,8 @@ def test_plain_text_is_learned_as_a_whole(tiny_model: Path, tmp_path: Path) -> N
     assert any(bool(tensor.any()) for n, tensor in runs.adapter_of(run).items() if "lora_B" in n)
 
 
+@pytest.mark.slow
+@pytest.mark.ray
 def test_the_shipped_pairs_are_preferred(tiny_model: Path, tmp_path: Path) -> None:
     """`quickstart_dpo.yaml` as it is, but for the model, its tokens and the run's place."""
     runs.train(

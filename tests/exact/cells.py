@@ -56,7 +56,7 @@ def part() -> list[Cell]:
     alone = [c for c in cells if c.world == 1 and c.dtype != "bfloat16"]
     two = [c for c in cells if c.world == 2 and c.stage > 0]
     halves = [c for c in cells if c.world == 2 and c.dtype == "bfloat16" and c.stage in (0, 2)]
-    return [*alone[:: len(alone) // 9], *two[:: len(two) // 9], *halves[:2]]
+    return [*alone[:: len(alone) // 4], *two[:: len(two) // 5], *halves[:2]]
 
 
 def _plain() -> Iterator[Cell]:
