@@ -42,6 +42,7 @@ def test_plain_text_is_learned_as_a_whole(tiny_model: Path, tmp_path: Path) -> N
 
 @pytest.mark.slow
 @pytest.mark.ray
+@pytest.mark.exact
 def test_the_shipped_pairs_are_preferred(tiny_model: Path, tmp_path: Path) -> None:
     """`quickstart_dpo.yaml` as it is, but for the model, its tokens and the run's place."""
     runs.train(

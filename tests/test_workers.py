@@ -10,7 +10,7 @@ import torch
 from raytune_ft.training.run_folder import RunFolder, read_jsonl
 from tests import runs
 
-pytestmark = [pytest.mark.slow, pytest.mark.ray]
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.exact]
 
 
 def test_two_workers_equal_one(tiny_model: Path, chats: Path, tmp_path: Path) -> None:

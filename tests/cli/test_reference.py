@@ -115,7 +115,7 @@ def test_rows_of_an_imported_recipe_are_read(
     [
         ("a.py", "x = (", "a.py:1: is not Python 3"),
         ("a.yaml", "a: 1", "a.yaml: neither base_model"),
-        ("a.yaml", "base_model: m\nrl: dpo\nmicro_batch_size: 1", "a.yaml:2: rl dpo"),
+        ("a.yaml", "base_model: m\nrl: kto\nmicro_batch_size: 1", "a.yaml:2: rl kto"),
         ("a.py", "\0", "a.py:1: is not Python 3"),
         ("b.py", "", "a.py: no such file"),
     ],

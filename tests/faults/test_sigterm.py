@@ -39,7 +39,7 @@ def workers_of(driver: subprocess.Popen[str]) -> list[psutil.Process]:
     return found
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def long(request: pytest.FixtureRequest) -> None:
     """Leave out what takes minutes, unless many faults are asked for."""
     if request.config.getoption("--faults") == 1:

@@ -108,7 +108,13 @@ def same(found: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+LONG = {"gaussian", "pissa and dora", "olora, few targets", "eva and dora", "own biases"}
+"""Left to `make exact`: what others show as well."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.exact if n in LONG else ()) for n in VARIANTS]
+)
 def test_export_and_merge_answer_as_the_trained_model(
     biased: Path, tmp_path: Path, name: str
 ) -> None:
