@@ -76,7 +76,14 @@ def everything(engine: Engine) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in state.items()}
 
 
-@pytest.mark.parametrize(("variant", "quantization", "again"), CELLS)
+@pytest.mark.parametrize(
+    ("variant", "quantization", "again"),
+    [
+        # quantised bases without recomputation show nothing that those with it do not
+        pytest.param(*cell, marks=pytest.mark.exact if cell[1] != "none" and not cell[2] else ())
+        for cell in CELLS
+    ],
+)
 def test_after_one_step_every_adapted_layer_has_moved_and_no_other(
     tiny_model: Path, variant: str, quantization: str, again: bool
 ) -> None:
