@@ -13,6 +13,7 @@ Shapes: B = packs, L = padded length, T = labelled tokens, S = segments, padding
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ class Answers:
         return chosen, torch.where(self.first, values[1:], nothing)
 
 
-class PreferenceLoss(TokenLoss):
+class PreferenceLoss(TokenLoss, ABC):
     """What DPO and ORPO share: answers of packs, and what is summed up beside the loss."""
 
     def __init__(self, model: nn.Module, beta: float) -> None:
@@ -138,11 +139,11 @@ class PreferenceLoss(TokenLoss):
         """Return the log-probabilities (S,) of the model that the run began with, if needed."""
         return None
 
+    @abstractmethod
     def compare(
         self, answers: Answers, before: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return reward margins and losses of pairs, (S - 1,)."""
-        raise NotImplementedError
 
     def learned(self, answers: Answers) -> tuple[torch.Tensor, torch.Tensor]:
         """Return losses and numbers of the tokens that are learned beside, by pair (S - 1,)."""

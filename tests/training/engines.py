@@ -10,11 +10,11 @@ from raytune_ft.config.schema import LoraSection, Recipe
 from raytune_ft.model import adapter, loading
 from raytune_ft.model.loss import TokenLoss
 from raytune_ft.training import presets
-from raytune_ft.training.batching import TensorBatch, empty_batch
+from raytune_ft.training.batching import TensorBatch
 from raytune_ft.training.engine import Engine, State, TorchEngine, ZeroEngine
+from tests.training.ragged import batches, targets
 
 CPU = torch.device("cpu")
-STEPS = 3
 
 
 def recipe(folder: Path, accumulation: int, zero: str, dtype: str = "float32") -> Recipe:
@@ -44,29 +44,6 @@ def build(folder: Path, accumulation: int, zero: str, dtype: str = "float32") ->
     if config is None:
         return TorchEngine(TokenLoss(model), CPU, chosen.train, computed)
     return ZeroEngine(TokenLoss(model), CPU, chosen.train, config)
-
-
-def batches() -> list[list[TensorBatch]]:
-    """Four ragged micro-batches for each step; one has no label at all."""
-    generator = torch.Generator().manual_seed(5)
-    steps = []
-    for _ in range(STEPS):
-        step = []
-        for length in (9, 30, 17):
-            ids = torch.randint(2, 250, (1, length), generator=generator)
-            labels = ids.clone()
-            labels[:, : length // 3] = -100
-            step.append({
-                "input_ids": ids, "labels": labels,
-                "position_ids": torch.arange(length).unsqueeze(0),
-                "segment_ids": torch.zeros(1, length, dtype=torch.int64),
-            })  # fmt: skip
-        steps.append([*step, empty_batch()])
-    return steps
-
-
-def targets(step: list[TensorBatch]) -> int:
-    return sum(int((b["labels"][:, 1:] != -100).sum()) for b in step)
 
 
 def advance(engine: Engine, step: list[TensorBatch], rank: int = 0, world: int = 1) -> float | None:

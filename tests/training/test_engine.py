@@ -12,7 +12,8 @@ import torch.distributed as dist
 from raytune_ft.errors import CheckpointError
 from raytune_ft.training.engine import Engine, State
 from tests.ranks import run_ranks
-from tests.training.engines import advance, after_all_steps, batches, build, close
+from tests.training.engines import advance, after_all_steps, build, close
+from tests.training.ragged import batches
 
 SPREAD = ("none", "zero2", "zero3")
 

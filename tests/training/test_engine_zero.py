@@ -13,7 +13,8 @@ from raytune_ft.errors import CheckpointError, RecipeError
 from raytune_ft.model.generate import stream_ids
 from raytune_ft.training.engine import Engine, ZeroEngine
 from raytune_ft.training.engine.scaling import CLEAN_KEY, FACTOR_KEY, WINDOW, LossScale
-from tests.training.engines import advance, batches, build, close, targets
+from tests.training.engines import advance, build, close
+from tests.training.ragged import batches, targets
 
 ENGINES = ("none", "zero1", "zero2", "zero3")
 HUGE = 2.0**44

@@ -15,7 +15,8 @@ from raytune_ft.errors import RecipeError
 from raytune_ft.training import presets
 from tests.config.test_catalog import FACTS
 from tests.config.test_pairs import REFUSED
-from tests.training.engines import CPU, advance, batches
+from tests.training.engines import CPU, advance
+from tests.training.ragged import batches
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
