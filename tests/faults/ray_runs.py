@@ -37,9 +37,11 @@ ENDING = ("driver", "raylet")
 """Without these a run ends, and is taken up again by hand; without others it goes on."""
 ROWS = 56
 """About 36 steps of two workers in three epochs."""
+WHOLE_LIFE = 0.5
+"""Share of kills whose instant is drawn from the whole life of a run."""
 MOST_KILLS = 3
 MOST_STARTS = 9
-START = "start of Ray"
+START, DONE = "start of Ray", "behind the end"
 DEADLINE_S = 600.0
 """For a run that is not killed any more, under load."""
 ENDS_IN_S = 60.0
@@ -51,16 +53,18 @@ CODES = {"driver": {-signal.SIGKILL}, "raylet": {Interrupted.exit_code, 1}}
 
 
 def prepare(inputs: Path) -> None:
-    """Run once without a kill; note the seconds that it took."""
-    begun = time.monotonic()
+    """Run once without a kill; note the seconds that it took, and those from the first step on."""
     folder = inputs / "ray" / "runs" / "whole"
     start = Start(folder, write_recipe(inputs, inputs / "ray", "whole"), resume=False)
-    code = start.wait(DEADLINE_S)
+    code = _until_a_step(start, RunFolder(folder))
+    first_step = time.monotonic()
+    code = start.wait(DEADLINE_S) if code is None else code
     start.clean()
     if code != 0:
         raise RuntimeError(f"the undisturbed run failed: {start.printed()}")
-    seconds = {"seconds": time.monotonic() - begun}
-    (inputs / "ray.json").write_text(json.dumps(seconds))
+    ended = time.monotonic()
+    life = {"seconds": ended - start.begun, "training": ended - first_step}
+    (inputs / "ray.json").write_text(json.dumps(life))
 
 
 def write_recipe(inputs: Path, folder: Path, name: str, every: int = 2) -> Path:
@@ -192,6 +196,8 @@ def phase_of(run: RunFolder) -> str:
     """Tell by its files what a run is doing."""
     if not run.run_json.is_file():
         return START
+    if run.status() == "done":
+        return DONE
     if not run.metrics.is_file():
         return "start of the workers"
     if any(run.checkpoints.glob(f"{durable.WRITING}*")):
@@ -211,13 +217,13 @@ def run_trial(inputs: Path, folder: Path, seed: int) -> Verdict:
             other begin with different kinds of victims.
     """
     chance = random.Random(seed)
-    life_s = json.loads((inputs / "ray.json").read_text())["seconds"]
+    life = json.loads((inputs / "ray.json").read_text())
     every = chance.choice([1, 2, 3])
     recipe, run = write_recipe(inputs, folder, "killed", every), RunFolder(folder / "runs/killed")
     kills: list[Kill] = []
     watch, starts = Watch(run), [Start(run.path, recipe, resume=False)]
     try:
-        while (code := starts[-1].wait(_patience(chance, kills, life_s))) != 0:
+        while (code := _wait(starts[-1], run, chance, kills, life)) != 0:
             if code is not None and starts[-1].found_no_room() and len(starts) < MOST_STARTS:
                 starts.append(Start(run.path, recipe, resume=run.run_json.is_file()))
                 continue
@@ -241,8 +247,33 @@ def run_trial(inputs: Path, folder: Path, seed: int) -> Verdict:
     return compare(seed, f"saved every {every}", run.path, whole, kills)
 
 
-def _patience(chance: random.Random, kills: list[Kill], life_s: float) -> float:
-    return DEADLINE_S if len(kills) == MOST_KILLS else chance.uniform(0, life_s)
+def _wait(
+    start: Start, run: RunFolder, chance: random.Random, kills: list[Kill], life: dict[str, float]
+) -> int | None:
+    """Wait for the next kill's instant; return the exit code if the run ends before it.
+
+    Every second instant is drawn from the whole life of a run. Most of that is Ray's own start, so
+    the others are drawn from what comes behind the next step.
+    """
+    if len(kills) == MOST_KILLS:
+        return start.wait(DEADLINE_S)
+    if chance.random() < WHOLE_LIFE:
+        return start.wait(chance.uniform(0, life["seconds"]))
+    instant = chance.uniform(0, life["training"])
+    code = _until_a_step(start, run)
+    return start.wait(instant) if code is None else code
+
+
+def _until_a_step(start: Start, run: RunFolder) -> int | None:
+    """Wait until a line is added to the ledger, or the run has ended: its exit code then."""
+
+    def size() -> int:
+        return run.metrics.stat().st_size if run.metrics.is_file() else 0
+
+    before, ends = size(), time.monotonic() + DEADLINE_S
+    while (code := start.wait(0.05)) is None and size() == before and time.monotonic() < ends:
+        pass
+    return code
 
 
 def _kill(
@@ -258,11 +289,11 @@ def _kill(
 
 
 def _check_end(start: Start, kill: Kill) -> None:
-    """A run whose driver or raylet is gone ends, and says how to go on once it has begun."""
+    """A run whose driver or raylet is gone ends, and says how to go on from its begin to its end."""
     code = start.wait(ENDS_IN_S)
     if code is None:
         raise RuntimeError(f"the run hangs without its {kill.victim}: {start.printed()}")
-    if kill.phase == START or not code:
+    if kill.phase in (START, DONE) or not code:
         return
     ends = time.monotonic() + SPOKEN_IN_S
     while not (told := start.told_how_to_go_on()) and time.monotonic() < ends:
