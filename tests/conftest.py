@@ -43,12 +43,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def torch_of_its_own() -> Iterator[None]:
-    """Undo what DeepSpeed's stage 3 does to torch in a process: its linear layer for every model."""
-    torch = sys.modules.get("torch")
-    linear = torch.nn.functional.linear if torch else None
+    """Undo what DeepSpeed's stage 3 does to all of a process: linear layers of its own."""
     yield
-    if torch and linear:
-        torch.nn.functional.linear = linear
+    stage_3 = sys.modules.get("deepspeed.runtime.zero.linear")
+    torch = sys.modules.get("torch")
+    if stage_3 and torch and torch.nn.functional.linear is stage_3.zero3_linear_wrap:
+        torch.nn.functional.linear = torch._C._nn.linear
 
 
 @pytest.fixture(scope="session")
