@@ -53,6 +53,7 @@ class Screen:
         self.started = time.monotonic()
         self._stage = ""
         self._live: Live | None = None
+        self._closed = False
         self._bars = Progress(
             TextColumn("{task.description:<24}"),
             BarColumn(bar_width=28),
@@ -73,14 +74,15 @@ class Screen:
         self._live = None
 
     def close(self) -> None:
-        """Take the bars away for good, from any thread."""
+        """Take the bars away and show nothing more, from any thread."""
+        self._closed = True
         if self._live is not None:
             self._live.stop()
 
     def __call__(self, event: Event) -> None:
         """Show one event of a run."""
         handler = getattr(self, f"_on_{event['kind']}", None)
-        if handler:
+        if handler and not self._closed:
             handler(event)
 
     def stage(self, name: str, done: int = 0, total: int = 0) -> None:

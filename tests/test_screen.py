@@ -59,6 +59,15 @@ def test_lines_come_at_the_interval_at_the_start_and_at_the_end() -> None:
     assert printed == ["1", "10", "20", "25"]
 
 
+def test_a_closed_screen_shows_nothing_more() -> None:
+    console = Console(record=True, width=200)
+    screen = Screen(1, console=console)
+    screen.close()
+    screen(event(1, 25))
+    screen.stage("report")
+    assert not console.export_text()
+
+
 def test_a_restart_says_why_and_what_is_done_again() -> None:
     console = Console(record=True, width=200)
     screen = Screen(10, console=console)

@@ -289,7 +289,7 @@ def _kill(
 
 
 def _check_end(start: Start, kill: Kill) -> None:
-    """A run whose driver or raylet is gone ends; between its begin and its end it says how to go on."""
+    """A run whose driver or raylet is gone ends, and says how to go on unless it was done."""
     code = start.wait(ENDS_IN_S)
     if code is None:
         raise RuntimeError(f"the run hangs without its {kill.victim}: {start.printed()}")

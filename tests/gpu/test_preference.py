@@ -20,11 +20,12 @@ from raytune_ft.training.batching import steps
 from raytune_ft.training.build import build_engine
 from raytune_ft.training.engine import Engine
 from raytune_ft.training.vitals import measures, take_sums
-from tests.gpu.test_zero import ON_GPU
+from tests.gpu.test_zero import ON_CPU, ON_GPU
 from tests.training.test_preference import recipe_of, write_pairs
 from tests.training.test_worker import feed_of
 
 EPOCHS = 12
+PLACES = [pytest.param("cuda", marks=ON_GPU), pytest.param("cpu", marks=ON_CPU)]
 
 
 def recipe(model: Path, rows: Path, objective: str, zero: str, device: str) -> Recipe:
@@ -49,7 +50,7 @@ def train(engine: Engine, made: Recipe) -> list[dict[str, float]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("device", [pytest.param("cuda", marks=ON_GPU), "cpu"])
+@pytest.mark.parametrize("device", PLACES)
 @pytest.mark.parametrize("zero", ["none", "zero2"])
 @pytest.mark.parametrize("objective", ["dpo", "orpo"])
 def test_pairs_are_learned(
