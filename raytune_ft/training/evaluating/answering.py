@@ -65,8 +65,9 @@ class Voice:
         return _exchanged(answers, len(prompts), self.engine.device)
 
     def text(self, answer: Answer) -> str:
-        """Return an answer as people read it."""
-        return self.tokenizer.decode(answer.ids).strip()
+        """Return an answer as people read it, without half a character where it was cut."""
+        text = self.tokenizer.decode(answer.ids)
+        return (text.rstrip("\ufffd") if answer.stopped == "length" else text).strip()
 
 
 class _Company:
