@@ -1,0 +1,40 @@
+"""Cross entropy with its gradient at once: logits in, losses out, the logits overwritten.
+
+d loss_i / d logits_i = softmax(logits_i) - onehot(target_i) needs the logits and nothing else, so
+it takes their place: no second (T, V) tensor exists.
+
+Shapes: T = labelled tokens, V = words.
+"""
+
+from __future__ import annotations
+
+import torch
+
+Tensor = torch.Tensor
+
+
+def losses_and_gradient(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the losses, and write each loss's gradient over its row of logits.
+
+    Args:
+        logits: (T, V), contiguous rows, bfloat16, float16, float32 or float64; overwritten. Must
+            not be part of an autograd graph.
+        targets: (T,), int64, each in 0..V-1.
+
+    Returns:
+        (T,) in float32, in float64 for float64 logits.
+    """
+    return reference_losses_and_gradient(logits, targets)
+
+
+@torch.no_grad()
+def reference_losses_and_gradient(logits: Tensor, targets: Tensor) -> Tensor:
+    """Do what `losses_and_gradient` does by torch's own operators."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    normaliser = wide.logsumexp(-1, keepdim=True)
+    index = targets.unsqueeze(1)
+    losses = (normaliser - wide.gather(1, index)).squeeze(1)
+    gradient = (wide - normaliser).exp()
+    gradient.scatter_add_(1, index, gradient.new_full(index.shape, -1.0))
+    logits.copy_(gradient)
+    return losses
