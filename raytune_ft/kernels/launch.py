@@ -1,17 +1,37 @@
-"""Launching: a tensor in, whether Triton runs on it out."""
+"""Where a kernel runs: Triton on a GPU and in its interpreter, plain torch everywhere else."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
-from importlib.util import find_spec
+from functools import cache
 
 import torch
 
 
 def has_triton(tensor: torch.Tensor) -> bool:
-    """Tell whether Triton kernels run on `tensor`: on a GPU, or anywhere in their interpreter.
+    """Tell whether a tensor's kernels run by Triton: it is on a GPU, or Triton interprets.
 
-    The interpreter is Triton's own, switched on by TRITON_INTERPRET=1 before its first import.
+    Triton reads TRITON_INTERPRET when it is imported; set it before the process starts.
     """
-    wanted = tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
-    return wanted and find_spec("triton") is not None
+    return (tensor.is_cuda or interprets()) and _installed()
+
+
+def interprets() -> bool:
+    """Tell whether Triton's interpreter was asked for, which takes tensors on the host."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def ceil_div(value: int, unit: int) -> int:
+    """Return how many units hold `value`."""
+    return -(-value // unit)
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """Return the type in which products of `dtype` are summed: float32 for half precision."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype

@@ -1,0 +1,272 @@
+"""Linear layers with LoRA: one input in, the outputs of all layers that share it out.
+
+`y_i = x W_i^T + bias_i + scale_i * dropout_i(x) A_i^T B_i^T`, forward and backward in one autograd
+node for a whole group (query, key, value; gate, up; a single layer). Kept between the two passes:
+x, `dropout(x) A^T` and a seed; frozen weights are unpacked again, masks are computed again.
+
+Shapes: T = all leading dimensions of x together, r = rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from raytune_ft.kernels.dropout import Mask, draw_seed, product, project, project_backward
+from raytune_ft.kernels.nf4 import Nf4Weight, dequantize
+
+_scratch: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+
+class Base:
+    """The frozen weight of a linear layer, and how it comes: plain, NF4, or unpacked for good."""
+
+    def __init__(self, module: nn.Module) -> None:
+        """Take a torch.nn.Linear or a bitsandbytes Linear4bit; nothing of it is copied."""
+        self.module = module
+        self._resident: Tensor | None = None
+        self._packed: tuple[object, Nf4Weight] | None = None
+
+    @property
+    def bias(self) -> Tensor | None:
+        """(out,), or None."""
+        return cast("Tensor | None", self.module.bias)
+
+    @property
+    def is_nf4(self) -> bool:
+        """Whether the weight is packed."""
+        return getattr(self.module.weight, "quant_state", None) is not None
+
+    @property
+    def shape(self) -> torch.Size:
+        """(out, in)."""
+        return self.packed().shape if self.is_nf4 else cast(Tensor, self.module.weight).shape
+
+    def packed(self) -> Nf4Weight:
+        """Return the NF4 weight; ModelError if there is none."""
+        weight: Any = self.module.weight
+        # moved modules get new tensors: what was read of the old ones no longer counts
+        key = (weight, getattr(weight, "quant_state", None))
+        if self._packed is None or self._packed[0] != tuple(map(id, key)):
+            self._packed = tuple(map(id, key)), Nf4Weight.of(self.module)
+        return self._packed[1]
+
+    def resident(self) -> None:
+        """Keep the weight unpacked from now on: faster, 2 bytes a weight; never saved."""
+        if self.is_nf4:
+            self._resident = dequantize(self.packed())
+
+    def streamed(self) -> None:
+        """Unpack the weight at each use again."""
+        self._resident = None
+
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """Return the weight, (out, in), for use at once.
+
+        An NF4 weight stands in a buffer that all layers of a device share: the next call of any
+        of them overwrites it, in the stream's order.
+        """
+        if self._resident is not None:
+            return self._resident.to(dtype)
+        if not self.is_nf4:
+            return cast(Tensor, self.module.weight).detach().to(dtype)
+        packed = self.packed()
+        return dequantize(packed, _room(packed)).to(dtype)
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A low-rank update `scale * B A` of a linear layer."""
+
+    a: Tensor
+    """(r, in)."""
+    b: Tensor
+    """(out, r)."""
+    scale: float
+    """What the update is multiplied by."""
+    dropout: float = 0.0
+    """Probability in [0, 1) on the update's input; 0 while evaluating."""
+
+
+Part = tuple[Base, Lora | None]
+
+
+def adapted(
+    x: Tensor, parts: Sequence[Part], seed: Tensor | None = None, offset: int = 0
+) -> list[Tensor]:
+    """Return what linear layers with adapters make of one input.
+
+    Args:
+        x: (..., in), in the type to compute in.
+        parts: the layers; base weights are frozen, adapters and biases may be trained.
+        seed: (1,) int64 on x's device, of the dropout; None draws one from torch's generator of
+            that device. Who draws it outside must keep it unchanged until the backward pass.
+        offset: of this group among those of one seed: layer i uses the stream `offset + i`.
+
+    Returns:
+        (..., out) of each layer, of x's dtype.
+
+    Numbers: products in x's type, sums in float32; adapters of another type are rounded to x's at
+    each use, and their gradients are summed in float32.
+    """
+    loras = [lora for _, lora in parts if lora is not None]
+    if seed is None and any(lora.dropout for lora in loras):
+        seed = draw_seed(x.device)
+    plan = _Plan(tuple(parts), offset)
+    biases = [base.bias for base, _ in parts]
+    tensors = [*(lora.a for lora in loras), *(lora.b for lora in loras)]
+    outputs: tuple[Tensor, ...] = _Adapted.apply(plan, x, seed, *biases, *tensors)  # type: ignore[no-untyped-call]
+    return list(outputs)
+
+
+def reserve(bases: Sequence[Base]) -> None:
+    """Make the shared buffers as large as these weights need: before a graph is captured."""
+    for base in bases:
+        if base.is_nf4:
+            _room(base.packed())
+
+
+@dataclass(frozen=True)
+class _Plan:
+    parts: tuple[Part, ...]
+    offset: int
+
+    @property
+    def loras(self) -> list[Lora]:
+        return [lora for _, lora in self.parts if lora is not None]
+
+    def places(self) -> list[int]:
+        """Return which layers have an adapter."""
+        return [index for index, (_, lora) in enumerate(self.parts) if lora is not None]
+
+    def stacks(self) -> Iterator[list[int]]:
+        """Yield runs of neighbouring adapters, as indices into `loras`, that go as one."""
+        run: list[int] = []
+        for index, lora in enumerate(self.loras):
+            if run and not self._alike(self.loras[run[-1]], lora, run[-1], index):
+                yield run
+                run = []
+            run.append(index)
+        if run:
+            yield run
+
+    def _alike(self, one: Lora, two: Lora, first: int, second: int) -> bool:
+        places = self.places()
+        neighbours = places[second] - places[first] == 1
+        return neighbours and (len(one.a), one.dropout) == (len(two.a), two.dropout)
+
+    def mask(self, run: list[int], seed: Tensor | None) -> Mask | None:
+        p = self.loras[run[0]].dropout
+        if not p or seed is None:
+            return None
+        return Mask(seed, self.offset + self.places()[run[0]], p)
+
+
+class _Adapted(torch.autograd.Function):
+    """See `adapted`; after x and seed come biases of all layers, then all A, then all B."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, plan: _Plan, x: Tensor, seed: Tensor | None, *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        n = len(plan.loras)
+        biases = tensors[: len(plan.parts)]
+        a, b = _split(tensors[len(plan.parts) :], n)
+        flat = x.reshape(-1, x.shape[-1])
+        inner = [
+            project(flat, _stacked(a, run, x.dtype), plan.mask(run, seed)) for run in plan.stacks()
+        ]
+        outputs = [
+            _affine(flat, base.matrix(x.dtype), bias)
+            for (base, _), bias in zip(plan.parts, biases, strict=True)
+        ]
+        for index, part in enumerate(_parts(plan, inner)):
+            update = b[index].to(x.dtype).t()
+            outputs[plan.places()[index]].addmm_(part, update, alpha=plan.loras[index].scale)
+        ctx.plan = plan
+        ctx.save_for_backward(x, seed, *a, *b, *inner)
+        return tuple(out.view(*x.shape[:-1], -1) for out in outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        plan: _Plan = ctx.plan
+        x, seed, *saved = ctx.saved_tensors
+        n = len(plan.loras)
+        a, b, inner = saved[:n], saved[n : 2 * n], saved[2 * n :]
+        flat = x.reshape(-1, x.shape[-1])
+        outer = [gradient.reshape(-1, gradient.shape[-1]) for gradient in gradients]
+        dx = _through_bases(plan, outer) if ctx.needs_input_grad[1] else None
+        of_b = _gradients_of_b(plan, outer, inner)
+        of_a: list[Tensor] = []
+        for run in plan.stacks():
+            back = _through_b(plan, run, outer, b)
+            stack = _stacked(a, run, x.dtype)
+            of_a += project_backward(flat, stack, back, plan.mask(run, seed), dx).unbind()
+        wanted = ctx.needs_input_grad[3 : 3 + len(plan.parts)]
+        biases = [one.sum(0) if want else None for one, want in zip(outer, wanted, strict=True)]
+        adapters = [g.to(p.dtype) for g, p in zip([*of_a, *of_b], [*a, *b], strict=True)]
+        dx = None if dx is None else dx.view_as(x)
+        return None, dx, None, *biases, *adapters
+
+
+def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if bias is None:
+        return x @ weight.t()
+    return torch.addmm(bias.to(x.dtype), x, weight.t())
+
+
+def _through_bases(plan: _Plan, outer: list[Tensor]) -> Tensor:
+    """Return the gradient of the input through the frozen weights: (T, in)."""
+    total: Tensor | None = None
+    for (base, _), gradient in zip(plan.parts, outer, strict=True):
+        weight = base.matrix(gradient.dtype)
+        total = gradient @ weight if total is None else total.addmm_(gradient, weight)
+    assert total is not None  # noqa: S101, a group has layers
+    return total
+
+
+def _through_b(plan: _Plan, run: list[int], outer: list[Tensor], b: list[Tensor]) -> Tensor:
+    """Return the gradient of what `project` gave for a run of adapters: (T, adapters * r)."""
+    rank = len(plan.loras[run[0]].a)
+    first = outer[0]
+    back = first.new_empty(len(first), len(run) * rank)
+    for part, index in zip(back.split(rank, dim=1), run, strict=True):
+        gradient, lora = outer[plan.places()[index]], plan.loras[index]
+        weight = b[index].to(gradient.dtype)
+        torch.addmm(part, gradient, weight, beta=0, alpha=lora.scale, out=part)
+    return back
+
+
+def _gradients_of_b(plan: _Plan, outer: list[Tensor], inner: list[Tensor]) -> list[Tensor]:
+    return [
+        product(outer[place].t(), part).mul_(lora.scale)
+        for place, lora, part in zip(plan.places(), plan.loras, _parts(plan, inner), strict=True)
+    ]
+
+
+def _parts(plan: _Plan, inner: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Yield `dropout(x) A^T` of each adapter, (T, r), out of what runs of them gave."""
+    for run, together in zip(plan.stacks(), inner, strict=True):
+        yield from together.chunk(len(run), dim=1)
+
+
+def _stacked(a: Sequence[Tensor], run: list[int], dtype: torch.dtype) -> Tensor:
+    return torch.stack([a[index].to(dtype) for index in run])
+
+
+def _split(tensors: Sequence[Tensor | None], n: int) -> tuple[list[Tensor], list[Tensor]]:
+    given = cast("list[Tensor]", list(tensors))
+    return given[:n], given[n:]
+
+
+def _room(weight: Nf4Weight) -> Tensor:
+    """Return the shared buffer's part for a weight: (out, in), uninitialised."""
+    key = (weight.packed.device, weight.dtype)
+    needed, buffer = weight.shape.numel(), _scratch.get(key)
+    if buffer is None or buffer.numel() < needed:
+        buffer = _scratch[key] = torch.empty(needed, dtype=weight.dtype, device=key[0])
+    return buffer[:needed].view(weight.shape)
