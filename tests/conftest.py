@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -49,6 +50,25 @@ def torch_of_its_own() -> Iterator[None]:
     torch = sys.modules.get("torch")
     if stage_3 and torch and torch.nn.functional.linear is stage_3.zero3_linear_wrap:
         torch.nn.functional.linear = torch._C._nn.linear
+
+
+@pytest.fixture(scope="session")
+def imported() -> list[int]:
+    """How many modules there were when what they hold was set aside."""
+    return [0]
+
+
+@pytest.fixture(autouse=True)
+def libraries_out_of_the_way(imported: list[int]) -> Iterator[None]:
+    """Set aside what a test's imports brought: loading a model collects garbage.
+
+    Else each collection looks through a million objects of libraries, and takes half a second.
+    """
+    yield
+    if len(sys.modules) > imported[0]:
+        imported[0] = len(sys.modules)
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,21 +16,13 @@ Loaded = Callable[[str], Any]
 
 
 @pytest.fixture(scope="package", autouse=True)
-def libraries_out_of_the_way() -> Iterator[None]:
-    """Loading collects garbage; without this it looks through half a million library objects.
-
-    One thread, because threads that wait for each other cost more than these matrices.
-    """
-    import bitsandbytes  # noqa: F401
-    import peft  # noqa: F401
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other cost more than these matrices."""
     import torch
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    gc.collect()
-    gc.freeze()
     yield
-    gc.unfreeze()
     torch.set_num_threads(threads)
 
 
