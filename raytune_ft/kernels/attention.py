@@ -1,6 +1,8 @@
 """Attention of packed rows: queries, keys and values in, each sample's attention to itself out.
 
-Rows lie end to end, and bounds in them isolate samples and rows alike.
+Rows lie end to end, and bounds in them isolate samples and rows alike. On a GPU torch's own
+kernels do the work: flash attention by bounds, cuDNN's where each row is one sample; a mask that
+all layers share where neither can, and on the CPU.
 
 Shapes: B = rows, H = query heads, K = key heads, L = tokens of a row, D = width of a head,
 S = segments of all rows.
@@ -8,9 +10,19 @@ S = segments of all rows.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Tensor = torch.Tensor
+
+HEADS_AT_ONCE = 8
+"""Heads whose float32 biases exist together: 40 of 4,096 tokens would be 2.7 GB."""
+WIDEST_HEAD = 256
+"""Flash attention's limit; widths must also be multiples of 8."""
+CUDNN_STEP = 128
+"""cuDNN makes a plan for every new length, 150 ms: only lengths that come again are its own."""
 
 
 def attend(
@@ -26,6 +38,8 @@ def attend(
     mask: Tensor | None = None,
 ) -> Tensor:
     """Let each token attend to the earlier tokens of its own segment, itself included.
+
+    Nothing here waits for the device.
 
     Args:
         q: (B, H, L, D).
@@ -44,11 +58,22 @@ def attend(
     Returns:
         (B, L, H, D), contiguous, as transformers' attention functions do.
     """
+    rows, _, length, _ = q.shape
+    seen = None if window is None or window >= max_seqlen else window
+    if alibi_slopes is None and seen is None and len(cu_seqlens) == rows + 1:
+        return _whole_rows(q, k, v, scale)
+    if alibi_slopes is None and takes_bounds(q):
+        return _by_bounds(q, k, v, cu_seqlens, max_seqlen, scale, seen)
     if mask is None:
-        mask = mask_of(
-            q.shape[0], q.shape[2], cu_seqlens, q.dtype, window=window, alibi_slopes=alibi_slopes
-        )
+        mask = mask_of(rows, length, cu_seqlens, q.dtype, window=seen, alibi_slopes=alibi_slopes)
     return reference_attend(q, k, v, mask, scale=scale)
+
+
+def takes_bounds(q: Tensor) -> bool:
+    """Tell whether flash attention reads such queries (B, H, L, D), so that no mask is needed."""
+    width = q.shape[-1]
+    half = q.dtype in (torch.bfloat16, torch.float16)
+    return q.is_cuda and half and width % 8 == 0 and width <= WIDEST_HEAD
 
 
 def mask_of(
@@ -60,30 +85,86 @@ def mask_of(
     window: int | None = None,
     alibi_slopes: Tensor | None = None,
 ) -> Tensor:
-    """Return what is added to scores: (B, 1 or H, L, L), 0 or the bias where attention is allowed.
+    """Return what is added to scores: (B, 1 or H, L, L), 0 or a bias where attention is allowed.
 
     Made once per micro-batch in the type of the scores: kernels would turn booleans into numbers
     in every layer anew.
     """
-    places = torch.arange(rows * length, device=cu_seqlens.device)
-    # the number of bounds up to a place is its segment's number; empty segments count for none
+    device = cu_seqlens.device
+    places = torch.arange(rows * length, device=device, dtype=cu_seqlens.dtype)
+    # a place's segment is the number of ends up to it; empty segments lie behind all places
     segments = torch.searchsorted(cu_seqlens[1:], places, right=True).view(rows, length)
-    steps = torch.arange(length, device=cu_seqlens.device)
-    distance = steps.unsqueeze(1) - steps
+    steps = torch.arange(length, device=device)
+    distance = steps.unsqueeze(1) - steps  # query minus key
     allowed = (segments.unsqueeze(2) == segments.unsqueeze(1)) & (distance >= 0)
     if window is not None:
-        allowed = allowed & (distance < window)
-    allowed = allowed.unsqueeze(1)
-    added = torch.zeros((), dtype=torch.float32, device=cu_seqlens.device)
-    if alibi_slopes is not None:
-        added = alibi_slopes.to(distance.device, torch.float32).view(1, -1, 1, 1) * -distance
-    return torch.where(allowed, added, -torch.inf).to(dtype)
+        allowed &= distance < window
+    hidden = ~allowed.unsqueeze(1)
+    if alibi_slopes is None:
+        return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(
+            hidden, -torch.inf
+        )
+    steep = alibi_slopes.to(device, torch.float32).view(1, -1, 1, 1)
+    mask = torch.empty(rows, steep.shape[1], length, length, dtype=dtype, device=device)
+    for start in range(0, steep.shape[1], HEADS_AT_ONCE):
+        some = slice(start, start + HEADS_AT_ONCE)
+        # in float32: bfloat16 cannot hold the index of a far key
+        mask[:, some] = (steep[:, some] * -distance).masked_fill(hidden, -torch.inf)
+    return mask
 
 
 def reference_attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, scale: float) -> Tensor:
     """Do what `attend` does by torch's scaled dot products with a mask (B, 1 or H, L, L)."""
-    groups = q.shape[1] // k.shape[1]
-    if groups > 1:
-        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    k, v = _for_every_query(q, k, v)
     found = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     return found.transpose(1, 2).contiguous()
+
+
+def _whole_rows(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    if q.shape[2] % CUDNN_STEP == 0:
+        kernels.insert(0, SDPBackend.CUDNN_ATTENTION)
+    if q.shape[-1] > WIDEST_HEAD:
+        k, v = _for_every_query(q, k, v)
+    arguments: dict[str, Any] = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
+    with sdpa_kernel(kernels, set_priority=True):
+        found = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scale, **arguments
+        )
+    return found.transpose(1, 2).contiguous()
+
+
+def _by_bounds(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    rows, heads, length, width = q.shape
+    ends = (x.transpose(1, 2).reshape(rows * length, x.shape[1], width) for x in (q, k, v))
+    # torch.nn.attention.varlen calls this operator too, by wrappers in Python that cost more
+    # time than the kernel, and with other arguments in each release
+    found = torch.ops.aten._flash_attention_forward(
+        *ends,
+        cu_seqlens,
+        cu_seqlens,
+        max_seqlen,
+        max_seqlen,
+        0.0,
+        True,
+        False,
+        scale=scale,
+        window_size_left=-1 if window is None else window - 1,
+        window_size_right=0,
+    )[0]
+    return found.view(rows, length, heads, width)  # type: ignore[no-any-return]
+
+
+def _for_every_query(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    groups = q.shape[1] // k.shape[1]
+    if groups == 1:
+        return k, v
+    return k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)

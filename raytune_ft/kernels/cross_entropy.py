@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import torch
 
+from raytune_ft.kernels.launch import has_triton
+
 Tensor = torch.Tensor
 
 
@@ -24,6 +26,10 @@ def losses_and_gradient(logits: Tensor, targets: Tensor) -> Tensor:
     Returns:
         (T,) in float32, in float64 for float64 logits.
     """
+    if has_triton(logits):
+        from raytune_ft.kernels import cross_entropy_triton
+
+        return cross_entropy_triton.losses_and_gradient(logits, targets)
     return reference_losses_and_gradient(logits, targets)
 
 

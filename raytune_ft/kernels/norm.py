@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import torch
 
+from raytune_ft.kernels.launch import has_triton
+
 Tensor = torch.Tensor
 
 
@@ -27,6 +29,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0) -> T
     Returns:
         (..., D), of the type of `x`; with `offset` 0 of the wider of its and the weight's type.
     """
+    if has_triton(x):
+        from raytune_ft.kernels import norm_triton
+
+        return norm_triton.rms_norm(x, weight, eps, offset)
     return reference_rms_norm(x, weight, eps, offset=offset)
 
 
@@ -37,6 +43,10 @@ def add_rms_norm(
 
     Arguments as for `rms_norm`; `residual` (..., D) has the type of `x`.
     """
+    if has_triton(x):
+        from raytune_ft.kernels import norm_triton
+
+        return norm_triton.add_rms_norm(x, residual, weight, eps, offset)
     return reference_add_rms_norm(x, residual, weight, eps, offset=offset)
 
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import torch
 
+from raytune_ft.kernels.launch import has_triton
+
 Tensor = torch.Tensor
 
 
@@ -31,6 +33,10 @@ def rope(
         Both rotated, in shape and type as given; of transposed (B, L, H, D) memory, which kernels
         for packed rows read without a copy.
     """
+    if has_triton(q):
+        from raytune_ft.kernels import rope_triton
+
+        return rope_triton.rope(q, k, cos, sin, interleaved)
     return reference_rope(q, k, cos, sin, interleaved=interleaved)
 
 

@@ -11,6 +11,8 @@ from typing import Literal
 
 import torch
 
+from raytune_ft.kernels.launch import has_triton
+
 Tensor = torch.Tensor
 Activation = Literal["silu", "gelu_tanh"]
 """`gelu_tanh` is Gemma's, transformers' "gelu_pytorch_tanh"."""
@@ -27,6 +29,10 @@ def swiglu(gate: Tensor, up: Tensor, *, activation: Activation = "silu") -> Tens
     Returns:
         (..., M), contiguous, rounded once.
     """
+    if has_triton(gate):
+        from raytune_ft.kernels import swiglu_triton
+
+        return swiglu_triton.swiglu(gate, up, activation)
     return reference_swiglu(gate, up, activation=activation)
 
 
@@ -35,6 +41,10 @@ def fused_swiglu(gate_up: Tensor, *, activation: Activation = "silu") -> Tensor:
 
     Its gradient is made as one tensor too, which slices would have to be joined to.
     """
+    if has_triton(gate_up):
+        from raytune_ft.kernels import swiglu_triton
+
+        return swiglu_triton.fused_swiglu(gate_up, activation)
     gate, up = gate_up.chunk(2, -1)
     return reference_swiglu(gate, up, activation=activation)
 
