@@ -1,4 +1,4 @@
-"""Shipped recipes on real commands: the classic InternLM one, and a sweep."""
+"""The classic InternLM recipe and a sweep on real commands, and a run of all weights."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from raytune_ft.chat import open_chat
+from raytune_ft.config.loader import load_recipe
 from raytune_ft.training.run_folder import read_json, read_jsonl
 from tests import runs
 from tests.conftest import ROOT, make_tiny_model
+from tests.families import short_run
 
-pytestmark = [pytest.mark.slow, pytest.mark.ray]
+pytestmark = pytest.mark.slow
 
 GUANACO = Path(os.environ.get("RAYTUNE_TEST_DATA", ROOT.parent / "shared/data"))
 
@@ -48,6 +50,7 @@ def make_internlm(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
+@pytest.mark.ray
 @pytest.mark.skipif(not GUANACO.is_dir(), reason="the OASST1 rows are not on this machine")
 def test_internlm_oasst1_trains_on_real_rows(tmp_path: Path) -> None:
     model = tmp_path / "internlm"
@@ -69,8 +72,9 @@ def test_internlm_oasst1_trains_on_real_rows(tmp_path: Path) -> None:
 def test_a_full_parameter_run_is_a_model_to_talk_to(
     tiny_model: Path, chats: Path, tmp_path: Path
 ) -> None:
-    recipe = runs.write_recipe(tmp_path, tiny_model, chats, "full")
-    runs.train(recipe, "model.method=full", "train.max_steps=3", "checkpoint.every=2")
+    written = runs.write_recipe(tmp_path, tiny_model, chats, "full")
+    words = ["model.method=full", "train.max_steps=3", "checkpoint.every=2"]
+    short_run.train(load_recipe(str(written), words))
     run = tmp_path / "runs/full"
     before = load_file(tiny_model / "model.safetensors")
     after = load_file(run / "model/model.safetensors")
@@ -81,12 +85,13 @@ def test_a_full_parameter_run_is_a_model_to_talk_to(
         assert isinstance("".join(open_chat(str(path)).reply(message, max_new_tokens=3)), str)
 
 
+@pytest.mark.ray
 def test_a_sweep_keeps_its_best_trial(tiny_model: Path, chats: Path, tmp_path: Path) -> None:
     recipe = runs.write_recipe(tmp_path, tiny_model, chats, "sweep")
     with recipe.open("a") as file:
         file.write(
             "tune:\n  space: {train.lr: {low: 1.0e-3, high: 2.0e-2, log: 1}, lora.r: [2, 4]}\n"
-            "  trials: 4\n  concurrent: 2\n"
+            "  trials: 3\n  concurrent: 2\n"
         )
     command = [sys.executable, "-m", "raytune_ft.tune", "--config", recipe, "train.max_steps=4"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -94,7 +99,7 @@ def test_a_sweep_keeps_its_best_trial(tiny_model: Path, chats: Path, tmp_path: P
     assert "leaderboard" in done.stderr
     sweep = tmp_path / "runs/sweep"
     board = list(read_jsonl(sweep / "leaderboard.jsonl"))
-    assert len(board) == 4
+    assert len(board) == 3
     finished = [t for t in board if t["state"] == "done"]
     assert finished and board[0] == min(finished, key=lambda t: t["loss"])
     assert all(1e-3 <= t["train.lr"] <= 2e-2 and t["lora.r"] in (2, 4) for t in board)

@@ -183,9 +183,8 @@ def test_a_fresh_process_reads_an_original_checkpoint(checkpoint: Checkpoint) ->
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "family", ["chatglm3", pytest.param("baichuan_13b", marks=pytest.mark.exact)]
-)
+@pytest.mark.exact
+@pytest.mark.parametrize("family", ["chatglm3", "baichuan_13b"])
 def test_the_command_line_trains_and_merges(
     family: str, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:

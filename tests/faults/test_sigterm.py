@@ -47,7 +47,9 @@ def long(request: pytest.FixtureRequest) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(tiny_model: Path, chats: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(
+    long: None, tiny_model: Path, chats: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """An undisturbed run of two workers."""
     folder = tmp_path_factory.mktemp("whole")
     process = runs.start(runs.write_recipe(folder, tiny_model, chats, "whole"), *TWO)
