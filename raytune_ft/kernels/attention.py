@@ -59,18 +59,36 @@ def attend(
         (B, L, H, D), contiguous, as transformers' attention functions do.
     """
     rows, _, length, _ = q.shape
-    seen = None if window is None or window >= max_seqlen else window
-    if alibi_slopes is None and seen is None and len(cu_seqlens) == rows + 1:
+    if needs_mask(q, cu_seqlens, max_seqlen, window=window, alibi_slopes=alibi_slopes):
+        if mask is None:
+            mask = mask_of(
+                rows, length, cu_seqlens, q.dtype, window=window, alibi_slopes=alibi_slopes
+            )
+        return reference_attend(q, k, v, mask, scale=scale)
+    if _are_whole(rows, cu_seqlens, max_seqlen, window):
         return _whole_rows(q, k, v, scale)
-    if alibi_slopes is None and takes_bounds(q):
-        return _by_bounds(q, k, v, cu_seqlens, max_seqlen, scale, seen)
-    if mask is None:
-        mask = mask_of(rows, length, cu_seqlens, q.dtype, window=seen, alibi_slopes=alibi_slopes)
-    return reference_attend(q, k, v, mask, scale=scale)
+    return _by_bounds(q, k, v, cu_seqlens, max_seqlen, scale, window)
 
 
-def takes_bounds(q: Tensor) -> bool:
-    """Tell whether flash attention reads such queries (B, H, L, D), so that no mask is needed."""
+def needs_mask(
+    q: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    window: int | None = None,
+    alibi_slopes: Tensor | None = None,
+) -> bool:
+    """Tell whether `attend` with these arguments reads a mask, which is then best made once."""
+    if alibi_slopes is not None:
+        return True
+    return not (_are_whole(len(q), cu_seqlens, max_seqlen, window) or _takes_bounds(q))
+
+
+def _are_whole(rows: int, cu_seqlens: Tensor, max_seqlen: int, window: int | None) -> bool:
+    return len(cu_seqlens) == rows + 1 and (window is None or window >= max_seqlen)
+
+
+def _takes_bounds(q: Tensor) -> bool:
     width = q.shape[-1]
     half = q.dtype in (torch.bfloat16, torch.float16)
     return q.is_cuda and half and width % 8 == 0 and width <= WIDEST_HEAD

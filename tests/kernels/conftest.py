@@ -18,7 +18,7 @@ import raytune_ft.kernels
 def _takes_triton(name: str) -> bool:
     ours = name.startswith("raytune_ft.kernels.") and name.endswith("_triton")
     # its compiled part cannot be loaded twice, and interprets nothing
-    return ours or (name.split(".")[0] == "triton" and not name.startswith("triton._C"))
+    return ours or (name.partition(".")[0] == "triton" and not name.startswith("triton._C"))
 
 
 def _take_out() -> dict[str, ModuleType]:
@@ -38,3 +38,11 @@ def interpreter() -> Iterator[None]:
         yield
     _take_out()
     sys.modules.update(before)
+
+
+@pytest.fixture(scope="module", params=["plain", "triton"])
+def way(request: pytest.FixtureRequest) -> str:
+    """Each test once in plain torch and once in Triton's interpreter."""
+    if request.param == "triton":
+        request.getfixturevalue("interpreter")
+    return str(request.param)
