@@ -1,84 +1,26 @@
-"""The loop: rates by rows visited, the run's end, and what became of rows, over any resume.
-
-`Recorder` stands for the engine alone: it notes rates and batches and trains nothing, so that a
-hundred runs take a second. `test_worker.py` has the same with a real model.
-"""
+"""The loop: rates by rows visited, and what became of rows, over any resume."""
 
 from __future__ import annotations
 
-import copy
 import itertools
 import json
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
-from raytune_ft.config.schema import Recipe
-from raytune_ft.data import sources
-from raytune_ft.data.examples import Encoder
 from raytune_ft.data.packing import Position
 from raytune_ft.data.places import iter_packs
 from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
-from raytune_ft.data.windows import Feed, Window, make_feed
-from raytune_ft.errors import Interrupted, TrainingError
-from raytune_ft.training.batching import StepData, TensorBatch, count_targets, steps
-from raytune_ft.training.engine import Engine, State
-from raytune_ft.training.loop import Hooks, train
+from raytune_ft.data.windows import Feed
+from raytune_ft.training.batching import TensorBatch, count_targets, steps
+from raytune_ft.training.loop import train
 from raytune_ft.training.saving.checkpoint import TrainState
 from tests.conftest import write_chats
-
-EPOCHS = 3
-
-
-class Recorder(Engine):
-    """Notes what the loop asks of an engine."""
-
-    def __init__(self) -> None:
-        super().__init__(nn.Module(), torch.device("cpu"))
-        self.rates: list[float] = []
-
-    def forward_backward(self, batch: TensorBatch, n_targets: int) -> torch.Tensor:
-        return torch.tensor(float((batch["labels"] >= 0).sum()))
-
-    def step(self, lr: float) -> float:
-        self.rates.append(lr)
-        return 1.0
-
-    def optimizer_state(self) -> State:
-        return {}
-
-    def load(self, weights: Any, state: Any) -> None:
-        raise AssertionError("nothing is loaded here")
-
-    def weights(self) -> State:
-        return {}
-
-
-@dataclass
-class Run:
-    """What happened in one run of the loop."""
-
-    rates: list[float] = field(default_factory=list)
-    steps: list[dict[str, Any]] = field(default_factory=list)
-    lines: list[str] = field(default_factory=list)
-    calls: list[tuple[str, int]] = field(default_factory=list)
-    saved: dict[int, TrainState] = field(default_factory=dict)
-    state: TrainState = field(default_factory=TrainState)
-
-
-def recipe_of(path: Path, tokenizer: Path, data: dict[str, Any], **train: Any) -> Recipe:
-    return Recipe.model_validate({
-        "model": {"path": str(tokenizer)},
-        "data": {"sources": [{"path": str(path)}], "max_length": 64, "window": 16, **data},
-        "train": {"epochs": EPOCHS, "accumulation": 4, "lr": 1e-3, **train},
-        "chat_eval": {"every": None},
-    })  # fmt: skip
+from tests.training.recorded import EPOCHS, Recorder, feed_of, go, quiet_hooks, recipe_of
 
 
 @pytest.fixture(scope="module")
@@ -90,65 +32,6 @@ def tokenizer(tiny_model: Path) -> TextTokenizer:
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Ninety ragged chats: six windows of 16 rows."""
     return write_chats(tmp_path_factory.mktemp("loop") / "rows.jsonl", 90)
-
-
-class Kept(Feed):
-    """Keeps its windows, which a run that is taken up thirty times makes as often."""
-
-    def window(self, epoch: int, number: int) -> Window:
-        made: dict[tuple[int, int], Window] = self.__dict__.setdefault("made", {})
-        if (epoch, number) not in made:
-            made[epoch, number] = super().window(epoch, number)
-        return copy.deepcopy(made[epoch, number])
-
-
-def feed_of(recipe: Recipe, tokenizer: TextTokenizer) -> Feed:
-    source = sources.open_sources(recipe.data, recipe.train.seed)
-    feed = make_feed(source, Encoder.of(recipe, tokenizer), recipe.train.seed)
-    return Kept(feed.source, feed.encoder, feed.seed, feed.order)
-
-
-def go(
-    recipe: Recipe,
-    feed: Feed,
-    *,
-    rank: int = 0,
-    workers: int = 1,
-    start: TrainState | None = None,
-    total: int | None = None,
-) -> Run:
-    """Run the loop from a state on, as this rank of so many workers."""
-    run, engine = Run(), Recorder()
-    run.state = copy.deepcopy(start) if start else TrainState()
-
-    def emit(kind: str, **fields: Any) -> None:
-        if kind == "step":
-            run.steps.append(fields)
-        elif kind == "rows":
-            run.lines.append(fields["text"])
-
-    def note(name: str) -> Any:
-        return lambda step, *_: run.calls.append((name, step))
-
-    def save(state: TrainState) -> None:
-        run.calls.append(("save", state.step))
-        # as it stands in a file
-        run.saved[state.step] = TrainState(**json.loads(json.dumps(vars(state))))
-
-    hooks = Hooks(
-        sample=lambda step, when: run.calls.append((when, step)),
-        validate=note("validate"),
-        benchmark=note("benchmark"),
-        record=lambda state, _: run.calls.append(("record", state.step)),
-        save=save,
-        interrupted=lambda: False,
-    )
-    position = Position(run.state.epoch, run.state.window, run.state.pack)
-    packs = iter_packs(feed, position, epochs=recipe.train.epochs)
-    batches = steps(packs, recipe.train, rank=rank, workers=workers)
-    train(engine, recipe, batches, run.state, total, hooks, emit)
-    run.rates = engine.rates
-    return run
 
 
 def shares_by_hand(feed: Feed, packs_per_step: int) -> list[float]:
@@ -266,51 +149,6 @@ def test_the_number_of_ranks_may_change_on_resume(
     assert replace(third.state, losses=[]) == replace(whole.state, losses=[])
 
 
-def test_what_ends_a_run_happens_once(
-    rows: Path, tokenizer: TextTokenizer, tiny_model: Path
-) -> None:
-    recipe = recipe_of(rows, tiny_model, {})
-    feed = feed_of(recipe, tokenizer)
-    run = go(recipe, feed)
-    last = len(run.rates)
-    ends = [e["step"] for e in run.steps if float(e["progress"]).is_integer()]
-    assert len(ends) == EPOCHS and ends[-1] == last
-    for name in ("validate", "benchmark", "save"):
-        assert [step for kind, step in run.calls if kind == name] == ends, name
-    assert run.calls[0] == ("before", 0)
-    assert run.calls[-1] == ("after", last)
-    assert [kind for kind, _ in run.calls].count("after") == 1
-    assert [e["share"] for e in run.steps if e["share"] == 1.0] == [1.0], "the last one alone"
-    assert run.steps[-1]["total"] == last and run.steps[-1]["exact"]
-    assert not any(e["exact"] for e in run.steps[:-1])
-    told = [e["total"] for e in run.steps[2:]]
-    assert max(abs(total - last) for total in told) <= 2, told
-
-
-def test_a_finished_run_does_nothing_but_answer_again(
-    rows: Path, tokenizer: TextTokenizer, tiny_model: Path
-) -> None:
-    recipe = recipe_of(rows, tiny_model, {})
-    feed = feed_of(recipe, tokenizer)
-    run = go(recipe, feed)
-    again = go(recipe, feed, start=run.saved[len(run.rates)])
-    assert again.calls == [("after", len(run.rates))]
-    assert again.state == run.state
-
-
-def test_max_steps_ends_a_run_inside_an_epoch(
-    rows: Path, tokenizer: TextTokenizer, tiny_model: Path
-) -> None:
-    recipe = recipe_of(rows, tiny_model, {}, max_steps=2)
-    run = go(recipe, feed_of(recipe, tokenizer))
-    assert [e["step"] for e in run.steps] == [1, 2]
-    assert run.calls == [
-        ("before", 0), ("validate", 2), ("benchmark", 2), ("record", 2), ("save", 2), ("after", 2),
-    ]  # fmt: skip
-    assert run.state.epoch == 0 and run.state.progress < 1
-    assert [(e["total"], e["exact"]) for e in run.steps] == [(2, True), (2, True)]
-
-
 def test_steps_that_were_counted_decide_rates_and_totals(
     rows: Path, tokenizer: TextTokenizer, tiny_model: Path
 ) -> None:
@@ -355,60 +193,6 @@ def test_ten_packs_by_four_are_three_steps_each_by_its_own_tokens(
         [sum(counts[:4])] * 4, [sum(counts[4:8])] * 4, [sum(counts[8:])] * 4, [],
     ]  # fmt: skip
     assert (state.step, state.targets) == (3, sum(counts))
-
-
-def quiet_hooks(**given: Any) -> Hooks:
-    hooks: dict[str, Any] = {
-        name: lambda *_: None for name in ("sample", "validate", "benchmark", "record", "save")
-    }
-    return Hooks(**{**hooks, "interrupted": lambda: False, **given})
-
-
-def test_an_interrupted_run_saves_behind_its_last_step_and_goes_on_as_if_it_had_not_been(
-    rows: Path, tokenizer: TextTokenizer, tiny_model: Path
-) -> None:
-    """Asked during step 3: that one is saved, once, and no further one is begun."""
-    recipe = recipe_of(rows, tiny_model, {}, warmup_steps=5)
-    feed, whole = feed_of(recipe, tokenizer), go(recipe, feed_of(recipe, tokenizer))
-    saved: list[TrainState] = []
-    state, engine = TrainState(), Recorder()
-    hooks = quiet_hooks(
-        save=lambda at: saved.append(copy.deepcopy(at)), interrupted=lambda: state.step >= 3
-    )
-    packs = iter_packs(feed, epochs=EPOCHS)
-    batches = steps(packs, recipe.train, rank=0, workers=1)
-    with pytest.raises(Interrupted, match=r"^stopped after step 3$"):
-        train(engine, recipe, batches, state, None, hooks, lambda *_, **__: None)
-    assert [at.step for at in saved] == [3]
-    again = go(recipe, feed, start=saved[0])
-    assert engine.rates + again.rates == whole.rates
-
-
-def test_a_spike_stops_a_run_at_the_same_step_whenever_it_was_taken_up(
-    rows: Path, tokenizer: TextTokenizer, tiny_model: Path
-) -> None:
-    """The losses that it is compared with stand in the checkpoint."""
-    recipe = recipe_of(rows, tiny_model, {}, loss_spike=3.0)
-    feed = feed_of(recipe, tokenizer)
-
-    class Spiking(Recorder):
-        def forward_backward(self, batch: TensorBatch, n_targets: int) -> torch.Tensor:
-            factor = 5.0 if state.step + 1 == 14 else 1.0
-            return torch.tensor(factor * n_targets / recipe.train.accumulation)
-
-    saved: dict[int, TrainState] = {}
-    every = recipe.model_copy(
-        update={"checkpoint": recipe.checkpoint.model_copy(update={"every": 1})}
-    )
-    hooks = quiet_hooks(save=lambda at: saved.update({at.step: copy.deepcopy(at)}))
-    for begin in (0, 11, 13):
-        state = copy.deepcopy(saved[begin]) if begin else TrainState()
-        packs = iter_packs(feed, Position(state.epoch, state.window, state.pack), epochs=EPOCHS)
-        batches = steps(packs, recipe.train, rank=0, workers=1)
-        engine = Spiking()
-        with pytest.raises(TrainingError, match=r"^step 14: loss 5 is 5.0 times the usual 1 \("):
-            train(engine, every, batches, state, None, hooks, lambda *_, **__: None)
-        assert len(engine.rates) == 13 - begin, "the optimizer has not seen it"
 
 
 @pytest.fixture
@@ -483,59 +267,3 @@ def test_an_epoch_of_rows_to_skip_alone_ends_with_one_line(
     recipe = recipe_of(path, tiny_model, {"on_error": "skip", "max_length": 8})
     with pytest.raises(DataError, match="none of 4 rows can be trained on"):
         go(recipe, feed_of(recipe, tokenizer))
-
-
-def one_step(n_targets: int) -> Iterator[StepData]:
-    from raytune_ft.data.report import new_report
-    from raytune_ft.training.batching import empty_batch
-
-    yield StepData(
-        micro_batches=[empty_batch()], n_packs=1, n_targets=n_targets, n_tokens=2, row_ids=[7, 8],
-        position=Position(1), epoch=0, progress=1.0, report=new_report(2),
-    )  # fmt: skip
-
-
-class Sick(Recorder):
-    """An engine whose loss or gradient is no number."""
-
-    def __init__(self, loss: float, norm: float) -> None:
-        super().__init__()
-        self.loss, self.norm = loss, norm
-
-    def forward_backward(self, batch: TensorBatch, n_targets: int) -> torch.Tensor:
-        return torch.tensor(self.loss)
-
-    def step(self, lr: float) -> float:
-        self.rates.append(lr)
-        return self.norm
-
-
-@pytest.mark.parametrize(
-    ("n_targets", "loss", "norm", "words", "stepped"),
-    [
-        (0, 1.0, 1.0, r"step 1: no token of rows \[7, 8\] is trained", 0),
-        (2, math.nan, 1.0, r"step 1: loss is nan on rows \[7, 8\]", 0),
-        (2, math.inf, 1.0, r"step 1: loss is inf on rows \[7, 8\]", 0),
-        (2, 1.0, math.nan, r"step 1: gradient norm is nan on rows \[7, 8\]", 1),
-    ],
-)
-def test_what_is_no_number_ends_the_run_and_is_never_written_down(
-    rows: Path, tiny_model: Path, n_targets: int, loss: float, norm: float, words: str, stepped: int
-) -> None:
-    """An all-masked step as well: no loss is made up for it, and no checkpoint is written."""
-    seen: list[str] = []
-
-    def refuse(*_: Any) -> None:
-        raise AssertionError("nothing is saved, validated or counted after it")
-
-    hooks = Hooks(
-        sample=lambda _, when: seen.append(when),
-        validate=refuse, benchmark=refuse, record=refuse, save=refuse,
-        interrupted=lambda: False,
-    )  # fmt: skip
-    engine, state = Sick(loss, norm), TrainState()
-    recipe = recipe_of(rows, tiny_model, {})
-    with pytest.raises(TrainingError, match=words):
-        train(engine, recipe, one_step(n_targets), state, None, hooks, refuse)
-    assert seen == ["before"]
-    assert (state.step, len(engine.rates)) == (0, stepped)

@@ -24,7 +24,7 @@ from raytune_ft.training.loop import Hooks, train
 from raytune_ft.training.saving import checkpoint
 from raytune_ft.training.saving.checkpoint import TrainState
 from tests.conftest import write_chats
-from tests.training.test_loop import Recorder, feed_of, recipe_of
+from tests.training.recorded import Recorder, feed_of, recipe_of
 
 SCRIPT = (5.0, 3.0, 4.0, 9.0)
 
