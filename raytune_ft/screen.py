@@ -129,6 +129,10 @@ class Screen:
     def _on_rows(self, event: Event) -> None:
         self.console.print(Text(event["text"], style="yellow"), soft_wrap=True)
 
+    def _on_fast_path(self, event: Event) -> None:
+        for text in event["lines"]:
+            self.line(text)
+
     def _on_warning(self, event: Event) -> None:
         self._on_rows(event)
 

@@ -47,6 +47,8 @@ class ModelSection(Section):
     """`lora` on an `nf4` base is QLoRA."""
     gradient_checkpointing: bool | Literal["auto"] = "auto"
     """Recompute activations in the backward pass; `auto`: only on a GPU with long packs."""
+    fast_path: bool | Literal["auto"] = "auto"
+    """Compute by fused kernels where that is the same mathematics; `auto`: on a GPU."""
     load_from: str | None = None
     """Run, checkpoint or adapter whose trained weights this run begins with [load_from]."""
     new_tokens: list[str] = []

@@ -10,7 +10,7 @@ Shapes: B = packs, L = padded length, T = labelled tokens, H = hidden width.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -18,14 +18,24 @@ from torch.utils.checkpoint import checkpoint
 
 from raytune_ft.config.estimates.footprint import LOGIT_ROWS
 from raytune_ft.errors import ModelError
+from raytune_ft.kernels.cross_entropy import losses_and_gradient
+from raytune_ft.model.fastpath.lane import LANE, Packed
+
+if TYPE_CHECKING:
+    from raytune_ft.model.fast import Report
 
 IGNORE_INDEX = -100
 CHUNK_ROWS = LOGIT_ROWS
 """Rows of logits at a time: 512 x 100k words in float32 are 0.2 GB."""
+FUSED_ROWS = 2 * LOGIT_ROWS
+"""The same where losses and gradient are made in the logits' own half-precision memory."""
 
 # Configuration values by which families change their logits after the head.
 CAPS = ("final_logit_softcapping", "output_logit_soft_cap", "logits_soft_cap")
 SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
+
+KINDS = ("full_attention", "sliding_attention")
+"""What transformers calls layers that attend to all of a segment, or to its last tokens."""
 
 Mask = torch.Tensor | dict[str, torch.Tensor] | None
 
@@ -33,9 +43,11 @@ Mask = torch.Tensor | dict[str, torch.Tensor] | None
 class TokenLoss(nn.Module):
     """Wrap a causal language model, with or without a PEFT adapter, into its training loss."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, fast: Report | None = None) -> None:
+        """Wrap `model`; `fast` is what `fast.install` said of it, None if it was not asked."""
         super().__init__()
         self.model = model
+        self.fast = fast
         config = causal_model(model).config.get_text_config()
         self._plain_head = has_plain_head(config)
         self._attention = Attention(config)
@@ -87,15 +99,38 @@ class TokenLoss(nn.Module):
         inputs = {
             "input_ids": input_ids.long(),
             "position_ids": position_ids.long(),
-            "attention_mask": self._attention.mask(segment_ids, cu_seqlens, max_seqlen),
             "use_cache": False,
+            **self._bounds(segment_ids, cu_seqlens, max_seqlen),
         }
         model = causal_model(self.model)
-        if self._plain_head:
-            hidden = model.base_model(**inputs).last_hidden_state[:, :-1][keep]
-            return head_losses(model.get_output_embeddings(), hidden, targets), keep
-        at = nn.functional.pad(keep, (0, 1))
-        return cross_entropies(model(**inputs, logits_to_keep=at).logits, targets), keep
+        with LANE.entered():
+            if self._plain_head:
+                hidden = model.base_model(**inputs).last_hidden_state[:, :-1][keep]
+                head = model.get_output_embeddings()
+                return head_losses(head, hidden, targets, fused=self._fused), keep
+            at = nn.functional.pad(keep, (0, 1))
+            return cross_entropies(model(**inputs, logits_to_keep=at).logits, targets), keep
+
+    @property
+    def _fused(self) -> bool:
+        return self.fast is not None and self.fast.is_on
+
+    def _bounds(
+        self,
+        segment_ids: torch.Tensor,
+        cu_seqlens: torch.Tensor | None,
+        max_seqlen: torch.Tensor | None,
+    ) -> dict[str, Any]:
+        """Return what tells the layers where segments are: a mask, or their bounds."""
+        if self.fast is None or not self.fast.packed:
+            return {"attention_mask": self._attention.mask(segment_ids, cu_seqlens, max_seqlen)}
+        if cu_seqlens is None:
+            cu_seqlens = bounds_of(segment_ids)
+        longest = segment_ids.shape[1] if max_seqlen is None else int(max_seqlen)
+        # four dimensions: transformers takes it for a finished mask and looks for no segments
+        nothing = torch.empty((1, 1, 1, 1), dtype=torch.bool, device=segment_ids.device)
+        mask = dict.fromkeys(KINDS, nothing) if self._attention.by_kind else nothing
+        return {"attention_mask": mask, "packed": Packed(cu_seqlens.int(), longest)}
 
     def take_sums(self) -> dict[str, torch.Tensor]:
         """Return what passes since the last call have summed up beside the loss; start anew."""
@@ -112,7 +147,7 @@ class Attention:
 
     def __init__(self, config: Any) -> None:
         kinds = set(getattr(config, "layer_types", None) or ())
-        if odd := kinds - {"full_attention", "sliding_attention"}:
+        if odd := kinds - set(KINDS):
             raise ModelError(
                 f"{config.model_type}: layers of type '{min(odd)}' cannot keep packed samples "
                 "apart; use a model with attention layers only"
@@ -180,10 +215,25 @@ def predicted(labels: torch.Tensor, segment_ids: torch.Tensor) -> torch.Tensor:
     return inside & (labels[:, 1:] != IGNORE_INDEX)
 
 
-def head_losses(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return the cross entropies (T,) of `head(hidden)`, hidden (T, H), against `targets` (T,)."""
+def bounds_of(segment_ids: torch.Tensor) -> torch.Tensor:
+    """Return where segments begin and end, (S + 1,), in the B * L tokens end to end."""
+    begins = torch.ones_like(segment_ids, dtype=torch.bool)
+    begins[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
+    starts = begins.flatten().nonzero().flatten()
+    return nn.functional.pad(starts, (0, 1), value=segment_ids.numel())
+
+
+def head_losses(
+    head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor, *, fused: bool = False
+) -> torch.Tensor:
+    """Return the cross entropies (T,) of `head(hidden)`, hidden (T, H), against `targets` (T,).
+
+    `fused` makes the gradient of a plain frozen head without autograd, in the logits' memory.
+    """
     differentiable = torch.is_grad_enabled() and hidden.requires_grad
     if differentiable and not any(p.requires_grad for p in head.parameters()):
+        if fused and _is_matrix(head):
+            return _FusedHeadLosses.apply(hidden, targets, head)  # type: ignore[no-any-return, no-untyped-call]
         return _FrozenHeadLosses.apply(hidden, targets, head)  # type: ignore[no-any-return, no-untyped-call]
 
     def chunk_losses(part: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
@@ -232,6 +282,31 @@ class _FrozenHeadLosses(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
         return (gradient * grad_outputs[0].unsqueeze(1)).to(gradient.dtype), None, None
+
+
+class _FusedHeadLosses(_FrozenHeadLosses):
+    """The same for a plain matrix: gradients take the place of the logits that they come from."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, head: nn.Module
+    ) -> torch.Tensor:
+        weight, bias = cast(Any, head).weight, cast(Any, head).bias
+        losses = torch.empty(len(targets), dtype=_loss_dtype(hidden), device=hidden.device)
+        gradient = torch.empty_like(hidden)
+        for start in range(0, len(targets), FUSED_ROWS):
+            rows = slice(start, start + FUSED_ROWS)
+            logits = nn.functional.linear(hidden[rows], weight, bias)
+            losses[rows] = losses_and_gradient(logits, targets[rows])
+            torch.mm(logits, weight, out=gradient[rows])
+        ctx.save_for_backward(gradient)
+        return losses
+
+
+def _is_matrix(head: nn.Module) -> bool:
+    """Tell whether a head is its weight's product and a bias: Baichuan2's is, once it is folded."""
+    plain = type(head) is nn.Linear or getattr(head, "folded", False)
+    return plain and not head._forward_hooks and not head._forward_pre_hooks
 
 
 def _chunks(n_rows: int) -> Iterator[slice]:

@@ -17,25 +17,29 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from raytune_ft.config.schema import TrainSection
-from raytune_ft.model.loss import TokenLoss
+from raytune_ft.model.loss import TokenLoss, bounds_of
+
+if TYPE_CHECKING:
+    from raytune_ft.model.fast import Report
 
 CERTAIN = -1e-12
 """Log-probability per token above which an answer counts as this likely: the odds of certainty
 are infinite."""
 
 
-def build_loss(model: nn.Module, train: TrainSection) -> TokenLoss:
+def build_loss(model: nn.Module, train: TrainSection, fast: Report | None = None) -> TokenLoss:
     """Wrap a model into the loss of the recipe's objective; its weights are those to begin with."""
     if train.objective == "dpo":
-        return DirectPreferenceLoss(model, train.beta)
+        return DirectPreferenceLoss(model, train.beta, fast)
     if train.objective == "orpo":
-        return OddsRatioLoss(model, train.beta)
-    return TokenLoss(model)
+        return OddsRatioLoss(model, train.beta, fast)
+    return TokenLoss(model, fast)
 
 
 @dataclass(frozen=True)
@@ -59,8 +63,8 @@ class Answers:
 class PreferenceLoss(TokenLoss, ABC):
     """What DPO and ORPO share: answers of packs, and what is summed up beside the loss."""
 
-    def __init__(self, model: nn.Module, beta: float) -> None:
-        super().__init__(model)
+    def __init__(self, model: nn.Module, beta: float, fast: Report | None = None) -> None:
+        super().__init__(model, fast)
         self.beta = beta
         self._sums: dict[str, torch.Tensor] = {}
 
@@ -183,8 +187,8 @@ SUMS = ("pairs", "losses", "margins", "preferred", "chosen_losses", "chosen_toke
 class DirectPreferenceLoss(PreferenceLoss):
     """DPO against the weights that the model has when it is wrapped."""
 
-    def __init__(self, model: nn.Module, beta: float) -> None:
-        super().__init__(model, beta)
+    def __init__(self, model: nn.Module, beta: float, fast: Report | None = None) -> None:
+        super().__init__(model, beta, fast)
         self._trained = [p for p in model.parameters() if p.requires_grad]
         for number, parameter in enumerate(self._trained):
             # buffers follow the model to another device or dtype, and no checkpoint keeps them
@@ -244,14 +248,6 @@ def log_odds(log_probs: torch.Tensor) -> torch.Tensor:
     """Return log(p / (1 - p)) of log p."""
     known = log_probs.clamp(max=CERTAIN)
     return known - torch.log(-torch.expm1(known))
-
-
-def bounds_of(segment_ids: torch.Tensor) -> torch.Tensor:
-    """Return where segments begin and end, (S + 1,), in the B * L tokens end to end."""
-    begins = torch.ones_like(segment_ids, dtype=torch.bool)
-    begins[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
-    starts = begins.flatten().nonzero().flatten()
-    return nn.functional.pad(starts, (0, 1), value=segment_ids.numel())
 
 
 def input_dtype(model: nn.Module) -> torch.dtype:

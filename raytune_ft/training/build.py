@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from raytune_ft.config.schema import Recipe
+from raytune_ft.config.zero import stage_of
 from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
-from raytune_ft.model import adapter, beginnings, loading, new_tokens, noise
+from raytune_ft.model import adapter, beginnings, fast, loading, new_tokens, noise
 from raytune_ft.model.preference import build_loss
 from raytune_ft.training import presets
 from raytune_ft.training.batching import TensorBatch
@@ -59,7 +60,9 @@ def build_engine(
         model.enable_input_require_grads()
     dtype = loading.compute_dtype(recipe.model, device)
     config = presets.resolve(recipe, dtype, on_gpu=device.type == "cuda")
-    module, ratio = build_loss(model, recipe.train), recipe.lora.loraplus_lr_ratio
+    sharded = config is not None and stage_of(config) == 3
+    report = fast.install(model, device, recipe.model.fast_path, sharded=sharded)
+    module, ratio = build_loss(model, recipe.train, report), recipe.lora.loraplus_lr_ratio
     if recipe.train.neftune_noise_alpha is not None:
         noise.install(module, model, recipe.train.neftune_noise_alpha)
     if config is None:

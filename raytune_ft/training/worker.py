@@ -26,7 +26,7 @@ from raytune_ft.data.templating.templates import get_template
 from raytune_ft.data.tokenizing import hf_files
 from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
 from raytune_ft.errors import CheckpointError
-from raytune_ft.model import adapter, side_files
+from raytune_ft.model import adapter, fast, side_files
 from raytune_ft.training import course
 from raytune_ft.training.batching import TensorBatch, steps
 from raytune_ft.training.build import build_engine
@@ -108,6 +108,8 @@ def _run(
         recipe, Path(job.model_folder), device, partial(_first_batches, packs, recipe),
         folder.path, job.begin,
     )  # fmt: skip
+    if lines := fast.report_of(engine.module).lines():
+        emit("fast_path", lines=lines)
     tokenizer = TextTokenizer.from_folder(
         job.model_folder, recipe.model.eos_token, recipe.model.new_tokens
     )

@@ -93,13 +93,15 @@ class AlibiLlamaModel(LlamaModel):  # type: ignore[misc]
             inputs_embeds = self.embed_tokens(input_ids)
         n_queries = inputs_embeds.shape[1]
         n_past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        mask = biased_mask(
-            attention_mask,
-            self.config.num_attention_heads,
-            n_queries,
-            n_past + n_queries,
-            inputs_embeds,
-        )
+        mask = attention_mask
+        if kwargs.get("packed") is None:  # otherwise layers bias their scores themselves
+            mask = biased_mask(
+                attention_mask,
+                self.config.num_attention_heads,
+                n_queries,
+                n_past + n_queries,
+                inputs_embeds,
+            )
         # position 0 everywhere: cosine 1 and sine 0, so Llama's rotation does nothing
         still = torch.zeros(1, n_queries, dtype=torch.long, device=inputs_embeds.device)
         return super().forward(

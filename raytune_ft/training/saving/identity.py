@@ -34,6 +34,7 @@ may change if their product stays."""
 ADDED_LATER: dict[str, object] = {
     "model.load_from": None,
     "model.new_tokens": [],
+    "model.fast_path": "auto",
     "lora.init_lora_weights": True,
     "lora.loraplus_lr_ratio": None,
     "train.objective": "sft",

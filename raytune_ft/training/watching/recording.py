@@ -65,6 +65,9 @@ class RunWriter:
         if fields["name"] == "train":  # by now it is known whether the run goes on, and from where
             self.trackers.start(fields["step"])
 
+    def _on_fast_path(self, fields: Event) -> None:
+        self.folder.update(fast_path=fields["lines"])
+
     def _on_step(self, fields: Event) -> None:
         append_jsonl(self.folder.metrics, fields)
         self.trackers.log(fields["step"], grouped(fields))

@@ -1,0 +1,138 @@
+"""MLPs, norms and whole decoder layers in their fast form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from raytune_ft.kernels.norm import add_rms_norm, rms_norm
+from raytune_ft.kernels.swiglu import Activation, fused_swiglu, swiglu
+from raytune_ft.model.fastpath.lane import LANE, Packed
+from raytune_ft.model.fastpath.linears import outputs
+
+NORM, MLP = "fast_norm", "fast_mlp"
+"""Attributes of modules that take part."""
+
+LLAMA_NORMS = frozenset(
+    f"{family}RMSNorm" for family in ("Llama", "Mistral", "Mixtral", "Qwen2", "Qwen3", "Phi3")
+) | {"GlmRMSNorm", "Glm4RMSNorm"}  # fmt: skip
+GEMMA_NORMS = frozenset(f"Gemma{number}RMSNorm" for number in ("", "2", "3"))
+MLPS = frozenset(
+    f"{family}MLP"
+    for family in (
+        "Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2", "Gemma3", "Glm", "Glm4", "Phi3",
+    )
+)  # fmt: skip
+LAYERS = frozenset(
+    f"{family}DecoderLayer"
+    for family in ("Llama", "Mistral", "Mixtral", "Qwen2", "Qwen3", "Glm", "Phi3")
+)
+"""Classes whose forward passes are what `FastLayer` computes."""
+ACTIVATIONS: dict[str, Activation] = {
+    "SiLUActivation": "silu", "SiLU": "silu", "GELUTanh": "gelu_tanh",
+    "PytorchGELUTanh": "gelu_tanh",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class NormForm:
+    """Numbers of a norm."""
+
+    eps: float
+    offset: float
+    """That its weights lack."""
+
+
+class FastNorm:
+    """Form of an RMSNorm."""
+
+    def forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return the normed rows."""
+        if not LANE.is_fast:
+            return super().forward(hidden_states)  # type: ignore[misc, no-any-return]
+        form: NormForm = getattr(self, NORM)
+        return rms_norm(hidden_states, self.weight, form.eps, offset=form.offset)
+
+
+def norm_form(norm: Any) -> NormForm | None:
+    """Return the numbers of an RMSNorm of a known class."""
+    if type(norm).__name__ in LLAMA_NORMS:
+        return NormForm(norm.variance_epsilon, 0.0)
+    if type(norm).__name__ in GEMMA_NORMS:
+        return NormForm(norm.eps, 1.0)
+    return None
+
+
+@dataclass(frozen=True)
+class MlpForm:
+    """Layers of a gated MLP."""
+
+    inputs: tuple[str, ...]
+    """Gate and up, or both in one."""
+    activation: Activation
+
+
+class FastMlp:
+    """Form of a gated MLP."""
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        """Return down(act(gate(x)) * up(x))."""
+        if not LANE.is_fast:
+            return super().forward(x)  # type: ignore[misc, no-any-return]
+        form: MlpForm = getattr(self, MLP)
+        found = outputs([getattr(self, name) for name in form.inputs], x)
+        if len(found) == 1:
+            middle = fused_swiglu(found[0], activation=form.activation)
+        else:
+            middle = swiglu(found[0], found[1], activation=form.activation)
+        return outputs([self.down_proj], middle)[0]
+
+
+def mlp_form(mlp: Any) -> MlpForm | str:
+    """Return a gated MLP's fast form, or why it has none."""
+    if type(mlp).__name__ not in MLPS:
+        return f"{type(mlp).__name__} is not known"
+    act = getattr(mlp, "act_fn", None) or mlp.activation_fn
+    activation = ACTIVATIONS.get(type(act).__name__)
+    if activation is None:
+        return f"activation {type(act).__name__}"
+    fused = hasattr(mlp, "gate_up_proj")
+    return MlpForm(("gate_up_proj",) if fused else ("gate_proj", "up_proj"), activation)
+
+
+def mlp_linears(mlp: nn.Module, form: MlpForm) -> list[nn.Module]:
+    """Return an MLP's linear layers."""
+    return [getattr(mlp, name) for name in (*form.inputs, "down_proj")]
+
+
+class FastLayer:
+    """Form of a decoder layer with a norm before attention and one before its MLP."""
+
+    def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Return the layer's output; the second norm adds up its input itself."""
+        packed: Packed | None = kwargs.get("packed")
+        if packed is None or args:
+            return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc, no-any-return]
+        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+        norm = self.post_attention_layernorm
+        form: NormForm = getattr(norm, NORM)
+        normed, total = add_rms_norm(
+            attended, hidden_states, norm.weight, form.eps, offset=form.offset
+        )
+        return total + self.mlp(normed)  # type: ignore[no-any-return]
+
+
+def layer_refusal(layer: Any) -> str | None:
+    """Return why a decoder layer has no fast form; None if it has one."""
+    if type(layer).__name__ not in LAYERS:
+        return f"{type(layer).__name__} is not known"
+    for name in ("resid_attn_dropout", "resid_mlp_dropout"):
+        p = getattr(getattr(layer, name, None), "p", 0.0)
+        if p:
+            return f"dropout {p} of the residual stream"
+    if not hasattr(layer.post_attention_layernorm, NORM):
+        return "its norms have no fast form"
+    return None
