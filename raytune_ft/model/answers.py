@@ -2,21 +2,19 @@
 
 Prompts are padded at the left and the padding is masked, so that each answer is the one that
 `generate.stream_ids` gives to its prompt alone. A row that has ended leaves the batch.
-
-Shapes: B = rows not yet ended, P = longest prompt of the batch, n = tokens so far, V = words.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
 
+from raytune_ft.model.decoding import Decoder, Graphs
 from raytune_ft.model.generate import device_of, evaluating, logits_processors, room_for
-from raytune_ft.model.loss import causal_model
 
 ROWS_AT_ONCE = 16
 """Prompts of one batch: its cache is so many times that of a chat."""
@@ -66,6 +64,7 @@ def answer_all(
     seeds: Sequence[int | None] = (),
     ends: Callable[[Sequence[int]], bool] | None = None,
     after_token: Callable[[], None] | None = None,
+    graphs: Graphs | None = None,
 ) -> list[Answer]:
     """Answer all prompts; torch's own random state and the model's modes stay as they are.
 
@@ -79,6 +78,8 @@ def answer_all(
             likeliest for this prompt all the same.
         ends: asked with an answer's ids after each; True ends it, the last id included.
         after_token: called once per forward pass, such as to say that this process is alive.
+        graphs: of this model, which the caller keeps; none: made here and given back at the end,
+            so that training has all of the memory.
 
     Raises:
         RecipeError: a prompt is empty or longer than the model's context.
@@ -91,26 +92,47 @@ def answer_all(
         for row, seed in zip(rows, seeds, strict=True):
             if seed is not None:
                 row.generator = torch.Generator(device_of(model)).manual_seed(seed)
-    answers: dict[int, Answer] = {}
-    choose = _Chooser(drawing)
     by_length = sorted(rows, key=lambda row: len(row.prompt))
-    with evaluating(model):
-        for start in range(0, len(rows), ROWS_AT_ONCE):
-            batch = _Batch(model, by_length[start : start + ROWS_AT_ONCE])
-            while batch.rows:
-                ended = _advance(batch, choose, frozenset(stop_ids), ends)
-                answers.update(ended)
-                if after_token is not None:
-                    after_token()
+    asked = _Asked(_Chooser(drawing), frozenset(stop_ids), ends, after_token)
+    lent = graphs or Graphs()
+    answers: dict[int, Answer] = {}
+    try:
+        with evaluating(model):
+            for start in range(0, len(rows), ROWS_AT_ONCE):
+                some = by_length[start : start + ROWS_AT_ONCE]
+                answers.update(_answered(model, some, asked, lent))
+    finally:
+        if graphs is None:
+            lent.close()
     return [answers[place] for place in range(len(rows))]
 
 
-def _advance(
-    batch: _Batch,
-    choose: _Chooser,
-    stop_ids: frozenset[int],
-    ends: Callable[[Sequence[int]], bool] | None,
+@dataclass(frozen=True)
+class _Asked:
+    """What `answer_all` was given, in so far as it concerns every batch."""
+
+    choose: _Chooser
+    stop_ids: frozenset[int]
+    ends: Callable[[Sequence[int]], bool] | None
+    after_token: Callable[[], None] | None
+
+
+def _answered(
+    model: nn.Module, rows: list[_Row], asked: _Asked, graphs: Graphs
 ) -> dict[int, Answer]:
+    """Write the answers of one batch, by place in the caller's list."""
+    room = max(row.limit for row in rows)
+    batch = _Batch(rows, Decoder(model, [row.prompt for row in rows], room, graphs))
+    answers: dict[int, Answer] = {}
+    while batch.rows:
+        answers.update(_advance(batch, asked))
+        if asked.after_token is not None:
+            asked.after_token()
+    batch.decoder.close()
+    return answers
+
+
+def _advance(batch: _Batch, asked: _Asked) -> dict[int, Answer]:
     """Write one more id of each row; return the answers that have ended."""
     ended: dict[int, Answer] = {
         row.place: Answer([], "length") for row in batch.rows if not row.limit
@@ -118,68 +140,34 @@ def _advance(
     if ended:
         batch.keep([i for i, row in enumerate(batch.rows) if row.limit])
         return ended
-    chosen = choose(batch)
+    chosen = asked.choose(batch)
     going = []
     for index, (row, id_) in enumerate(zip(batch.rows, chosen, strict=True)):
-        if id_ not in stop_ids:
+        if id_ not in asked.stop_ids:
             row.ids.append(id_)
-        if id_ in stop_ids or (ends is not None and ends(row.ids)):
+        if id_ in asked.stop_ids or (asked.ends is not None and asked.ends(row.ids)):
             ended[row.place] = Answer(row.ids, "end")
         elif len(row.ids) == row.limit:
             ended[row.place] = Answer(row.ids, "length")
         else:
             going.append(index)
-    batch.append(chosen)
+    batch.decoder.append(chosen)
     if ended:
         batch.keep(going)
     return ended
 
 
+@dataclass
 class _Batch:
-    """Rows that are written side by side, and what the model remembers of them."""
+    """Rows that are written side by side."""
 
-    def __init__(self, model: nn.Module, rows: list[_Row]) -> None:
-        from transformers import DynamicCache
-
-        self.model, self.rows = model, rows
-        device = device_of(model)
-        self.n = max(len(row.prompt) for row in rows)
-        sizes = torch.tensor([len(row.prompt) for row in rows], device=device)
-        self.padding = self.n - sizes  # (B,)
-        padded = [[0] * (self.n - len(row.prompt)) + row.prompt for row in rows]
-        self.step = torch.tensor(padded, device=device)
-        self.cache: Any = DynamicCache(config=causal_model(model).config)
-
-    def logits(self) -> torch.Tensor:
-        """Run what is new of each row; return the last logits, float32 (B, V)."""
-        columns = torch.arange(self.n, device=self.step.device)
-        new = columns[self.n - self.step.shape[1] :]
-        positions = (new - self.padding[:, None]).clamp_(min=0)
-        padded = bool(self.padding.any())
-        outputs = self.model(
-            input_ids=self.step,
-            attention_mask=(columns >= self.padding[:, None]).long() if padded else None,
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        logits: torch.Tensor = outputs.logits[:, -1].float()
-        return logits
-
-    def append(self, chosen: Sequence[int]) -> None:
-        """Put one id behind each row."""
-        self.step = torch.tensor(chosen, device=self.step.device)[:, None]
-        self.n += 1
+    rows: list[_Row]
+    decoder: Decoder
 
     def keep(self, places: list[int]) -> None:
-        """Let all other rows go, and the memory that they take."""
+        """Let all other rows go."""
         self.rows = [self.rows[place] for place in places]
-        if self.rows:
-            index = torch.tensor(places, device=self.step.device)
-            self.step, self.padding = self.step[index], self.padding[index]
-            if self.cache.get_seq_length():
-                self.cache.batch_select_indices(index)
+        self.decoder.keep(places)
 
 
 class _Chooser:
@@ -189,7 +177,7 @@ class _Chooser:
         self.processors = logits_processors(drawing.temperature, drawing.top_p, drawing.top_k)
 
     def __call__(self, batch: _Batch) -> list[int]:
-        scores = batch.logits()
+        scores = batch.decoder.logits()
         chosen: list[int] = scores.argmax(-1).tolist()
         drawn = [place for place, row in enumerate(batch.rows) if row.generator is not None]
         if drawn:

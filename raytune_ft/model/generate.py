@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from raytune_ft.errors import RecipeError
+from raytune_ft.model.decoding import Decoder, Graphs
 from raytune_ft.model.loss import causal_model
 
 
@@ -29,6 +30,7 @@ def stream_ids(
     seed: int | None = None,
     cancelled: Callable[[], bool] | None = None,
     repetition_penalty: float = 1.0,
+    graphs: Graphs | None = None,
 ) -> Iterator[int]:
     """Yield new token ids; a stop id ends the answer and is not yielded.
 
@@ -43,6 +45,7 @@ def stream_ids(
         seed: of this answer's own random state; none: a fresh one.
         cancelled: asked before each token.
         repetition_penalty: above 1 makes tokens that occurred less likely.
+        graphs: of this model, which the caller keeps from answer to answer; none: of this one.
 
     Raises:
         RecipeError: the prompt is empty or longer than the model's context.
@@ -56,6 +59,7 @@ def stream_ids(
         min(max_new_tokens, room),
         _Sampler(device_of(model), temperature, top_p, top_k, seed, repetition_penalty),
         cancelled or _never,
+        graphs,
     )
 
 
@@ -123,8 +127,8 @@ class _Sampler:
             self.generator.manual_seed(seed)
 
     def choose(self, seen: torch.Tensor, logits: torch.Tensor) -> int:
-        """Return the next id for `seen` (1, n) and `logits` (1, V)."""
-        scores = self.processors(seen, logits.float())
+        """Return the next id for `seen` (1, n) and float32 `logits` (1, V)."""
+        scores = self.processors(seen, logits)
         if self.greedy:
             return int(scores.argmax(-1))
         probabilities = scores.softmax(-1)
@@ -138,13 +142,11 @@ def _stream(
     limit: int,
     sampler: _Sampler,
     cancelled: Callable[[], bool],
+    graphs: Graphs | None,
 ) -> Iterator[int]:
-    from transformers import DynamicCache
-
-    device = device_of(model)
-    cache = DynamicCache(config=causal_model(model).config)
-    seen = torch.tensor([prompt_ids], device=device)
-    step = seen
+    lent = graphs or Graphs()
+    decoder = Decoder(model, [prompt_ids], limit, lent)
+    seen = decoder.ids
     training = _training_modules(model)
     try:
         for _ in range(limit):
@@ -154,30 +156,18 @@ def _stream(
                 model.eval()
             # not inference_mode: bitsandbytes keeps what it makes, and training needs it later
             with torch.no_grad():
-                logits = _last_logits(model, step, seen.shape[1], cache)
-                chosen = sampler.choose(seen, logits)
+                chosen = sampler.choose(seen, decoder.logits())
             if chosen in stop_ids:
                 return
-            step = torch.tensor([[chosen]], device=device)
-            seen = torch.cat([seen, step], dim=1)
+            decoder.append([chosen])
+            seen = torch.cat([seen, decoder.ids], dim=1)
             yield chosen
     finally:
         for module in training:
             module.training = True
-
-
-def _last_logits(model: nn.Module, step: torch.Tensor, n_seen: int, cache: Any) -> torch.Tensor:
-    """Run `step` (1, n) at the end of `n_seen` tokens; return the last logits (1, V)."""
-    positions = torch.arange(n_seen - step.shape[1], n_seen, device=step.device).unsqueeze(0)
-    outputs = model(
-        input_ids=step,
-        position_ids=positions,
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    logits: torch.Tensor = outputs.logits[:, -1]
-    return logits
+        decoder.close()
+        if graphs is None:
+            lent.close()
 
 
 def room_for(model: nn.Module, n_prompt: int) -> int:

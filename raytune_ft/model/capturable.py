@@ -1,0 +1,67 @@
+"""Whether a forward pass can be captured as a CUDA graph: a mode of torch that watches one.
+
+A capture that fails would leave torch's allocator and random state as in its middle, so what a
+graph cannot repeat is found before, while the pass runs as usual. What custom kernels do inside is
+not seen, so only those are let through that are known to stay on the device.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class NotFixedError(Exception):
+    """A forward pass cannot be one of fixed shapes; says why. Decoding then goes on without."""
+
+
+class Watch(TorchDispatchMode):
+    """Raise NotFixedError at the first operation that a CUDA graph cannot repeat."""
+
+    SPACES = ("aten", "prims", "prim", "bitsandbytes")
+    OPAQUE = ("gemm_4bit", "gemv_4bit", "dequantize_4bit", "dequantize_blockwise")
+    """Of bitsandbytes; its int8 layers look for outliers on the host."""
+    TAGS = frozenset(
+        (
+            torch.Tag.data_dependent_output,
+            torch.Tag.dynamic_output_shape,
+            torch.Tag.nondeterministic_seeded,
+        )
+    )
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run one operation if it can be repeated."""
+        space, _, name = func.name().partition("::")
+        name = name.partition(".")[0]
+        if space not in self.SPACES or (space == "bitsandbytes" and name not in self.OPAQUE):
+            raise NotFixedError(f"{func.name()} may wait for the device")
+        if name in ("index", "index_put", "index_put_"):
+            depends = _by_truth(args[1])
+        else:  # attention bears the mark of drawing for its dropout, which evaluation has none of
+            attention = name.startswith("_scaled_dot_product")
+            depends = not attention and not self.TAGS.isdisjoint(func.tags)
+        if depends:
+            raise NotFixedError(f"{func.name()} depends on values")
+        found = func(*args, **(kwargs or {}))
+        if name in ("_to_copy", "copy_", "lift_fresh") and _crosses(name, args, found):
+            raise NotFixedError(f"{func.name()} moves between host and device")
+        return found
+
+
+def _by_truth(indices: Any) -> bool:
+    """Return whether an index is one of truth values: how many are true is only known there."""
+    return any(some is not None and some.dtype in (torch.bool, torch.uint8) for some in indices)
+
+
+def _crosses(name: str, args: Any, found: torch.Tensor) -> bool:
+    if name == "lift_fresh":  # how a new tensor of host numbers looks once it is on the device
+        return found.device.type != "cpu"
+    source = args[1] if name == "copy_" else args[0]
+    return bool(source.device != found.device)
