@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from raytune_ft.config.schema import ModelSection
 from raytune_ft.errors import MemoryPlanError, ModelError
-from raytune_ft.model import default_model, hub
+from raytune_ft.model import default_model, hub, nf4_store
 from raytune_ft.model.families import Family, detect, translate
 from raytune_ft.model.silence import quiet
 from raytune_ft.model.tensors import load_pickled
@@ -123,17 +123,70 @@ def load_model(
         MemoryPlanError: the weights do not fit into the device's memory.
     """
     config_json, where = read_config(folder), str(folder / "config.json")
-    family, config = detect(config_json, where), translate(config_json, where)
+    family = detect(config_json, where)
+    dtype = compute_dtype(section, device)
+    section = section.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
     files = weight_files(folder)
+    kept = nf4_store.Kept.of(folder, files, section, device)
+    model = None if kept is None else _from_store(kept, family, config_json, section, device)
+    if model is None:
+        config = translate(config_json, where)
+        model = _read(folder, files, family, config, device, dtype, _quantization(section, device))
+        if kept is not None:
+            kept.write(model)
+    gc.collect()  # the loader leaves a copy of the weights in reference cycles
+    model.requires_grad_(False)
+    if family.normalised_head and not head_trained:
+        model.lm_head.fold()
+    if section.quantization == "nf4":
+        from raytune_ft.model.nf4 import mend_cpu_layers  # bitsandbytes takes seconds to import
+
+        mend_cpu_layers(model)
+    return model
+
+
+def _from_store(
+    kept: nf4_store.Kept,
+    family: Family,
+    config_json: Mapping[str, Any],
+    section: ModelSection,
+    device: torch.device,
+) -> PreTrainedModel | None:
+    """Load quantised weights that an earlier start kept; None if there are none to be used."""
+    place = kept.find()
+    if place is None:
+        return None
+    config = translate(config_json, str(place))
+    config.quantization_config = _quantization(section, device).to_dict()
+    try:
+        dtype = compute_dtype(section, device)
+        model = _read(place, weight_files(place), family, config, device, dtype)
+    except ModelError as error:
+        kept.discard(str(error).removeprefix(f"{place}: "))
+        return None
+    model.name_or_path = model.config.name_or_path = str(kept.source)
+    return model
+
+
+def _read(
+    folder: Path,
+    files: list[Path],
+    family: Family,
+    config: Any,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantization: Any = None,
+) -> PreTrainedModel:
+    """Have transformers read a folder's weights, and see that none is missing or too many."""
     network = family.network(config)
     with quiet():
         try:
             model, info = network.from_pretrained(
                 folder,
                 config=config,
-                dtype=compute_dtype(section, device),
+                dtype=dtype,
                 attn_implementation="sdpa" if network._supports_sdpa else "eager",
-                quantization_config=_quantization(section, device),
+                quantization_config=quantization,
                 device_map={"": device},
                 output_loading_info=True,
                 local_files_only=True,
@@ -147,16 +200,8 @@ def load_model(
             reason = str(error).strip().partition("\n")[0]
             raise ModelError(f"{folder}: cannot be loaded ({reason})") from error
     _check_keys(folder, family, info)
-    gc.collect()  # the loader leaves a copy of the weights in reference cycles
-    model.requires_grad_(False)
-    if family.normalised_head and not head_trained:
-        model.lm_head.fold()
-    if section.quantization == "nf4":
-        from raytune_ft.model.nf4 import mend_cpu_layers  # bitsandbytes takes seconds to import
-
-        mend_cpu_layers(model)
-    frozen: PreTrainedModel = model
-    return frozen
+    loaded: PreTrainedModel = model
+    return loaded
 
 
 def _quantization(section: ModelSection, device: torch.device) -> Any:

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from raytune_ft.data.cache.store import LIMIT, PARTIAL_S, Store, limit_bytes
+from raytune_ft.config.cache_room import PARTIAL_S, limit_bytes
+from raytune_ft.data.cache.store import LIMIT, Store
 from raytune_ft.data.files import kept
 from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
 from raytune_ft.data.windows import Feed, Window
@@ -131,9 +132,9 @@ def test_the_limit_has_a_default_and_its_mistakes_are_one_line(
     tmp_path: Path, varied: Path, tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv(LIMIT, raising=False)
-    assert 0 < limit_bytes(tmp_path / "not" / "there") <= 50 * GIB
+    assert 0 < limit_bytes(tmp_path / "not" / "there", LIMIT) <= 50 * GIB
     monkeypatch.setenv(LIMIT, "1.5")
-    assert limit_bytes(tmp_path) == 1.5 * GIB
+    assert limit_bytes(tmp_path, LIMIT) == 1.5 * GIB
     for wrong in ("many", "-1", "nan", "inf"):
         monkeypatch.setenv(LIMIT, wrong)
         with pytest.raises(RecipeError, match=f"{LIMIT}: '{wrong}' is no number of GiB; "):

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load
 
 from raytune_ft.errors import CheckpointError
+from raytune_ft.model import tensor_file
 from raytune_ft.training.guarding.exclusive import only_writer
-from raytune_ft.training.saving import checkpoint, durable, tensor_file
+from raytune_ft.training.saving import checkpoint, durable
 from raytune_ft.training.saving.checkpoint import TrainState
 
 

@@ -17,10 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from raytune_ft.config.cache import cache_dir
+from raytune_ft.config.cache_room import RESERVE_BYTES
 from raytune_ft.errors import DataError
-
-RESERVE_BYTES = 2**30
-"""Left free on the disk, whatever is fetched or unpacked."""
 
 Arrays = dict[str, npt.NDArray[Any]]
 

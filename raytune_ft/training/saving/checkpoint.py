@@ -21,9 +21,9 @@ from safetensors.torch import load_file
 
 from raytune_ft.data.report import Report, new_report
 from raytune_ft.errors import CheckpointError
+from raytune_ft.model.tensor_file import blocks_of, size_of
 from raytune_ft.training.guarding.pulse import PULSE
 from raytune_ft.training.saving import durable
-from raytune_ft.training.saving.tensor_file import blocks_of, size_of
 
 MANIFEST = "manifest.json"
 STEP_PREFIX = "step_"
