@@ -3,11 +3,13 @@
 Random weights of a real shape take real optimizer steps of full packs, as `python -m
 raytune_ft.train` does, with and without answers to two prompts in between, in the order A B B A.
 No answer ends early: each has `--tokens` tokens, the longest that the recipe allows. So the share
-is the largest that this model can come to.
+is the largest that this model can come to. The plain way of decoding, one kernel launch after the
+other, writes `--plain-tokens` for comparison.
 Run: python -m benchmarks.chat_eval [--model CARD] [--shrink N] [--layers N] [--method nf4|none]
-     [--length N] [--steps N] [--every N] [--tokens N] [--drawn]
-Prints one line of JSON: seconds of a step and of asking, memory before and behind, and the share
-of a run's time at `--every` steps, the answers before and after a run of that many included.
+     [--length N] [--steps N] [--every N] [--tokens N] [--plain-tokens N] [--drawn]
+Prints a line as each part is done, and last one line of JSON: seconds of a step and of asking,
+tokens per second of both ways, memory before and behind, and the share of a run's time at
+`--every` steps, the answers before and after a run of that many included.
 """
 
 from __future__ import annotations
@@ -26,12 +28,14 @@ import torch
 from benchmarks.memory_plan import full_packs, recipe_of
 from benchmarks.random_model import random_model
 from raytune_ft.model import loading
-from raytune_ft.model.answers import Drawing
+from raytune_ft.model.answers import Drawing, answer_all
+from raytune_ft.model.decoding import Graphs, Way
 from raytune_ft.training.build import build_engine
 from raytune_ft.training.callbacks import FIRST_TOKENS
 from raytune_ft.training.evaluating.answering import Voice
 
 PROMPT_TOKENS = (31, 57)
+STARTED = time.perf_counter()
 
 
 def main() -> None:
@@ -47,21 +51,27 @@ def main() -> None:
     # no id is a stop id: every answer is as long as it may be
     voice: Any = Voice(model, None, SimpleNamespace(stop_ids=frozenset()), engine)  # type: ignore
     bench = Bench(engine, voice, recipe, shape["vocab_size"], args)
-    bench.steps(1)
-    bench.ask(FIRST_TOKENS)
+    say("model made", device)
+    first_step = bench.steps(1)
+    say(f"first step {first_step[0]:.2f} s", device)
+    speeds: dict[str, float] = {}
+    for way, tokens in (("plain", args.plain_tokens), ("auto", args.tokens)):
+        speeds[way] = bench.speed(way, tokens)  # type: ignore[arg-type]
+        say(f"decoding, {way}: {speeds[way]:.1f} tokens/s of all prompts, {tokens} each", device)
     without, asked, walls = [], [], {"without": 0.0, "with": 0.0}
     memory = [bench.memory()]
     for asks in (False, True, True, False):
         began = now(device)
         without += bench.steps(args.steps)
         if asks:
-            started = now(device)
-            bench.ask(args.tokens)
-            asked.append(now(device) - started)
+            asked.append(timed(device, lambda: bench.ask(args.tokens)))
             memory.append(bench.memory())
+            say(f"asked in {asked[-1]:.2f} s", device)
+        say(f"step {without[-1]:.2f} s", device)
         walls["with" if asks else "without"] += now(device) - began
     first = timed(device, lambda: bench.ask(FIRST_TOKENS))
-    print(json.dumps(figures(args, device, without, asked, first, walls, memory)))
+    found = figures(args, device, without, asked, first, walls, memory)
+    print(json.dumps(found | bench.share_of(speeds, found)), flush=True)
 
 
 def figures(
@@ -109,6 +119,29 @@ class Bench:
         """Take optimizer steps; return the seconds of each."""
         return [timed(self.engine.device, self._step) for _ in range(count)]
 
+    def speed(self, way: Way, tokens: int) -> float:
+        """Return the tokens of all prompts per second, decoded one way, prompts included."""
+        graphs = Graphs(way)
+        started = now(self.engine.device)
+        found = answer_all(
+            self.voice.model, self.prompts, stop_ids=(), max_new_tokens=tokens, graphs=graphs
+        )
+        spent = now(self.engine.device) - started
+        if self.engine.device.type == "cuda" and bool(graphs.captured) != (way == "auto"):
+            raise SystemExit(f"{way} decoding made {graphs.captured} graphs")
+        graphs.close()
+        return sum(len(answer.ids) for answer in found) / spent
+
+    def share_of(self, speeds: dict[str, float], found: dict[str, Any]) -> dict[str, Any]:
+        """Return both ways' speeds, and the share that the plain one would have come to."""
+        ask = found["ask_s"] * speeds["auto"] / speeds["plain"]
+        period = self.args.every * found["step_s"]
+        return {
+            "tokens_per_s": round(speeds["auto"], 1),
+            "tokens_per_s_plain": round(speeds["plain"], 1),
+            "share_percent_plain": round(100 * ask / (period + ask), 3),
+        }
+
     def ask(self, tokens: int) -> None:
         """Answer all prompts greedily and, if so asked, by drawing."""
         seeds: list[int | None] = [None] * len(self.prompts)
@@ -129,6 +162,12 @@ class Bench:
         for _ in range(self.args.accumulation):
             self.engine.forward_backward(self.batch, self.n_targets * self.args.accumulation)
         self.engine.step(1e-4)
+
+
+def say(what: str, device: torch.device) -> None:
+    """Print what is done and when, so that a run cut off has shown something."""
+    held = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
+    print(f"{time.perf_counter() - STARTED:7.1f} s  {what}  (peak {held:.1f} GiB)", flush=True)
 
 
 def timed(device: torch.device, work: Any) -> float:
@@ -157,6 +196,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=3, help="in each of the four parts")
     parser.add_argument("--every", type=int, default=500)
     parser.add_argument("--tokens", type=int, default=600)
+    parser.add_argument("--plain-tokens", type=int, default=24)
     parser.add_argument("--drawn", action="store_true", help="each prompt a second time")
     return parser.parse_args()
 
