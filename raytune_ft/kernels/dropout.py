@@ -5,10 +5,10 @@ nothing is stored, and forward, backward and a recomputed forward see the same m
 has its own mask, as in PEFT.
 
 Where bits come from: Philox4x32 with 7 rounds (Salmon et al. 2011, "Parallel random numbers: as
-easy as 1, 2, 3", table 2: the fewest that pass BigCrush). Key: the seed. Counter: (column, row,
-stream, 0). One call gives 8 numbers of 16 bits, for 8 columns that lie a stride apart, so that
-neighbours in memory stay neighbours in a kernel. Probabilities are rounded to 1/65536, and what is
-kept is divided by the rounded one, so that the mean is exact.
+easy as 1, 2, 3", table 2: the fewest that pass BigCrush). Key: the seed. Counter: (column / 8, row,
+stream, 0). One call gives 8 numbers of 16 bits, low halves first, for 8 neighbouring columns.
+Probabilities are rounded to 1/65536, and what is kept is divided by the rounded one, so that the
+mean is exact.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from raytune_ft.kernels.launch import accumulator, ceil_div
+from raytune_ft.kernels.launch import accumulator, ceil_div, has_triton
 
 ROUNDS = 7
-STRIPS = 8
-"""Columns that one call serves."""
-STRIP_UNIT = 64
-"""Strips are a multiple of this wide: whole tiles, aligned loads."""
+SPAN = 8
+"""Neighbouring columns that one call serves."""
 LEVELS = 1 << 16
 """Probabilities are multiples of 1 / LEVELS."""
+
+HOST_PART = 1 << 15
+"""Calls that a host computes at once."""
 
 _WORD = 0xFFFFFFFF
 _KEYS = (0x9E3779B9, 0xBB67AE85)
@@ -60,20 +61,22 @@ def draw_seed(device: torch.device) -> Tensor:
     return torch.randint(0, 1 << 62, (1,), device=device)
 
 
-def strip_width(columns: int) -> int:
-    """Return how far apart the columns of one call lie."""
-    return ceil_div(ceil_div(columns, STRIPS), STRIP_UNIT) * STRIP_UNIT
-
-
 def kept(mask: Mask, index: int, rows: int, columns: int) -> Tensor:
     """Return the mask of adapter `index` as a tensor: (rows, columns) bool, true where kept."""
-    width = strip_width(columns)
-    device = mask.seed.device
-    row = torch.arange(rows, device=device).unsqueeze(1).expand(rows, width)
-    column = torch.arange(width, device=device).expand(rows, width)
-    words = _philox(mask.seed, (column, row, torch.full_like(row, mask.stream + index)))
-    halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
-    return torch.cat([half >= mask.threshold for half in halves], dim=1)[:, :columns]
+    groups = ceil_div(columns, SPAN)
+    out = torch.empty(rows, groups, SPAN, dtype=torch.bool, device=mask.seed.device)
+    # on a host, parts that stay in the cache and below what torch cuts into threads
+    step = max(1, rows if mask.seed.is_cuda else HOST_PART // groups)
+    column = torch.arange(groups, device=out.device)
+    stream, zero = torch.full_like(column[:1], mask.stream + index), torch.zeros_like(column[:1])
+    for start in range(0, rows, step):
+        part = out[start : start + step]
+        row = torch.arange(start, start + len(part), device=out.device).unsqueeze(1)
+        words = _philox(mask.seed, (column, row, stream, zero))
+        for place, word in enumerate(words):
+            torch.ge(word & (LEVELS - 1), mask.threshold, out=part[:, :, 2 * place])
+            torch.ge(word >> 16, mask.threshold, out=part[:, :, 2 * place + 1])
+    return out.flatten(1)[:, :columns]
 
 
 def project(x: Tensor, a: Tensor, mask: Mask | None) -> Tensor:
@@ -86,6 +89,10 @@ def project(x: Tensor, a: Tensor, mask: Mask | None) -> Tensor:
     """
     if mask is None:
         return x @ a.flatten(0, 1).t()
+    if _by_triton(x):
+        from raytune_ft.kernels import dropout_triton
+
+        return dropout_triton.project(x, a, mask)
     return project_reference(x, a, mask)
 
 
@@ -108,6 +115,10 @@ def project_backward(
         if x_gradient is not None:
             x_gradient.addmm_(gradient, flat)
         return product(gradient.t(), x).view_as(a)
+    if _by_triton(x):
+        from raytune_ft.kernels import dropout_triton
+
+        return dropout_triton.project_backward(x, a, gradient, mask, x_gradient)
     return project_backward_reference(x, a, gradient, mask, x_gradient)
 
 
@@ -138,14 +149,17 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     return left.to(dtype) @ right.to(dtype)
 
 
+def _by_triton(x: Tensor) -> bool:
+    return has_triton(x) and x.dtype != torch.float64 and x.numel() > 0
+
+
 def _dropped(x: Tensor, mask: Mask, index: int) -> Tensor:
     return x * kept(mask, index, *x.shape)
 
 
-def _philox(seed: Tensor, counter: tuple[Tensor, Tensor, Tensor]) -> list[Tensor]:
+def _philox(seed: Tensor, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> list[Tensor]:
     """Return four words of 32 bits, held in int64, for each counter."""
-    c0, c1, c2 = counter
-    c3 = torch.zeros_like(c0)
+    c0, c1, c2, c3 = counter
     k0, k1 = seed & _WORD, (seed >> 32) & _WORD
     for _ in range(ROUNDS):
         # a product of two words fills 64 bits: it wraps in int64, its bits are right all the same

@@ -35,3 +35,26 @@ def ceil_div(value: int, unit: int) -> int:
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """Return the type in which products of `dtype` are summed: float32 for half precision."""
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Return how many multiprocessors a GPU has; 2 where Triton interprets."""
+    if device.type != "cuda":
+        return 2
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def steps_each(device: torch.device, programs: int, steps: int, *, each: int) -> int:
+    """Return how many steps of a long loop one program takes, so that a GPU is filled.
+
+    Args:
+        device: whose multiprocessors are to have work.
+        programs: there are if none is cut.
+        steps: of the whole loop.
+        each: programs that a multiprocessor should have.
+
+    It is a power of two, because kernels are compiled for it: lengths that vary make few forms.
+    """
+    parts = max(1, min(steps, processors(device) * each // programs))
+    return 1 << (ceil_div(steps, parts) - 1).bit_length()

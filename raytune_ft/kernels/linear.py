@@ -113,12 +113,11 @@ def adapted(
     Numbers: products in x's type, sums in float32; adapters of another type are rounded to x's at
     each use, and their gradients are summed in float32.
     """
-    loras = [lora for _, lora in parts if lora is not None]
-    if seed is None and any(lora.dropout for lora in loras):
+    plan = _Plan.of(parts, offset)
+    if seed is None and any(run.p for run in plan.runs):
         seed = draw_seed(x.device)
-    plan = _Plan(tuple(parts), offset)
     biases = [base.bias for base, _ in parts]
-    tensors = [*(lora.a for lora in loras), *(lora.b for lora in loras)]
+    tensors = [*(lora.a for lora in plan.loras), *(lora.b for lora in plan.loras)]
     outputs: tuple[Tensor, ...] = _Adapted.apply(plan, x, seed, *biases, *tensors)  # type: ignore[no-untyped-call]
     return list(outputs)
 
@@ -131,39 +130,44 @@ def reserve(bases: Sequence[Base]) -> None:
 
 
 @dataclass(frozen=True)
+class _Run:
+    """Neighbouring adapters of one rank and dropout, which go as one."""
+
+    loras: range
+    """Which of the plan's."""
+    rank: int
+    p: float
+    stream: int
+    """Of the first one's mask."""
+
+    def mask(self, seed: Tensor | None) -> Mask | None:
+        return Mask(seed, self.stream, self.p) if self.p and seed is not None else None
+
+
+@dataclass(frozen=True)
 class _Plan:
     parts: tuple[Part, ...]
-    offset: int
+    loras: tuple[Lora, ...]
+    places: tuple[int, ...]
+    """Of the layers that have them."""
+    runs: tuple[_Run, ...]
 
-    @property
-    def loras(self) -> list[Lora]:
-        return [lora for _, lora in self.parts if lora is not None]
-
-    def places(self) -> list[int]:
-        """Return which layers have an adapter."""
-        return [index for index, (_, lora) in enumerate(self.parts) if lora is not None]
-
-    def stacks(self) -> Iterator[list[int]]:
-        """Yield runs of neighbouring adapters, as indices into `loras`, that go as one."""
-        run: list[int] = []
-        for index, lora in enumerate(self.loras):
-            if run and not self._alike(self.loras[run[-1]], lora, run[-1], index):
-                yield run
-                run = []
-            run.append(index)
-        if run:
-            yield run
-
-    def _alike(self, one: Lora, two: Lora, first: int, second: int) -> bool:
-        places = self.places()
-        neighbours = places[second] - places[first] == 1
-        return neighbours and (len(one.a), one.dropout) == (len(two.a), two.dropout)
-
-    def mask(self, run: list[int], seed: Tensor | None) -> Mask | None:
-        p = self.loras[run[0]].dropout
-        if not p or seed is None:
-            return None
-        return Mask(seed, self.offset + self.places()[run[0]], p)
+    @classmethod
+    def of(cls, parts: Sequence[Part], offset: int) -> _Plan:
+        found = [(place, lora) for place, (_, lora) in enumerate(parts) if lora is not None]
+        runs: list[_Run] = []
+        for index, (place, lora) in enumerate(found):
+            last = runs[-1] if runs else None
+            new = _Run(range(index, index + 1), len(lora.a), lora.dropout, offset + place)
+            if last is not None and (
+                (last.rank, last.p, last.stream + len(last.loras)) == (new.rank, new.p, new.stream)
+            ):
+                both = range(last.loras.start, new.loras.stop)
+                runs[-1] = _Run(both, last.rank, last.p, last.stream)
+            else:
+                runs.append(new)
+        places, loras = zip(*found, strict=True) if found else ((), ())
+        return cls(tuple(parts), loras, places, tuple(runs))
 
 
 class _Adapted(torch.autograd.Function):
@@ -173,20 +177,17 @@ class _Adapted(torch.autograd.Function):
     def forward(
         ctx: Any, plan: _Plan, x: Tensor, seed: Tensor | None, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
-        n = len(plan.loras)
-        biases = tensors[: len(plan.parts)]
-        a, b = _split(tensors[len(plan.parts) :], n)
-        flat = x.reshape(-1, x.shape[-1])
-        inner = [
-            project(flat, _stacked(a, run, x.dtype), plan.mask(run, seed)) for run in plan.stacks()
-        ]
+        biases, (a, b) = tensors[: len(plan.parts)], _halves(tensors[len(plan.parts) :])
+        flat = _rows(x)
+        inner = [project(flat, _stacked(a, run, x.dtype), run.mask(seed)) for run in plan.runs]
         outputs = [
             _affine(flat, base.matrix(x.dtype), bias)
             for (base, _), bias in zip(plan.parts, biases, strict=True)
         ]
-        for index, part in enumerate(_parts(plan, inner)):
-            update = b[index].to(x.dtype).t()
-            outputs[plan.places()[index]].addmm_(part, update, alpha=plan.loras[index].scale)
+        for place, lora, part, weight in zip(
+            plan.places, plan.loras, _parts(plan, inner), b, strict=True
+        ):
+            outputs[place].addmm_(part, weight.to(x.dtype).t(), alpha=lora.scale)
         ctx.plan = plan
         ctx.save_for_backward(x, seed, *a, *b, *inner)
         return tuple(out.view(*x.shape[:-1], -1) for out in outputs)
@@ -196,21 +197,18 @@ class _Adapted(torch.autograd.Function):
         plan: _Plan = ctx.plan
         x, seed, *saved = ctx.saved_tensors
         n = len(plan.loras)
-        a, b, inner = saved[:n], saved[n : 2 * n], saved[2 * n :]
-        flat = x.reshape(-1, x.shape[-1])
-        outer = [gradient.reshape(-1, gradient.shape[-1]) for gradient in gradients]
+        (a, b), inner = _halves(saved[: 2 * n]), saved[2 * n :]
+        flat, outer = _rows(x), [_rows(gradient) for gradient in gradients]
         dx = _through_bases(plan, outer) if ctx.needs_input_grad[1] else None
         of_b = _gradients_of_b(plan, outer, inner)
         of_a: list[Tensor] = []
-        for run in plan.stacks():
+        for run in plan.runs:
             back = _through_b(plan, run, outer, b)
             stack = _stacked(a, run, x.dtype)
-            of_a += project_backward(flat, stack, back, plan.mask(run, seed), dx).unbind()
-        wanted = ctx.needs_input_grad[3 : 3 + len(plan.parts)]
-        biases = [one.sum(0) if want else None for one, want in zip(outer, wanted, strict=True)]
+            of_a += project_backward(flat, stack, back, run.mask(seed), dx).unbind()
         adapters = [g.to(p.dtype) for g, p in zip([*of_a, *of_b], [*a, *b], strict=True)]
-        dx = None if dx is None else dx.view_as(x)
-        return None, dx, None, *biases, *adapters
+        biases = _gradients_of_biases(plan, outer, ctx.needs_input_grad[3:])
+        return None, None if dx is None else dx.view_as(x), None, *biases, *adapters
 
 
 def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -221,46 +219,61 @@ def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _through_bases(plan: _Plan, outer: list[Tensor]) -> Tensor:
     """Return the gradient of the input through the frozen weights: (T, in)."""
-    total: Tensor | None = None
-    for (base, _), gradient in zip(plan.parts, outer, strict=True):
-        weight = base.matrix(gradient.dtype)
-        total = gradient @ weight if total is None else total.addmm_(gradient, weight)
-    assert total is not None  # noqa: S101, a group has layers
+    (first, _), *others = plan.parts
+    total = outer[0] @ first.matrix(outer[0].dtype)
+    for (base, _), gradient in zip(others, outer[1:], strict=True):
+        total.addmm_(gradient, base.matrix(gradient.dtype))
     return total
 
 
-def _through_b(plan: _Plan, run: list[int], outer: list[Tensor], b: list[Tensor]) -> Tensor:
+def _through_b(plan: _Plan, run: _Run, outer: list[Tensor], b: Sequence[Tensor]) -> Tensor:
     """Return the gradient of what `project` gave for a run of adapters: (T, adapters * r)."""
-    rank = len(plan.loras[run[0]].a)
-    first = outer[0]
-    back = first.new_empty(len(first), len(run) * rank)
-    for part, index in zip(back.split(rank, dim=1), run, strict=True):
-        gradient, lora = outer[plan.places()[index]], plan.loras[index]
+    back = outer[0].new_empty(len(outer[0]), len(run.loras) * run.rank)
+    for index, part in zip(run.loras, back.chunk(len(run.loras), dim=1), strict=True):
+        gradient, scale = outer[plan.places[index]], plan.loras[index].scale
         weight = b[index].to(gradient.dtype)
-        torch.addmm(part, gradient, weight, beta=0, alpha=lora.scale, out=part)
+        torch.addmm(part, gradient, weight, beta=0, alpha=scale, out=part)
     return back
 
 
-def _gradients_of_b(plan: _Plan, outer: list[Tensor], inner: list[Tensor]) -> list[Tensor]:
+def _gradients_of_b(plan: _Plan, outer: list[Tensor], inner: Sequence[Tensor]) -> list[Tensor]:
     return [
         product(outer[place].t(), part).mul_(lora.scale)
-        for place, lora, part in zip(plan.places(), plan.loras, _parts(plan, inner), strict=True)
+        for place, lora, part in zip(plan.places, plan.loras, _parts(plan, inner), strict=True)
+    ]
+
+
+def _gradients_of_biases(
+    plan: _Plan, outer: list[Tensor], wanted: Sequence[bool]
+) -> list[Tensor | None]:
+    """Return the gradient of each layer's bias that is trained."""
+    return [
+        gradient.sum(0, dtype=base.bias.dtype) if want and base.bias is not None else None
+        for (base, _), gradient, want in zip(plan.parts, outer, wanted, strict=False)
     ]
 
 
 def _parts(plan: _Plan, inner: Sequence[Tensor]) -> Iterator[Tensor]:
     """Yield `dropout(x) A^T` of each adapter, (T, r), out of what runs of them gave."""
-    for run, together in zip(plan.stacks(), inner, strict=True):
-        yield from together.chunk(len(run), dim=1)
+    for run, together in zip(plan.runs, inner, strict=True):
+        yield from together.chunk(len(run.loras), dim=1)
 
 
-def _stacked(a: Sequence[Tensor], run: list[int], dtype: torch.dtype) -> Tensor:
-    return torch.stack([a[index].to(dtype) for index in run])
+def _stacked(a: Sequence[Tensor], run: _Run, dtype: torch.dtype) -> Tensor:
+    if len(run.loras) == 1:
+        return a[run.loras.start].to(dtype).unsqueeze(0)
+    return torch.stack([a[index].to(dtype) for index in run.loras])
 
 
-def _split(tensors: Sequence[Tensor | None], n: int) -> tuple[list[Tensor], list[Tensor]]:
-    given = cast("list[Tensor]", list(tensors))
-    return given[:n], given[n:]
+def _halves(tensors: Sequence[Any]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    middle = len(tensors) // 2
+    return tensors[:middle], tensors[middle:]
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Return (T, features) with neighbouring columns, as kernels want it."""
+    flat = x.reshape(-1, x.shape[-1])
+    return flat if flat.stride(1) == 1 else flat.contiguous()
 
 
 def _room(weight: Nf4Weight) -> Tensor:

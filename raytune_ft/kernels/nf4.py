@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from raytune_ft.errors import ModelError
+from raytune_ft.kernels.launch import has_triton
 
 CODES = 16
 """Values that a half byte stands for."""
@@ -82,11 +83,12 @@ def dequantize(weight: Nf4Weight, out: Tensor | None = None) -> Tensor:
         weight: packed.
         out: written and returned if given: contiguous, of the weight's shape and dtype.
     """
-    out = (
-        torch.empty(weight.shape, dtype=weight.dtype, device=weight.packed.device)
-        if (out is None)
-        else out
-    )
+    if out is None:
+        out = torch.empty(weight.shape, dtype=weight.dtype, device=weight.packed.device)
+    if has_triton(weight.packed):
+        from raytune_ft.kernels import nf4_triton
+
+        return nf4_triton.dequantize(weight, out)
     return out.copy_(dequantize_reference(weight))
 
 

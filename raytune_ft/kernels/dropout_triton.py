@@ -1,0 +1,230 @@
+"""The Triton form of `dropout.project` and its way back: x is read once, no mask is stored.
+
+A call of Philox serves the eight neighbouring columns that one thread loads at once, so tiles of x
+are (rows, columns / 8, 8) until they are multiplied.
+"""
+
+# Triton's programs have neither types nor small names for what is compiled in
+# mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call"
+# ruff: noqa: N803
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from raytune_ft.kernels.dropout import ROUNDS, SPAN, Mask
+from raytune_ft.kernels.launch import ceil_div, steps_each
+
+TILE_M, TILE_K = 64, 64
+"""Rows and columns of x in a tile."""
+MOST = 3
+"""Adapters of one launch of `project_backward`, whose sums stay in registers ..."""
+MOST_RANK = 64
+"""... up to this rank; above, each adapter has its own launch."""
+
+PLAIN = ("stream", "threshold", "rows")
+"""Arguments of which kernels have no special forms: these numbers vary."""
+
+
+def project(x: Tensor, a: Tensor, mask: Mask) -> Tensor:
+    """As `dropout.project` with a mask; x (rows, in) with neighbouring columns, a contiguous."""
+    rows, columns = x.shape
+    n, rank, _ = a.shape
+    grid_m, steps = ceil_div(rows, TILE_M), ceil_div(columns, TILE_K)
+    each = steps_each(x.device, grid_m * n, steps, each=4)
+    parts = ceil_div(steps, each)
+    dtype = torch.float32 if parts > 1 else x.dtype
+    out = torch.empty((parts, rows, n * rank), dtype=dtype, device=x.device)
+    _project[(n, grid_m, parts)](
+        x, a, out, mask.seed, mask.stream, mask.threshold, mask.growth,
+        rows, columns, rank, x.stride(0), STEPS=each,
+        TILE_M=TILE_M, TILE_K=TILE_K, RANK=_padded(rank), ROUNDS=ROUNDS, SPAN=SPAN,
+        num_warps=4,
+    )  # fmt: skip
+    return out[0] if parts == 1 else out.sum(0, dtype=torch.float32).to(x.dtype)
+
+
+def project_backward(
+    x: Tensor, a: Tensor, gradient: Tensor, mask: Mask, x_gradient: Tensor | None
+) -> Tensor:
+    """As `dropout.project_backward` with a mask."""
+    rank = a.shape[1]
+    at_once = MOST if rank <= MOST_RANK else 1
+    if len(a) <= at_once:
+        return _backward(x, a, gradient, mask, x_gradient)
+    parts = [
+        _backward(x, part, back, replace(mask, stream=mask.stream + at_once * index), x_gradient)
+        for index, (part, back) in enumerate(
+            zip(a.split(at_once), gradient.split(at_once * rank, dim=1), strict=True)
+        )
+    ]
+    return torch.cat(parts)
+
+
+def _backward(
+    x: Tensor, a: Tensor, gradient: Tensor, mask: Mask, x_gradient: Tensor | None
+) -> Tensor:
+    rows, columns = x.shape
+    n, rank, _ = a.shape
+    grid_k, steps = ceil_div(columns, TILE_K), ceil_div(rows, TILE_M)
+    each = steps_each(x.device, grid_k, steps, each=2)
+    parts = ceil_div(steps, each)
+    out = torch.empty((parts, *a.shape), dtype=torch.float32, device=x.device)
+    into = x if x_gradient is None else x_gradient
+    _project_backward[(grid_k, parts)](
+        x, a, gradient, into, out, mask.seed, mask.stream, mask.threshold, mask.growth,
+        rows, columns, rank, x.stride(0), gradient.stride(0), into.stride(0),
+        STEPS=each, ADAPTERS=n, WANTED=x_gradient is not None,
+        TILE_M=TILE_M, TILE_K=TILE_K, RANK=_padded(rank), ROUNDS=ROUNDS, SPAN=SPAN,
+        num_warps=8,
+    )  # fmt: skip
+    return out[0] if parts == 1 else out.sum(0)
+
+
+def _padded(rank: int) -> int:
+    """Return the width that tensor cores take for a rank."""
+    return max(16, 1 << (rank - 1).bit_length())
+
+
+@triton.jit
+def _kept(seed, stream, threshold, row, group, ROUNDS: tl.constexpr):
+    """Return the mask of rows (m, 1) by groups of eight columns (1, g): (m, g, 8)."""
+    w0, w1, w2, w3 = tl.philox(seed, group, row, stream, 0, n_rounds=ROUNDS)
+    place = tl.arange(0, 8)[None, None, :]
+    low = tl.where(place < 2, w0[:, :, None], w1[:, :, None])
+    high = tl.where(place < 6, w2[:, :, None], w3[:, :, None])
+    half = (tl.where(place < 4, low, high) >> ((place & 1) * 16)) & 0xFFFF
+    return half >= threshold.to(tl.uint32)
+
+
+@triton.jit(do_not_specialize=PLAIN)
+def _project(
+    x, a, out, seed, stream, threshold, growth,
+    rows, columns, rank, x_stride, STEPS: tl.constexpr,
+    TILE_M: tl.constexpr, TILE_K: tl.constexpr, RANK: tl.constexpr,
+    ROUNDS: tl.constexpr, SPAN: tl.constexpr,
+):  # fmt: skip
+    adapter, part = tl.program_id(0), tl.program_id(2)
+    row = tl.program_id(1) * TILE_M + tl.arange(0, TILE_M)
+    group = tl.arange(0, TILE_K // SPAN)
+    column = tl.arange(0, TILE_K)
+    r = tl.arange(0, RANK)
+    key = tl.load(seed)
+    x += row.to(tl.int64)[:, None] * x_stride
+    a += adapter * rank * columns + r[None, :] * columns
+    total = tl.zeros((TILE_M, RANK), dtype=tl.float32)
+    for step in range(STEPS):
+        start = (part * STEPS + step) * TILE_K
+        at = start + column
+        here = (row < rows)[:, None] & (at < columns)[None, :]
+        tile = tl.load(x + at[None, :], mask=here, other=0.0)
+        mine = _kept(
+            key, stream + adapter, threshold,
+            row[:, None], (start // SPAN + group)[None, :], ROUNDS,
+        )  # fmt: skip
+        dropped = _dropped(tile, mine)
+        there = (at < columns)[:, None] & (r < rank)[None, :]
+        weight = tl.load(a + at[:, None], mask=there, other=0.0)
+        total = tl.dot(dropped, weight, total, input_precision="ieee")
+    width = tl.num_programs(0) * rank
+    out += part.to(tl.int64) * rows * width + adapter * rank
+    place = row.to(tl.int64)[:, None] * width + r[None, :]
+    inside = (row < rows)[:, None] & (r < rank)[None, :]
+    tl.store(out + place, (total * growth).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=PLAIN)
+def _project_backward(
+    x, a, gradient, x_gradient, out, seed, stream, threshold, growth,
+    rows, columns, rank, x_stride, gradient_stride, x_gradient_stride,
+    STEPS: tl.constexpr,
+    ADAPTERS: tl.constexpr, WANTED: tl.constexpr,
+    TILE_M: tl.constexpr, TILE_K: tl.constexpr, RANK: tl.constexpr,
+    ROUNDS: tl.constexpr, SPAN: tl.constexpr,
+):  # fmt: skip
+    start, part = tl.program_id(0) * TILE_K, tl.program_id(1)
+    group, r = tl.arange(0, TILE_K // SPAN), tl.arange(0, RANK)
+    column = start + tl.arange(0, TILE_K)
+    key = tl.load(seed)
+    inside = (r < rank)[:, None] & (column < columns)[None, :]
+    at = r[:, None] * columns + column[None, :]
+    mixed = start + _mixed(tl.arange(0, TILE_K))
+    from_a = r[:, None] * columns + mixed[None, :]
+    inside_a = (r < rank)[:, None] & (mixed < columns)[None, :]
+    size = rank * columns
+    a0 = tl.load(a + from_a, mask=inside_a, other=0.0)
+    a1, a2 = a0, a0
+    total0 = tl.zeros((RANK, TILE_K), dtype=tl.float32)
+    total1, total2 = total0, total0
+    if ADAPTERS > 1:
+        a1 = tl.load(a + size + from_a, mask=inside_a, other=0.0)
+    if ADAPTERS > 2:
+        a2 = tl.load(a + 2 * size + from_a, mask=inside_a, other=0.0)
+    for step in range(STEPS):
+        row = (part * STEPS + step) * TILE_M + tl.arange(0, TILE_M)
+        here = (row < rows)[:, None] & (column < columns)[None, :]
+        across = row.to(tl.int64)[:, None]
+        tile = tl.load(x + across * x_stride + column[None, :], mask=here, other=0.0)
+        counters = row[:, None], (start // SPAN + group)[None, :]
+        back = gradient + across * gradient_stride + r[None, :]
+        there = (row < rows)[:, None] & (r < rank)[None, :]
+        total0, through = _back(
+            tile, a0, total0, tl.load(back, mask=there, other=0.0),
+            _kept(key, stream, threshold, counters[0], counters[1], ROUNDS), WANTED,
+        )  # fmt: skip
+        if ADAPTERS > 1:
+            total1, more = _back(
+                tile, a1, total1, tl.load(back + rank, mask=there, other=0.0),
+                _kept(key, stream + 1, threshold, counters[0], counters[1], ROUNDS), WANTED,
+            )  # fmt: skip
+            through += more
+        if ADAPTERS > 2:
+            total2, more = _back(
+                tile, a2, total2, tl.load(back + 2 * rank, mask=there, other=0.0),
+                _kept(key, stream + 2, threshold, counters[0], counters[1], ROUNDS), WANTED,
+            )  # fmt: skip
+            through += more
+        if WANTED:
+            to = x_gradient + across * x_gradient_stride + column[None, :]
+            old = tl.load(to, mask=here, other=0.0)
+            new = old + through.reshape(TILE_M, TILE_K) * growth
+            tl.store(to, new.to(old.dtype), mask=here)
+    out += part.to(tl.int64) * ADAPTERS * size
+    tl.store(out + at, total0 * growth, mask=inside)
+    if ADAPTERS > 1:
+        tl.store(out + size + at, total1 * growth, mask=inside)
+    if ADAPTERS > 2:
+        tl.store(out + 2 * size + at, total2 * growth, mask=inside)
+
+
+@triton.jit
+def _back(tile, a, total, gradient, mine, WANTED: tl.constexpr):
+    """Add one adapter's share of a tile to its sum (rank, k); return that and x's (m, k / 8, 8)."""
+    total = tl.dot(tl.trans(gradient), _dropped(tile, mine), total, input_precision="ieee")
+    through = tl.zeros(mine.shape, dtype=tl.float32)
+    if WANTED:
+        whole = tl.dot(gradient, a, input_precision="ieee")
+        apart = whole.reshape(mine.shape[0], mine.shape[1] // 4, 4, 4, 2).permute(0, 1, 3, 2, 4)
+        through = tl.where(mine, apart.reshape(mine.shape), 0.0)
+    return total, through
+
+
+@triton.jit
+def _dropped(tile, mine):
+    """Return a tile (m, k) with zeros where its mask (m, k / 8, 8) has no bit."""
+    return tl.where(mine, tile.reshape(mine.shape), 0.0).to(tile.dtype).reshape(tile.shape)
+
+
+@triton.jit
+def _mixed(place):
+    """Return which column of 32 a place of a product gets.
+
+    A thread of a tensor core holds pairs of columns 8 apart; so its pairs are neighbours in memory
+    and it holds whole groups of eight, of which it needs all bits.
+    """
+    return (place // 32) * 32 + (place % 8 // 2) * 8 + (place % 32 // 8) * 2 + place % 2
