@@ -142,7 +142,7 @@ def _whole_rows(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     if q.shape[2] % CUDNN_STEP == 0:
         kernels.insert(0, SDPBackend.CUDNN_ATTENTION)
-    if q.shape[-1] > WIDEST_HEAD:
+    if not _takes_bounds(q):  # nor groups: torch would write the scores down
         k, v = _for_every_query(q, k, v)
     arguments: dict[str, Any] = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
     with sdpa_kernel(kernels, set_priority=True):

@@ -26,7 +26,7 @@ def losses_and_gradient(logits: Tensor, targets: Tensor) -> Tensor:
     Returns:
         (T,) in float32, in float64 for float64 logits.
     """
-    if has_triton(logits):
+    if has_triton(logits) and logits.dtype is not torch.float64:
         from raytune_ft.kernels import cross_entropy_triton
 
         return cross_entropy_triton.losses_and_gradient(logits, targets)

@@ -29,7 +29,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0) -> T
     Returns:
         (..., D), of the type of `x`; with `offset` 0 of the wider of its and the weight's type.
     """
-    if has_triton(x):
+    if has_triton(x) and x.dtype is not torch.float64:
         from raytune_ft.kernels import norm_triton
 
         return norm_triton.rms_norm(x, weight, eps, offset)
@@ -43,7 +43,7 @@ def add_rms_norm(
 
     Arguments as for `rms_norm`; `residual` (..., D) has the type of `x`.
     """
-    if has_triton(x):
+    if has_triton(x) and x.dtype is not torch.float64:
         from raytune_ft.kernels import norm_triton
 
         return norm_triton.add_rms_norm(x, residual, weight, eps, offset)

@@ -41,7 +41,7 @@ def _forward_kernel(
         tl.store(total_ptr + at, x, mask=inside)
     narrow = x.dtype
     x = x.to(tl.float32)
-    scale = 1 / tl.sqrt(tl.sum(x * x, axis=1) / width + eps)
+    scale = tl.rsqrt(tl.sum(x * x, axis=1) / width + eps)
     tl.store(scale_ptr + rows, scale, mask=rows < n_rows)
     weight = tl.load(weight_ptr + columns, mask=columns < width, other=0.0).to(tl.float32)
     normed = x * scale[:, None]
@@ -89,12 +89,12 @@ def _backward_kernel(
 
 
 class RmsNorm(torch.autograd.Function):
-    """x (..., D), residual (..., D) or None, weight (D,) -> normed, and the sum of both or x."""
+    """x (..., D), residual (..., D) or None, weight (D,) -> normed, and the sum of both if any."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         x, weight = x.contiguous(), weight.contiguous()
         added = None if residual is None else residual.contiguous()
         width = x.shape[-1]
@@ -111,7 +111,7 @@ class RmsNorm(torch.autograd.Function):
         ctx.save_for_backward(total, weight, scale)
         ctx.offset, ctx.adds = offset, added is not None
         ctx.set_materialize_grads(False)
-        return y, total
+        return y, total if ctx.adds else None
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:

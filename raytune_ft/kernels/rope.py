@@ -33,7 +33,7 @@ def rope(
         Both rotated, in shape and type as given; of transposed (B, L, H, D) memory, which kernels
         for packed rows read without a copy.
     """
-    if has_triton(q):
+    if has_triton(q) and q.dtype is not torch.float64:
         from raytune_ft.kernels import rope_triton
 
         return rope_triton.rope(q, k, cos, sin, interleaved)

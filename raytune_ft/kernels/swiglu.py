@@ -29,7 +29,7 @@ def swiglu(gate: Tensor, up: Tensor, *, activation: Activation = "silu") -> Tens
     Returns:
         (..., M), contiguous, rounded once.
     """
-    if has_triton(gate):
+    if has_triton(gate) and gate.dtype is not torch.float64:
         from raytune_ft.kernels import swiglu_triton
 
         return swiglu_triton.swiglu(gate, up, activation)
@@ -41,7 +41,7 @@ def fused_swiglu(gate_up: Tensor, *, activation: Activation = "silu") -> Tensor:
 
     Its gradient is made as one tensor too, which slices would have to be joined to.
     """
-    if has_triton(gate_up):
+    if has_triton(gate_up) and gate_up.dtype is not torch.float64:
         from raytune_ft.kernels import swiglu_triton
 
         return swiglu_triton.fused_swiglu(gate_up, activation)

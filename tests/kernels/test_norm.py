@@ -18,7 +18,7 @@ from tests.kernels.gradients import (
 )
 
 EPS = 1e-5
-TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
+TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float64: 1e-14}
 PLACE = {"plain": 0.0, "triton": 2**-6}
 """Of bfloat16, two last places: the interpreter cuts numbers off where a GPU rounds (tests/gpu)."""
 pytestmark = pytest.mark.usefixtures("way")
@@ -36,7 +36,7 @@ def _numbers(
     return x, residual, torch.randn(shape[-1], generator=random).to(dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("offset", [0.0, 1.0])
 @pytest.mark.parametrize("shape", [(2, 3, 37), (1, 1, 64), (67, 100)])
 def test_norm_and_its_gradients(shape: tuple[int, ...], offset: float, dtype: torch.dtype) -> None:

@@ -11,7 +11,7 @@ from tests.kernels.gradients import Tensor, assert_near, outputs_and_gradients
 
 pytestmark = pytest.mark.usefixtures("way")
 THEIRS = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}
-TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
+TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float64: 1e-14}
 
 
 def _gate_up(*shape: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -19,7 +19,7 @@ def _gate_up(*shape: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     return [3 * torch.randn(shape, generator=random).to(dtype) for _ in range(2)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 @pytest.mark.parametrize("shape", [(2, 3, 37), (2, 1029), (1, 1)])
 def test_gate_and_gradients(
