@@ -126,9 +126,7 @@ class _Installer:
         for layer in self.layers:
             self._attention(layer)
             self._mlp(layer)
-            refused = blocks.layer_refusal(layer)
-            if refused is None:
-                self._take(layer, "layers", blocks.FastLayer)
+            self._layer(layer)
         self._lone_linears()
         self._prove()
         reserve([module.__dict__[linears.PART].base for module in self._linears()])
@@ -149,7 +147,7 @@ class _Installer:
     def _attention(self, layer: Any) -> None:
         name = next((name for name in BLOCKS if hasattr(layer, name)), None)
         if name is None:
-            self.refused["attention", f"{type(layer).__name__} is not known"] += 1
+            self.refused["attention", f"{type(layer).__name__} has no fast form"] += 1
             return
         block = getattr(layer, name)
         form = attention.form_of(block, self.config, self.slopes)
@@ -167,6 +165,13 @@ class _Installer:
             return
         self._parts(mlp, blocks.mlp_linears(mlp, form))
         self._take(mlp, "mlp", blocks.FastMlp, **{blocks.MLP: form})
+
+    def _layer(self, layer: Any) -> None:
+        form = blocks.layer_form(layer)
+        if isinstance(form, str):
+            self.refused["layer", form] += 1
+            return
+        self._take(layer, "layers", blocks.FastLayer, **{blocks.LAYER: form})
 
     def _parts(self, owner: nn.Module, layers: Sequence[nn.Module]) -> None:
         names = {module: name for name, module in owner.named_children()}
@@ -204,7 +209,7 @@ class _Installer:
             self.refused[type(layer).__name__, f"its fast form differs by {size:.2g} here"] += 1
 
     def _put_back(self, module: nn.Module) -> None:
-        names = (attention.FORM, blocks.NORM, blocks.MLP, linears.PART)
+        names = (attention.FORM, blocks.LAYER, blocks.MLP, blocks.NORM, linears.PART)
         has_form = linears.PART not in module.__dict__ or linears.is_lora(module)
         for name in names:
             module.__dict__.pop(name, None)

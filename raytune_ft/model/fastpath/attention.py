@@ -114,7 +114,7 @@ def form_of(block: Any, config: Any, slopes: list[float] | None) -> Form | str:
     """
     kind = KINDS.get(type(block).__name__)
     if kind is None or not type(block).__module__.startswith("transformers.models."):
-        return f"{type(block).__name__} is not known"
+        return f"{type(block).__name__} has no fast form"
     refused = _refusal(block, config)
     if refused is not None:
         return refused

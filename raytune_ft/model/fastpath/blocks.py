@@ -13,7 +13,7 @@ from raytune_ft.kernels.swiglu import Activation, fused_swiglu, swiglu
 from raytune_ft.model.fastpath.lane import LANE, Packed
 from raytune_ft.model.fastpath.linears import outputs
 
-NORM, MLP = "fast_norm", "fast_mlp"
+NORM, MLP, LAYER = "fast_norm", "fast_mlp", "fast_layer"
 """Attributes of modules that take part."""
 
 LLAMA_NORMS = frozenset(
@@ -26,11 +26,6 @@ MLPS = frozenset(
         "Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2", "Gemma3", "Glm", "Glm4", "Phi3",
     )
 )  # fmt: skip
-LAYERS = frozenset(
-    f"{family}DecoderLayer"
-    for family in ("Llama", "Mistral", "Mixtral", "Qwen2", "Qwen3", "Glm", "Phi3")
-)
-"""Classes whose forward passes are what `FastLayer` computes."""
 ACTIVATIONS: dict[str, Activation] = {
     "SiLUActivation": "silu", "SiLU": "silu", "GELUTanh": "gelu_tanh",
     "PytorchGELUTanh": "gelu_tanh",
@@ -94,7 +89,7 @@ class FastMlp:
 def mlp_form(mlp: Any) -> MlpForm | str:
     """Return a gated MLP's fast form, or why it has none."""
     if type(mlp).__name__ not in MLPS:
-        return f"{type(mlp).__name__} is not known"
+        return f"{type(mlp).__name__} has no fast form"
     act = getattr(mlp, "act_fn", None) or mlp.activation_fn
     activation = ACTIVATIONS.get(type(act).__name__)
     if activation is None:
@@ -108,31 +103,57 @@ def mlp_linears(mlp: nn.Module, form: MlpForm) -> list[nn.Module]:
     return [getattr(mlp, name) for name in (*form.inputs, "down_proj")]
 
 
+@dataclass(frozen=True)
+class LayerForm:
+    """Names of a decoder layer's norms beside the one in front of attention."""
+
+    before_mlp: str = "post_attention_layernorm"
+    after_attention: str | None = None
+    after_mlp: str | None = None
+
+
+LAYERS = {
+    f"{family}DecoderLayer": LayerForm()
+    for family in ("Llama", "Mistral", "Mixtral", "Qwen2", "Qwen3", "Gemma", "Glm", "Phi3")
+} | {
+    f"Gemma{number}DecoderLayer": LayerForm(
+        "pre_feedforward_layernorm", "post_attention_layernorm", "post_feedforward_layernorm"
+    )
+    for number in (2, 3)
+}
+LAYERS["Glm4DecoderLayer"] = LayerForm(
+    "post_attention_layernorm", "post_self_attn_layernorm", "post_mlp_layernorm"
+)
+
+
 class FastLayer:
-    """Form of a decoder layer with a norm before attention and one before its MLP."""
+    """Form of a decoder layer; the norm before its MLP adds up its input itself."""
 
     def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Return the layer's output; the second norm adds up its input itself."""
+        """Return the layer's output (B, L, width)."""
         packed: Packed | None = kwargs.get("packed")
         if packed is None or args:
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc, no-any-return]
-        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
-        norm = self.post_attention_layernorm
-        form: NormForm = getattr(norm, NORM)
-        normed, total = add_rms_norm(
-            attended, hidden_states, norm.weight, form.eps, offset=form.offset
-        )
-        return total + self.mlp(normed)  # type: ignore[no-any-return]
+        form: LayerForm = getattr(self, LAYER)
+        found, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+        if form.after_attention is not None:
+            found = getattr(self, form.after_attention)(found)
+        norm = getattr(self, form.before_mlp)
+        of: NormForm = getattr(norm, NORM)
+        normed, total = add_rms_norm(found, hidden_states, norm.weight, of.eps, offset=of.offset)
+        found = self.mlp(normed)
+        if form.after_mlp is not None:
+            found = getattr(self, form.after_mlp)(found)
+        return total + found  # type: ignore[no-any-return]
 
 
-def layer_refusal(layer: Any) -> str | None:
-    """Return why a decoder layer has no fast form; None if it has one."""
-    if type(layer).__name__ not in LAYERS:
-        return f"{type(layer).__name__} is not known"
+def layer_form(layer: Any) -> LayerForm | str:
+    """Return a decoder layer's fast form, or why it has none."""
+    form = LAYERS.get(type(layer).__name__)
+    if form is None:
+        return f"{type(layer).__name__} has no fast form"
     for name in ("resid_attn_dropout", "resid_mlp_dropout"):
         p = getattr(getattr(layer, name, None), "p", 0.0)
         if p:
             return f"dropout {p} of the residual stream"
-    if not hasattr(layer.post_attention_layernorm, NORM):
-        return "its norms have no fast form"
-    return None
+    return form if hasattr(getattr(layer, form.before_mlp), NORM) else "norms without a fast form"

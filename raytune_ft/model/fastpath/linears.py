@@ -48,7 +48,9 @@ class Part:
 
     def fits(self, layer: Any, x: torch.Tensor) -> bool:
         """Tell whether the layer, now, on `x`, does nothing else than base and update."""
-        if x.dtype is not self.dtype or layer._forward_hooks or layer._forward_pre_hooks:
+        if x.dtype is not self.dtype or self.base.module.weight.requires_grad:
+            return False
+        if layer._forward_hooks or layer._forward_pre_hooks:
             return False
         if self.adapter is None:
             return True
@@ -89,7 +91,7 @@ def is_lora(layer: Any) -> bool:
 def refusal(layer: Any) -> str | None:
     """Return why a linear layer cannot take part; None if it can."""
     if is_lora(layer):
-        return _lora_refusal(layer) or _base_refusal(layer.base_layer)
+        return _base_refusal(layer.base_layer) or _lora_refusal(layer)
     return _base_refusal(layer)
 
 
