@@ -45,7 +45,7 @@ class Watch(TorchDispatchMode):
         if name in ("index", "index_put", "index_put_"):
             depends = _by_truth(args[1])
         else:  # attention bears the mark of drawing for its dropout, which evaluation has none of
-            attention = name.startswith("_scaled_dot_product")
+            attention = name.startswith(("_scaled_dot_product", "_fused_sdp_choice"))
             depends = not attention and not self.TAGS.isdisjoint(func.tags)
         if depends:
             raise NotFixedError(f"{func.name()} depends on values")

@@ -33,7 +33,7 @@ KINDS = {
 }
 PROMPTS = [[5, 9, 30, 77, 12], [3] * 17, [60], [8, 9, 10, 11, 12, 13, 14, 15, 16]]
 DRAWING = Drawing(temperature=0.9, top_p=0.9)
-TOKENS = 150
+TOKENS = 120
 CLOSE = {"float32": 1e-4, "bfloat16": 0.1, "nf4": 0.1}
 """Of the logits: other kernels of attention add up in another order."""
 
