@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING
 from raytune_ft import survey
 from raytune_ft.config import catalog
 from raytune_ft.config.estimates import gpus, pace
+from raytune_ft.config.estimates import layout as layouts
 from raytune_ft.config.estimates.footprint import Counts
+from raytune_ft.config.estimates.layout import Choice
 from raytune_ft.config.estimates.pace import Device
 from raytune_ft.config.schema import Recipe
 from raytune_ft.errors import MemoryPlanError, RecipeError
@@ -35,6 +37,8 @@ class Place:
     """Bytes of each GPU; None: there is none."""
     device: Device | None
     """None where its rates are not known."""
+    free: int | None = None
+    """Bytes of each GPU that no process holds; None: not known."""
 
 
 @dataclass(frozen=True)
@@ -63,23 +67,26 @@ class Outlook:
     counts: Counts
     parts: dict[str, int]
     """Bytes per worker by part, which the report lays beside what was measured."""
+    choice: Choice | None = None
+    """The automatic layout; None on a CPU, and where the recipe lays itself out."""
 
     def line(self) -> str:
-        """Say what a run needs of what there is."""
+        """Say what a run needs of what there is, and how its steps are laid out."""
         where = "each GPU" if self.place.memory is not None else "this machine"
-        return (
+        said = (
             f"plan    about {self.needed / GIB:.1f} GiB of memory per worker; {where} has "
             f"{self.available / GIB:.1f} GiB"
         )
+        return said if self.choice is None else f"{said}\nplan    {self.choice.line}"
 
     def time(self, recipe: Recipe, steps: int) -> str | None:
         """Say how long the steps of a run will take; None where the device's rates are unknown."""
         device = self.place.device
         if device is None:
             return None
-        micro = pace.micro_seconds(recipe, self.counts, device)
-        update = pace.update_seconds(recipe, self.counts, device)
-        seconds = steps * (recipe.train.accumulation * micro + update)
+        own = layouts.own_layout(recipe, self.counts.layers)
+        chosen = own if self.choice is None else self.choice.layout
+        seconds = steps * layouts.weigh(recipe, self.counts, device, chosen).seconds
         return f"plan    ~{steps:,} steps, about {spoken(seconds)} on {device.name}"
 
 
@@ -108,7 +115,11 @@ def place(
         return Place(memory, None)
     smallest = min(found, key=lambda one: one.memory)
     measured = _measured() if may_measure else None
-    return Place(memory or smallest.memory, measured or pace.device_called(smallest.name))
+    device = measured or pace.device_called(smallest.name)
+    if memory is not None:
+        return Place(memory, device)
+    free = min(one.memory if one.free is None else one.free for one in found)
+    return Place(smallest.memory, device, free)
 
 
 def _measured() -> Device | None:
@@ -124,7 +135,7 @@ def _measured() -> Device | None:
 
 
 def pace_of(recipe: Recipe, counts: Counts, where: Place, rows: Counted | None) -> Pace | None:
-    """Predict a run's time; None where the device's rates are not known."""
+    """Predict the time of a run in its own layout; None where the device's rates are not known."""
     if where.device is None:
         return None
     fill = _fill(recipe, rows)
@@ -143,11 +154,15 @@ def pace_of(recipe: Recipe, counts: Counts, where: Place, rows: Counted | None) 
     )
 
 
-def check_memory(recipe: Recipe) -> Outlook | None:
-    """Predict whether a run fits this machine, before anything loads.
+def check_memory(recipe: Recipe, kept: Choice | None = None) -> Outlook | None:
+    """Predict whether a run fits this machine, and in which layout, before anything loads.
 
     None: nothing can be said here, since the model's shape is not known or the workers are on
     other machines.
+
+    Args:
+        recipe: of the run.
+        kept: the layout of a run that is to go on, with which it goes on exactly.
 
     Raises:
         MemoryPlanError: it clearly does not fit, in halves neither if `train.on_oom` is `halve`.
@@ -164,9 +179,11 @@ def check_memory(recipe: Recipe) -> Outlook | None:
         return None
     from raytune_ft.model.memory import plan_memory
 
-    found = plan_memory(recipe, shape, where.memory, where.device)
+    if kept is not None and where.memory is not None and kept.memory > where.memory:
+        kept = None  # the worker says so
+    found = plan_memory(recipe, shape, where.memory, where.device, free_bytes=where.free, kept=kept)
     needed = found.total * together
-    for smaller in _halves(recipe):
+    for smaller in _halves(recipe) if found.choice is None else []:
         if needed <= available * CLEARLY:
             break
         needed = plan_memory(smaller, shape, where.memory, where.device).total * together
@@ -177,7 +194,9 @@ def check_memory(recipe: Recipe) -> Outlook | None:
             f"{recipe.model.path}: needs about {needed / GIB:.1f} GiB, {what} has "
             f"{available / GIB:.1f} GiB; {advice}"
         )
-    return Outlook(needed // together, available, where, found.counts, dict(found.parts))
+    return Outlook(
+        needed // together, available, where, found.counts, dict(found.parts), found.choice
+    )
 
 
 def spoken(seconds: float) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -73,14 +73,14 @@ def plan_recipe(
     found = survey.survey(recipe)
     rows, notes = found.counted, list(found.notes)
     packs = rows.packs if rows else None
-    memory = survey.memory_of(found, where.memory, where.device, packs)
+    memory = survey.memory_of(found, where.memory, where.device, packs, where.free)
     if memory is None:
         notes.append("memory: not predicted, since the model's config.json is not here")
     elif where.memory is None:
         notes.append("memory: on this machine's CPU; predict for a GPU with --gpu-memory 8GiB")
     elif where.device is None:
         notes.append("time: not predicted; name the GPU with --gpu " + ", ".join(pace.DEVICES))
-    speed = None if memory is None else outlook.pace_of(recipe, memory.counts, where, rows)
+    speed = None if memory is None else outlook.pace_of(memory.recipe, memory.counts, where, rows)
     if rows is None:
         return PlanReport(memory, None, 0, False, None, None, None, notes, speed)
     return PlanReport(
@@ -135,13 +135,16 @@ def _plan_rows(recipe: Recipe, report: PlanReport) -> Iterator[tuple[str, str]]:
             report.rows, report.rows_read, report.exact, report.packs, report.steps, report.density
         )
         yield from count_rows(counted, recipe)
+    laid = report.memory.recipe.train if report.memory is not None else train
     yield (
         "batch",
         (
-            f"{recipe.global_batch_size} packs per step = {train.micro_batch_size} per pass"
-            f" x {train.accumulation} passes x {recipe.run.workers} workers"
+            f"{recipe.global_batch_size} packs per step = {laid.micro_batch_size} per pass"
+            f" x {laid.accumulation} passes x {recipe.run.workers} workers"
         ),
     )
+    if report.memory is not None and report.memory.choice is not None:
+        yield "layout", report.memory.choice.line
     if report.steps is None:
         yield "steps", f"{train.epochs} epochs; steps are known when model and rows are here"
     else:
@@ -181,7 +184,7 @@ def proposal_rows(memory: MemoryPlan, source: str, *, exact: bool) -> Iterator[t
         time = spoken(one.seconds) if exact else f"{slower:.2f} x its time"
         yield (
             f"  {one.memory / GIB:.1f} GiB",
-            f"{time:>12}  {one.line or 'as it is'}",
+            f"{time:>12}  {one.line or 'as it is'}; {one.layout.said(one.layers)}",
         )
 
 
@@ -201,8 +204,14 @@ def memory_json(memory: MemoryPlan) -> dict[str, Any]:
         "parts": dict(memory.parts),
         "host": dict(memory.host),
         "fits": memory.fits,
+        "layout": None if memory.choice is None else memory.choice.to_json(),
         "proposals": [
-            {"overrides": list(one.overrides), "memory": one.memory, "seconds": one.seconds}
+            {
+                "overrides": list(one.overrides),
+                "layout": asdict(one.layout),
+                "memory": one.memory,
+                "seconds": one.seconds,
+            }
             for one in memory.proposals
         ],
     }

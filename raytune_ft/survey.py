@@ -218,13 +218,16 @@ def memory_of(
     device_bytes: int | None,
     device: Device | None = None,
     packs: float | None = None,
+    free_bytes: int | None = None,
 ) -> MemoryPlan | None:
     """Predict peak memory from the model's shape; None if its shape is not known."""
     if found.config is None:
         return None
     from raytune_ft.model.memory import plan_memory
 
-    return plan_memory(found.recipe, found.config, device_bytes, device, packs)
+    return plan_memory(
+        found.recipe, found.config, device_bytes, device, packs, free_bytes=free_bytes
+    )
 
 
 def parse_size(text: str, key: str) -> int:

@@ -17,6 +17,7 @@ from raytune_ft.lost_ray import seen_to_the_end
 from raytune_ft.preparation import new_folder, prepare, removed_unless_started
 from raytune_ft.resume import open_run, resumable
 from raytune_ft.screen import Screen
+from raytune_ft.training import layouts
 from raytune_ft.training.guarding import disk
 from raytune_ft.training.run_folder import RunFolder
 from raytune_ft.training.watching import reporting
@@ -35,7 +36,8 @@ def train(recipe: Recipe, *, source: str, resume: str | None = None) -> int:
     """
     survey.check_names(recipe)
     survey.check_deepspeed(recipe)
-    seen = outlook.check_memory(recipe)
+    kept = layouts.kept_choice(RunFolder(resume), recipe) if resume else None
+    seen = outlook.check_memory(recipe, kept)
     folder = open_run(resume, recipe) if resume else new_folder(recipe, source)
     if folder is None:
         return 0
@@ -58,6 +60,9 @@ def train(recipe: Recipe, *, source: str, resume: str | None = None) -> int:
             with seen_to_the_end(folder, shown(folder), screen, terminal):
                 prepared = prepare(recipe, folder, source, screen)
                 folder.update(plan={"parts": seen.parts} if seen is not None else None)
+                if kept is None:
+                    chosen = seen.choice if seen is not None else None
+                    folder.update(layout=chosen.to_json() if chosen is not None else None)
                 if seen is not None and (time := seen.time(recipe, prepared.job.expected_steps)):
                     screen.line(time)
                 with feeding(

@@ -113,7 +113,7 @@ def sweep(recipe: Recipe, prepared: Prepared, folder: RunFolder, screen: Screen)
     resources: dict[str, float] = {"cpu": 0.5}
     if gpus:
         resources["gpu"] = min(1.0, gpus / concurrent)
-    job = replace(prepared.job, sharing=concurrent)
+    job = replace(prepared.job, sharing=concurrent, gpu_share=resources.get("gpu", 1.0))
     shared = replace(prepared, job=job)
     screen.line(f"{section.trials} trials, {concurrent} at once, ~{job.expected_steps} steps each")
     tuner = ray_tune.Tuner(

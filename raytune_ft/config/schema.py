@@ -45,8 +45,9 @@ class ModelSection(Section):
     """Token that ends an answer; null: the tokenizer's own. Qwen 1 has none of its own."""
     method: Literal["full", "lora"] = "lora"
     """`lora` on an `nf4` base is QLoRA."""
-    gradient_checkpointing: bool | Literal["auto"] = "auto"
-    """Recompute activations in the backward pass; `auto`: only on a GPU with long packs."""
+    gradient_checkpointing: bool | PositiveInt | Literal["auto"] = "auto"
+    """Recompute activations in the backward pass, in all decoder layers, in none, or in the first
+    so many; `auto`: only on a GPU with long packs. `train.layout: auto` decides it on a GPU."""
     fast_path: bool | Literal["auto"] = "auto"
     """Compute by fused kernels where that is the same mathematics; `auto`: on a GPU."""
     load_from: str | None = None
@@ -157,6 +158,9 @@ class TrainSection(Section):
     """Passes over all rows [max_epochs]."""
     max_steps: PositiveInt | None = None
     """Stop after this many optimizer steps, whatever `epochs` says."""
+    layout: Literal["auto", "recipe"] = "auto"
+    """`auto`: on a GPU, how many packs go through a forward pass, and which layers recompute, is
+    what is fastest in its free memory; a step's packs stay the same. `recipe`: as is said here."""
     micro_batch_size: PositiveInt = 1
     """Packs per worker per forward pass [batch_size]."""
     accumulation: PositiveInt = 16

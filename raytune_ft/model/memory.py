@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from raytune_ft.config.estimates.footprint import Counts, norm_widths, own_inputs
+from raytune_ft.config.estimates.layout import Choice, choose
 from raytune_ft.config.estimates.pace import DEVICES, Device
 from raytune_ft.config.estimates.peak import host_bytes, memory_bytes
 from raytune_ft.config.estimates.proposal import Proposal, alternatives, proposals
@@ -34,12 +35,16 @@ class MemoryPlan:
     parts: dict[str, int]
     """Bytes by part."""
     counts: Counts
+    recipe: Recipe
+    """What was planned for, in its layout."""
+    choice: Choice | None = None
+    """The automatic layout; None on a CPU, and where the recipe lays itself out."""
     host: dict[str, int] = field(default_factory=dict)
     """Bytes of the host's memory by part, with a GPU."""
     fits: bool | None = None
     """None where the device's memory is not given."""
     proposals: list[Proposal] = field(default_factory=list)
-    """The fastest settings that fit, of each way to store and recompute; the first is the fastest.
+    """The fastest settings that fit, of each way to store and spread; the first is the fastest.
     Empty where the device's memory is not given, or none fits."""
 
     @property
@@ -54,6 +59,9 @@ def plan_memory(
     device_bytes: int | None,
     device: Device | None = None,
     packs: float | None = None,
+    *,
+    free_bytes: int | None = None,
+    kept: Choice | None = None,
 ) -> MemoryPlan:
     """Predict the peak memory of a training step.
 
@@ -63,15 +71,22 @@ def plan_memory(
         device_bytes: memory of one GPU; None: no comparison, and sizes are those of a CPU.
         device: whose rates decide which settings are the fastest; None: the H200's.
         packs: of an epoch, where they are known.
+        free_bytes: of that memory, what no process holds; None: all.
+        kept: the layout of a run that is to go on.
 
     Raises:
         ModelError: no family reads this config.json.
     """
     shape = Shape(config_json)
     counts = shape.counts(recipe)
-    parts = memory_bytes(recipe, counts, on_gpu=device_bytes is not None)
     if device_bytes is None:
-        return MemoryPlan(parts, counts)
+        return MemoryPlan(memory_bytes(recipe, counts, on_gpu=False), counts, recipe)
+    device, choice, fixed = device or DEVICES["h200"], None, recipe
+    if recipe.train.layout == "auto":
+        choice = kept or choose(recipe, counts, free_bytes or device_bytes, device)
+        fixed = choice.layout.applied(recipe, counts.layers)
+    resident = choice is not None and choice.layout.resident
+    parts = memory_bytes(fixed, counts, on_gpu=True, resident=resident)
     # of what is searched, only the method changes the numbers of parameters
     by_method = functools.cache(
         lambda method: shape.counts(
@@ -82,11 +97,18 @@ def plan_memory(
         recipe,
         lambda changed: by_method(changed.model.method),
         device_bytes,
-        device or DEVICES["h200"],
+        device,
         packs,
     )
-    fits = sum(parts.values()) <= device_bytes
-    return MemoryPlan(parts, counts, host_bytes(recipe, counts), fits, alternatives(found, SHOWN))
+    return MemoryPlan(
+        parts,
+        counts,
+        fixed,
+        choice,
+        host_bytes(fixed, counts),
+        sum(parts.values()) <= device_bytes,
+        alternatives(found, SHOWN),
+    )
 
 
 def trained_parameters(recipe: Recipe, config_json: Mapping[str, Any]) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from raytune_ft.config.estimates.peak import recomputed_layers
 from raytune_ft.config.schema import Recipe
 from raytune_ft.config.zero import stage_of
 from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
@@ -16,6 +17,7 @@ from raytune_ft.model.preference import build_loss
 from raytune_ft.training import presets
 from raytune_ft.training.batching import TensorBatch
 from raytune_ft.training.engine import Engine, TorchEngine, ZeroEngine, rank
+from raytune_ft.training.recompute import decoder_layers, recompute
 from raytune_ft.training.saving import durable, load_from
 from raytune_ft.training.saving.load_from import BEGINNING, Begin
 
@@ -55,9 +57,8 @@ def build_engine(
         model.requires_grad_(True)
         if begin and begin.kind == "checkpoint":
             load_from.put(model, Path(begin.path))
-    if _recompute(recipe, device):
-        model.activation_checkpointing_enable({"use_reentrant": False})
-        model.enable_input_require_grads()
+    layers = len(decoder_layers(model))
+    recompute(model, recomputed_layers(recipe, layers, on_gpu=device.type == "cuda"))
     dtype = loading.compute_dtype(recipe.model, device)
     config = presets.resolve(recipe, dtype, on_gpu=device.type == "cuda")
     sharded = config is not None and stage_of(config) == 3
@@ -97,12 +98,3 @@ def _adapted(
         with durable.whole_folder(kept) as place:
             adapter.keep_beginning(wrapped, place)
     return wrapped
-
-
-def _recompute(recipe: Recipe, device: torch.device) -> bool:
-    choice = recipe.model.gradient_checkpointing
-    if choice == "auto":
-        return (
-            device.type == "cuda" and recipe.data.max_length * recipe.train.micro_batch_size > 512
-        )
-    return choice

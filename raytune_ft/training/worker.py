@@ -27,7 +27,7 @@ from raytune_ft.data.tokenizing import hf_files
 from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
 from raytune_ft.errors import CheckpointError
 from raytune_ft.model import adapter, fast, side_files
-from raytune_ft.training import course
+from raytune_ft.training import course, layouts
 from raytune_ft.training.batching import TensorBatch, steps
 from raytune_ft.training.build import build_engine
 from raytune_ft.training.callbacks import build_hooks
@@ -69,6 +69,8 @@ class Job:
     """Held-out rows that are answered for `eval.metrics`."""
     begin: Begin | None = None
     """Trained weights that the run begins with."""
+    gpu_share: float = 1.0
+    """Part of a GPU that each process may use."""
 
 
 def run(
@@ -97,11 +99,17 @@ def _run(
     emit: Emit,
     guards: Guards,
 ) -> TrainState:
-    folder = RunFolder(job.run_path)
-    room = Room.of(Recipe.model_validate(job.recipe), folder.path)
+    folder, device = RunFolder(job.run_path), _device(job.sharing)
+
+    def tell(text: str) -> None:
+        emit("warning", text=text)
+
+    asked = Recipe.model_validate(job.recipe)
+    choice = layouts.settled(
+        asked, folder, Path(job.model_folder), device, tell, share=job.gpu_share
+    )
+    room = Room.of(asked, folder.path, tell, choice)
     recipe = room.fitting()
-    device = _device(job.sharing)
-    room.tell = lambda text: emit("warning", text=text)
 
     emit("stage", name="load model")
     engine, model = build_engine(

@@ -15,16 +15,17 @@ from raytune_ft.errors import MemoryPlanError
 from tests.cli.conftest import Command
 
 GIB = 2**30
-NAME = "internlm_7b_qlora_oasst1_e3"
+NAME, FULL = "internlm_7b_qlora_oasst1_e3", "qwen3_8b_full_oasst1_e3"
 
 
 def test_the_proposed_command_is_one_line_that_fits(call: Command) -> None:
-    said = call("plan", NAME, "--gpu-memory", "24GiB", "--gpu", "h200")
-    assert said.code == 0, said.err
+    said = call("plan", FULL, "--gpu-memory", "80GiB", "--gpu", "h200")
+    assert said.code == 4, said.err
     (line,) = [text for text in said.out.splitlines() if "fastest that fits" in text]
     words = line.split("raytune-ft train ")[1].split()
-    assert words[0] == NAME
-    again = call("plan", *words, "--gpu-memory", "24GiB", "--gpu", "h200", "--json")
+    assert words[0] == FULL
+    assert len(words) > 1
+    again = call("plan", *words, "--gpu-memory", "80GiB", "--gpu", "h200", "--json")
     memory = json.loads(again.out)["memory"]
     assert memory["fits"] is True
     assert memory["proposals"][0]["overrides"] == []
@@ -67,7 +68,8 @@ def test_training_that_cannot_fit_is_refused_before_anything_is_made(
 
 def recipe(**train: object) -> Recipe:
     words = [f"train.{key}={value}" for key, value in train.items()]
-    return load_recipe(NAME, ["model.gradient_checkpointing=false", *words])
+    fixed = ["model.gradient_checkpointing=false", "train.layout=recipe"]
+    return load_recipe(NAME, [*fixed, *words])
 
 
 def test_only_what_clearly_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

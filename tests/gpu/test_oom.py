@@ -62,7 +62,7 @@ class Run:
             "lora": {"r": 8, "dropout": 0.1},
             "data": {"sources": [{"path": str(rows)}], "max_length": LENGTH},
             "train": {"epochs": 1, "max_steps": 2, "micro_batch_size": 4, "accumulation": 1,
-                      "lr": 1e-3, "on_oom": "halve", **train_section},
+                      "lr": 1e-3, "on_oom": "halve", "layout": "recipe", **train_section},
             "chat_eval": {"every": None},
         })  # fmt: skip
         self.room = Room.of(recipe, None, self.told.append)

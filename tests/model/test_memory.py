@@ -27,7 +27,8 @@ def recipe(**changes: dict[str, Any]) -> Recipe:
         "model": {"path": "x", "quantization": "nf4", "gradient_checkpointing": True},
         "lora": {"r": 64, "dropout": 0.0},
         "data": {"sources": [{"path": "a.jsonl"}], "max_length": 2048},
-        "train": {"deepspeed": "none", "optimizer": "paged_adamw_32bit", "micro_batch_size": 1},
+        "train": {"deepspeed": "none", "optimizer": "paged_adamw_32bit", "micro_batch_size": 1,
+                  "layout": "recipe"},
     }
     return Recipe.model_validate({k: v | changes.get(k, {}) for k, v in values.items()})
 

@@ -12,7 +12,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-QUERY = ("--query-gpu=index,uuid,name,memory.total", "--format=csv,noheader,nounits")
+QUERY = ("--query-gpu=index,uuid,name,memory.total,memory.free", "--format=csv,noheader,nounits")
 SECONDS = 20
 MIB = 2**20
 CGROUP_LIMITS = (
@@ -28,6 +28,8 @@ class Gpu:
     name: str
     memory: int
     """Bytes."""
+    free: int | None = None
+    """Bytes that no process holds; None: the driver does not say."""
 
 
 def visible() -> list[Gpu]:
@@ -45,7 +47,7 @@ def visible() -> list[Gpu]:
 
 
 def read_gpus(listed: str, chosen: str | None) -> list[Gpu]:
-    """Read what nvidia-smi lists: index, uuid, name and MiB, a GPU a line.
+    """Read what nvidia-smi lists: index, uuid, name, MiB and free MiB, a GPU a line.
 
     Args:
         listed: its output.
@@ -55,11 +57,11 @@ def read_gpus(listed: str, chosen: str | None) -> list[Gpu]:
     found = []
     for line in listed.splitlines():
         parts = [part.strip() for part in line.split(",")]
-        if len(parts) != 4 or not parts[3].isdigit():
+        if len(parts) != 5 or not parts[3].isdigit():
             continue
-        index, uuid, name, size = parts
+        index, uuid, name, size, free = parts
         if wanted is None or any(one == index or uuid.startswith(one) for one in wanted):
-            found.append(Gpu(name, int(size) * MIB))
+            found.append(Gpu(name, int(size) * MIB, int(free) * MIB if free.isdigit() else None))
     return found
 
 

@@ -89,7 +89,9 @@ def device_called(name: str) -> Device | None:
     return DEVICES[max(found, key=len)] if found else None
 
 
-def micro_seconds(recipe: Recipe, counts: Counts, device: Device, fill: float = 1.0) -> float:
+def micro_seconds(
+    recipe: Recipe, counts: Counts, device: Device, fill: float = 1.0, *, resident: bool = False
+) -> float:
     """Predict a micro-step's seconds: one forward and backward pass of one worker.
 
     Args:
@@ -97,17 +99,20 @@ def micro_seconds(recipe: Recipe, counts: Counts, device: Device, fill: float = 
         counts: of its model.
         device: on which each worker runs.
         fill: tokens over the room in the packs, where packs are as short as their rows.
+        resident: whether a quantised base is unpacked once, not at each use.
     """
-    on_device, on_host = sides(recipe, counts, device, fill)
+    on_device, on_host = sides(recipe, counts, device, fill, resident=resident)
     joined: float = (on_device**BALANCE + on_host**BALANCE) ** (1 / BALANCE)
     if recipe.train.objective == "dpo":  # the reference's forward pass
         joined *= 4 / 3
     return joined
 
 
-def sides(recipe: Recipe, counts: Counts, device: Device, fill: float = 1.0) -> tuple[float, float]:
+def sides(
+    recipe: Recipe, counts: Counts, device: Device, fill: float = 1.0, *, resident: bool = False
+) -> tuple[float, float]:
     """Return the seconds of a micro-step that the device needs, and those that the host needs."""
-    setting = Setting(recipe, counts, on_gpu=True)
+    setting = Setting(recipe, counts, on_gpu=True, resident=resident)
     return _device_seconds(setting, device, fill), _host_seconds(setting, device)
 
 
@@ -134,7 +139,7 @@ def epoch_seconds(
 
 def _device_seconds(setting: Setting, device: Device, fill: float) -> float:
     counts, tokens = setting.counts, setting.tokens * fill
-    again = 1 if setting.recomputes else 0
+    again = setting.recomputed / counts.layers
     passes = 3 if setting.is_full else 2  # weights that are trained have gradients of their own
     head = counts.vocabulary * counts.hidden * passes
     products = 2 * tokens * (counts.linear * (passes + again) + head)
@@ -143,7 +148,7 @@ def _device_seconds(setting: Setting, device: Device, fill: float) -> float:
     attention = 4 * tokens * length * counts.queries * counts.layers * (3.5 + again)
     seconds += attention / (ATTENTION * device.products)
     traffic = PASSES * kept_per_token(setting) * tokens * counts.layers * (1 + AGAIN * again)
-    if setting.recipe.model.quantization != "none":
+    if setting.unpacks:
         traffic += UNPACKING * counts.linear * (2 + again)
     if not setting.is_full and setting.adapter_width == 4:
         products = 6 * counts.trained * tokens * (1 + AGAIN * again)
@@ -162,10 +167,11 @@ def _sent_weights(setting: Setting) -> float:
 
 
 def _host_seconds(setting: Setting, device: Device) -> float:
-    again = 1 if setting.recomputes else 0
+    again = setting.recomputed / setting.counts.layers
     adapted = 0 if setting.is_full else setting.counts.adapted
     starts = (LAYER_STARTS + ADAPTER_STARTS * adapted) * (1 + again) + BACKWARD_STARTS
-    starts += UNPACKING_STARTS[setting.recipe.model.quantization] * (2 + again)
+    if setting.unpacks:
+        starts += UNPACKING_STARTS[setting.recipe.model.quantization] * (2 + again)
     if setting.zero.stage:
         starts += HOOK_STARTS * (WHOLE_TENSORS if setting.is_full else 2 * adapted)
     return setting.counts.layers * starts * device.start

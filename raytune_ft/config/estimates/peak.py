@@ -54,6 +54,8 @@ class Zero:
     weights_on_host: bool = False
     bucket: int | None = None
     """Elements; None: as `bucket_elements` says."""
+    sizes_batches: bool = False
+    """Whether a user's file says how large micro-batches are."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ class Setting:
     recipe: Recipe
     counts: Counts
     on_gpu: bool
+    resident: bool = False
+    """Whether a quantised base lies beside its codes in the model's type, unpacked once."""
 
     @property
     def width(self) -> int:
@@ -98,27 +102,42 @@ class Setting:
         return self.recipe.train.micro_batch_size * self.recipe.data.max_length
 
     @property
-    def recomputes(self) -> bool:
-        """Whether layers are run again in the backward pass."""
-        return recomputes(self.recipe, on_gpu=self.on_gpu)
+    def recomputed(self) -> int:
+        """Decoder layers, the first ones, that are run again in the backward pass."""
+        return recomputed_layers(self.recipe, self.counts.layers, on_gpu=self.on_gpu)
+
+    @property
+    def unpacks(self) -> bool:
+        """Whether weights are unpacked each time they are multiplied."""
+        return self.recipe.model.quantization != "none" and not self.resident
 
 
-def recomputes(recipe: Recipe, *, on_gpu: bool) -> bool:
-    """Tell what `model.gradient_checkpointing` comes to."""
+def recomputed_layers(recipe: Recipe, layers: int, *, on_gpu: bool) -> int:
+    """Return in how many of `layers` decoder layers `model.gradient_checkpointing` recomputes."""
     choice = recipe.model.gradient_checkpointing
     if choice == "auto":
         tokens = recipe.train.micro_batch_size * recipe.data.max_length
-        return on_gpu and tokens > RECOMPUTE_FROM_TOKENS
-    return choice
+        choice = on_gpu and tokens > RECOMPUTE_FROM_TOKENS
+    if isinstance(choice, bool):
+        return layers if choice else 0
+    return min(choice, layers)
 
 
-def memory_bytes(recipe: Recipe, counts: Counts, *, on_gpu: bool) -> dict[str, int]:
+def memory_bytes(
+    recipe: Recipe, counts: Counts, *, on_gpu: bool, resident: bool = False
+) -> dict[str, int]:
     """Return the peak memory of one worker by part, in bytes; parts of 0 are left out.
 
     On a GPU all is the device's memory but for `GPU context` as torch's allocator counts it; what
     the host holds besides is `host_bytes`.
+
+    Args:
+        recipe: the run.
+        counts: of its model.
+        on_gpu: whether the worker has a GPU.
+        resident: as in `Setting`.
     """
-    setting = Setting(recipe, counts, on_gpu)
+    setting = Setting(recipe, counts, on_gpu, resident)
     always = {**_weights(setting), **_training_state(setting)}
     passing = max(
         (_forward_end(setting), _in_backward(setting), _backward_end(setting)),
@@ -163,9 +182,11 @@ def zero_of(name: str) -> Zero:
         return Zero(2)
     found, block = zero.offloads(content), content.get("zero_optimization") or {}
     bucket: Any = block.get("reduce_bucket_size", zero.AUTO)
+    sizes = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     return Zero(
         zero.stage_of(content), "offload_optimizer" in found, "offload_param" in found,
         None if bucket == zero.AUTO else int(bucket),
+        any(content.get(key, zero.AUTO) != zero.AUTO for key in sizes),
     )  # fmt: skip
 
 
@@ -221,6 +242,7 @@ def _weights(setting: Setting) -> dict[str, float]:
         gathered = min(LIVE_PARAMETERS, counts.total) * width
     return {
         "base weights": base,
+        "weights unpacked": counts.linear * width if setting.resident else 0,
         "quantisation state": counts.linear * scales,
         "embedding and head": outside,
         "gathered weights": gathered,
@@ -255,9 +277,8 @@ def _forward_end(setting: Setting) -> dict[str, float]:
     logits = min(tokens, LOGIT_ROWS) * counts.vocabulary * LOGIT_BYTES
     if setting.is_full:  # the gradient of the head, of a chunk and of those before
         logits += 2 * counts.vocabulary * counts.hidden * width
-    kept = _between_layers(setting) if setting.recomputes else _all_layers(setting)
     return {
-        "activations": kept + tokens * last,
+        "activations": kept_of_layers(setting) + tokens * last,
         "logits": logits,
         "workspace": tokens * _mask_per_token(setting) + _libraries(setting),
     }
@@ -270,7 +291,9 @@ def _in_backward(setting: Setting) -> dict[str, float]:
     dropped = tokens * counts.mlp * (setting.adapter_width + 1) * (setting.recipe.lora.dropout > 0)
     passing = tokens * width * (counts.mlp + 5 * counts.hidden)
     unpacked = _unpacked(setting)
-    kept = _between_layers(setting) + one if setting.recomputes else _all_layers(setting)
+    kept = kept_of_layers(setting)
+    if setting.recomputed == counts.layers:  # else what layers keep is gone before one runs again
+        kept += one
     return {
         # unpacked before the dropped-out input exists; or that, and nothing unpacked any more
         "activations": kept + passing - (dropped if unpacked > dropped else 0),
@@ -286,26 +309,24 @@ def _backward_end(setting: Setting) -> dict[str, float]:
     return {"workspace": embedding + _libraries(setting) + _buckets(setting)}
 
 
-def _between_layers(setting: Setting) -> float:
-    """Return what recomputation keeps: every layer's input, and what bitsandbytes will not drop."""
-    counts, width = setting.counts, setting.width
+def kept_of_layers(setting: Setting) -> float:
+    """Return what all decoder layers keep of a micro-batch from its forward pass.
+
+    A layer that recomputes keeps its input, and what bitsandbytes will not drop.
+    """
+    counts, width, again = setting.counts, setting.width, setting.recomputed
     held = 0
     if setting.recipe.model.quantization == "int8":  # its layers hold on to their inputs
         distinct = 2 * counts.hidden + counts.queries + counts.mlp
         held = width * distinct
-    return setting.tokens * counts.layers * (width * counts.hidden + held)
-
-
-def _all_layers(setting: Setting) -> float:
-    return (
-        setting.tokens * setting.counts.layers * (kept_per_token(setting) + _mask_of_layer(setting))
-    )
+    own = kept_per_token(setting) + _mask_of_layer(setting)
+    return setting.tokens * (again * (width * counts.hidden + held) + (counts.layers - again) * own)
 
 
 def _unpacked(setting: Setting) -> float:
     """Return the bytes of a quantised weight while it is multiplied, with its scales."""
     largest = setting.counts.largest_linear
-    if setting.recipe.model.quantization == "none":
+    if not setting.unpacks:
         return 0
     scales = 2 * 4 / 64 if setting.recipe.model.quantization == "nf4" else 0
     return largest * (setting.width + scales)

@@ -1,9 +1,9 @@
 """Proposals: a recipe and the memory of a GPU in, the fastest settings that fit out. No torch.
 
-Searched are micro-batch and accumulation with their product kept, recomputation, how the frozen
-base is stored, the optimizer's storage and what DeepSpeed spreads or offloads: what a step learns
-stays the same, up to the precision of storage. If nothing fits, LoRA instead of full training is
-searched; then shorter packs, which change the data.
+Searched are how the frozen base is stored, where the optimizer's averages are kept and what
+DeepSpeed spreads or offloads, each with its fastest layout: what a step learns stays the same, up
+to the precision of storage. If nothing fits, LoRA instead of full training is searched; then
+shorter packs, which change the data.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
+from raytune_ft.config.estimates import layout
 from raytune_ft.config.estimates.footprint import Counts
-from raytune_ft.config.estimates.pace import Device, epoch_seconds
-from raytune_ft.config.estimates.peak import memory_bytes, recomputes
+from raytune_ft.config.estimates.layout import Layout
+from raytune_ft.config.estimates.pace import Device
 from raytune_ft.config.pairs import problem
 from raytune_ft.config.schema import Recipe
 
@@ -36,6 +37,9 @@ class Proposal:
     recipe: Recipe
     overrides: tuple[str, ...]
     """What differs from the recipe that was asked about, as `section.field=value`."""
+    layout: Layout
+    layers: int
+    """Decoder layers of the model."""
     memory: int
     """Peak of one worker, in bytes."""
     seconds: float
@@ -62,7 +66,9 @@ def proposals(
     for space in (kept_method, other_method, shorter_packs):
         found = [
             one
-            for one in (weighed(recipe, r, counts_of, device, packs) for r in space(recipe))
+            for one in (
+                weighed(recipe, r, counts_of, available, device, packs) for r in space(recipe)
+            )
             if one.memory <= available * FILLED
         ]
         if found:
@@ -71,49 +77,51 @@ def proposals(
 
 
 def weighed(
-    asked: Recipe, recipe: Recipe, counts_of: CountsOf, device: Device, packs: float | None
+    asked: Recipe,
+    recipe: Recipe,
+    counts_of: CountsOf,
+    available: int,
+    device: Device,
+    packs: float | None,
 ) -> Proposal:
-    """Return a changed recipe with what it takes."""
+    """Return a changed recipe in its layout, with what it takes."""
     counts = counts_of(recipe)
     known = PACKS if packs is None else packs * asked.data.max_length / recipe.data.max_length
-    return Proposal(
-        recipe,
-        tuple(differences(asked, recipe)),
-        sum(memory_bytes(recipe, counts, on_gpu=True).values()),
-        epoch_seconds(recipe, counts, device, known),
-    )
+    if recipe.train.layout == "auto":
+        chosen = layout.choose(recipe, counts, available, device)
+        fixed, memory, seconds = chosen.layout, chosen.memory, chosen.seconds
+    else:
+        fixed = layout.own_layout(recipe, counts.layers)
+        own = layout.weigh(recipe, counts, device, fixed)
+        memory, seconds = own.memory, own.seconds
+    steps = known / recipe.global_batch_size
+    overrides = tuple(differences(asked, recipe))
+    return Proposal(recipe, overrides, fixed, counts.layers, memory, steps * seconds)
 
 
 def alternatives(found: list[Proposal], number: int) -> list[Proposal]:
-    """Return the fastest of each way to store and recompute, not of each micro-batch."""
+    """Return the fastest of each way to store the base and to spread state."""
     kinds: dict[tuple[Any, ...], Proposal] = {}
     for one in found:
         model, train = one.recipe.model, one.recipe.train
-        kind = (model.quantization, recomputes(one.recipe, on_gpu=True), train.deepspeed)
-        kinds.setdefault(kind, one)
+        kinds.setdefault((model.quantization, train.layout, train.deepspeed), one)
     return list(kinds.values())[:number]
 
 
 def kept_method(recipe: Recipe) -> Iterator[Recipe]:
-    """Yield all settings with the recipe's method and length."""
+    """Yield all settings with the recipe's method and length; layouts are chosen for each."""
     model, train = recipe.model, recipe.train
     stores = ["none"] if model.method == "full" else ["none", "int8", "nf4"]
-    for micro, again, stored, optimizer, zero in product(
-        _divisors(train.micro_batch_size * train.accumulation),
-        dict.fromkeys([model.gradient_checkpointing, True, False]),
+    for way, stored, optimizer, zero in product(
+        dict.fromkeys([train.layout, "auto"]),
         stores,
         _optimizers(train.optimizer),
         _presets(recipe),
     ):
         changed = _with(
             recipe,
-            model={"gradient_checkpointing": again, "quantization": stored},
-            train={
-                "micro_batch_size": micro,
-                "accumulation": train.micro_batch_size * train.accumulation // micro,
-                "optimizer": optimizer,
-                "deepspeed": zero,
-            },
+            model={"quantization": stored},
+            train={"layout": way, "optimizer": optimizer, "deepspeed": zero},
         )
         if problem(changed) is None:
             yield changed
@@ -157,10 +165,6 @@ def _presets(recipe: Recipe) -> list[str]:
     own = recipe.train.deepspeed
     spread = ["zero2", "zero3", "zero3_offload"] if recipe.run.workers > 1 else []
     return list(dict.fromkeys([own, "none", *spread, "zero2_offload"]))
-
-
-def _divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]
 
 
 def _with(recipe: Recipe, **sections: dict[str, Any]) -> Recipe:

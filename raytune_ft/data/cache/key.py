@@ -57,7 +57,7 @@ FIELDS: dict[Effect, frozenset[str]] = {
         | {"lora." + name for name in ("alpha", "bias", "dropout", "modules_to_save", "r")}
         | {"lora.targets", "lora.use_dora", "lora.use_rslora"}
         | {"train." + name for name in ("accumulation", "betas", "deepspeed", "epochs")}
-        | {"train." + name for name in ("log_every", "lr", "max_norm", "max_steps")}
+        | {"train." + name for name in ("layout", "log_every", "lr", "max_norm", "max_steps")}
         | {"train." + name for name in ("micro_batch_size", "min_lr", "optimizer", "scheduler")}
         | {"train." + name for name in ("warmup_ratio", "warmup_steps", "weight_decay")}
         | {"chat_eval." + name for name in ("every", "max_new_tokens", "mmlu", "prompts")}

@@ -20,7 +20,7 @@ import torch
 from raytune_ft.data.packing import IGNORE_INDEX, Pack, collate
 from raytune_ft.model.loss import causal_model
 from raytune_ft.training.batching import TensorBatch, count_targets, pair_weights, to_tensors
-from raytune_ft.training.engine import Engine, TorchEngine, ZeroEngine
+from raytune_ft.training.engine import Engine, TorchEngine
 from raytune_ft.training.guarding.room import ELSEWHERE, Room
 from raytune_ft.training.vitals import exchange
 
@@ -48,8 +48,7 @@ def find_room(engine: Engine, room: Room) -> None:
     config = causal_model(model).config.get_text_config()
     while (problem := _problem(engine, room, config.vocab_size)) is not None:
         room.shrink(problem)
-        if isinstance(engine, ZeroEngine):
-            engine.accumulation = room.accumulation
+        room.put(engine)
 
 
 def _problem(engine: Engine, room: Room, vocabulary: int) -> str | None:

@@ -1,9 +1,10 @@
 """Room: what becomes of a batch that does not fit into memory.
 
-`train.on_oom: stop` says what was asked for and which settings would help. `halve` divides the
-micro-batch and multiplies the accumulation, on all ranks and for the rest of the run: a step's
-packs stay the same, and so do its gradients. The new numbers stand in the run folder's `room.json`,
-for workers that are started again.
+An automatic layout (`train.layout`) gives way to the next that takes less memory. Else
+`train.on_oom: stop` says what was asked for and which settings would help, and `halve` divides the
+micro-batch and multiplies the accumulation. Both hold on all ranks and for the rest of the run: a
+step's packs stay the same, and so do its gradients. What is in force stands in the run folder's
+`room.json`, for workers that are started again.
 """
 
 from __future__ import annotations
@@ -11,17 +12,19 @@ from __future__ import annotations
 import gc
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
+from raytune_ft.config.estimates.layout import Choice, Layout
 from raytune_ft.config.schema import Recipe
 from raytune_ft.errors import MemoryPlanError
 from raytune_ft.training.batching import StepData
-from raytune_ft.training.engine import Engine, TorchEngine
+from raytune_ft.training.engine import Engine, TorchEngine, ZeroEngine
 from raytune_ft.training.guarding.failures import Elsewhere, Retry
+from raytune_ft.training.recompute import recompute
 from raytune_ft.training.run_folder import read_json, write_json
 
 FILE = "room.json"
@@ -40,6 +43,10 @@ class Room:
     file: Path | None = None
     """Where they are kept; None: nowhere."""
     tell: Callable[[str], object] = lambda _: None
+    choice: Choice | None = None
+    """The automatic layout that the run began with; None: the recipe's own numbers."""
+    layout: Layout | None = None
+    """As it is now; None as `choice` is."""
 
     @classmethod
     def of(
@@ -47,23 +54,51 @@ class Room:
         recipe: Recipe,
         folder: Path | None = None,
         tell: Callable[[str], object] = lambda _: None,
+        choice: Choice | None = None,
     ) -> Room:
-        """Begin with a recipe's sizes, or with those that its run came down to earlier."""
-        micro, accumulation = asked = [recipe.train.micro_batch_size, recipe.train.accumulation]
+        """Begin with a recipe's sizes, or with those that its run came down to earlier.
+
+        Args:
+            recipe: as it was asked for.
+            folder: of the run; None: nothing is kept.
+            tell: says what changes.
+            choice: its automatic layout, if it has one.
+        """
         file = folder / FILE if folder else None
-        if file is not None and file.is_file() and (kept := read_json(file))["asked"] == asked:
-            micro, accumulation = kept["now"]
-        return cls(recipe, micro, accumulation, file, tell)
+        kept = read_json(file) if file is not None and file.is_file() else None
+        train = recipe.train
+        room = cls(recipe, train.micro_batch_size, train.accumulation, file, tell, choice)
+        if choice is not None:
+            room._enter(choice.layout)
+        if kept is not None and kept["asked"] == room._asked():
+            room._go_to(kept["now"])
+        return room
 
     @property
     def objective(self) -> str:
         """Of the recipe."""
         return self.recipe.train.objective
 
+    @property
+    def loses_more(self) -> bool:
+        """Whether there is something smaller to go on with, and it may be done."""
+        if self.choice is not None:
+            return bool(self._smaller())
+        return self.recipe.train.on_oom == "halve" and self.micro_batch_size > 1
+
     def fitting(self) -> Recipe:
         """Return the recipe with the sizes as they are now."""
+        if self.choice is not None and self.layout is not None:
+            return self.layout.applied(self.recipe, self.choice.layers)
         sizes = {"micro_batch_size": self.micro_batch_size, "accumulation": self.accumulation}
         return self.recipe.model_copy(update={"train": self.recipe.train.model_copy(update=sizes)})
+
+    def put(self, engine: Engine) -> None:
+        """Let an engine that was built in another layout go on in this one, between two steps."""
+        if self.layout is not None:
+            recompute(engine.module.model, self.layout.recomputed)
+        if isinstance(engine, ZeroEngine):
+            engine.accumulation = self.accumulation
 
     def take(self, step: Callable[[StepData], T], engine: Engine, data: StepData, number: int) -> T:
         """Take a step, in smaller micro-batches where its own do not fit, if the recipe says so.
@@ -82,26 +117,30 @@ class Room:
             if not isinstance(engine, TorchEngine) or data.remade is None:
                 raise Retry(problem)
             _drop_gradients(engine)
+            self.put(engine)
             data = data.remade()
 
     def shrink(self, problem: str) -> None:
-        """Divide the micro-batch by its smallest factor; raise `problem` if that is not to be."""
-        if problem == ELSEWHERE and self.recipe.train.on_oom == "stop":
+        """Go on with less memory per pass; raise `problem` if that is not to be, or cannot be.
+
+        An automatic layout gives way to its next smaller one, whatever `train.on_oom` says: it was
+        not the recipe that asked for it. A recipe's micro-batch is divided by its smallest factor.
+        """
+        if problem == ELSEWHERE and self.choice is None and self.recipe.train.on_oom == "stop":
             raise Elsewhere(problem)
-        if self.recipe.train.on_oom == "stop" or self.micro_batch_size == 1:
+        if not self.loses_more:
             raise MemoryPlanError(f"{problem}; {self.advice()}")
-        factor = _smallest_factor(self.micro_batch_size)
-        before = self.micro_batch_size, self.accumulation
-        self.micro_batch_size //= factor
-        self.accumulation *= factor
+        before = self._said("")
+        if self.choice is not None:
+            self._enter(self._smaller()[0])
+        else:
+            factor = _smallest_factor(self.micro_batch_size)
+            self.micro_batch_size //= factor
+            self.accumulation *= factor
+        now = self._said("train.micro_batch_size ")
         if self.file is not None:
-            asked = [self.recipe.train.micro_batch_size, self.recipe.train.accumulation]
-            now = [self.micro_batch_size, self.accumulation]
-            write_json(self.file, {"asked": asked, "now": now, "why": problem})
-        self.tell(
-            f"{problem}; going on with train.micro_batch_size {self.micro_batch_size} x "
-            f"accumulation {self.accumulation} instead of {before[0]} x {before[1]}: the same steps"
-        )
+            write_json(self.file, {"asked": self._asked(), "now": self._now(), "why": problem})
+        self.tell(f"{problem}; going on with {now} instead of {before}: the same steps")
 
     def described(self, error: torch.OutOfMemoryError, when: str, rows: list[int]) -> str:
         """Say which batch asked for how much of what there is."""
@@ -116,13 +155,13 @@ class Room:
         """Name the settings that would make it fit, the least costly first."""
         model, train = self.recipe.model, self.recipe.train
         ways = []
-        if self.micro_batch_size > 1:
+        if self.choice is None and self.micro_batch_size > 1:
             factor = _smallest_factor(self.micro_batch_size)
             ways.append(
                 f"train.micro_batch_size={self.micro_batch_size // factor} "
                 f"train.accumulation={self.accumulation * factor}, the same mathematics"
             )
-        if model.gradient_checkpointing is False:
+        if self.choice is None and model.gradient_checkpointing is False:
             ways.append("model.gradient_checkpointing=true")
         if model.method == "full":
             ways.append("model.method=lora")
@@ -132,6 +171,39 @@ class Room:
             ways.append("train.optimizer=paged_adamw_32bit")
         ways.append(f"data.max_length={self.recipe.data.max_length // 2}")
         return f"set {'; or '.join(ways)}"
+
+    def _said(self, field: str) -> str:
+        if self.choice is not None and self.layout is not None:
+            return self.layout.said(self.choice.layers)
+        between = " x accumulation " if field else " x "
+        return f"{field}{self.micro_batch_size}{between}{self.accumulation}"
+
+    def _smaller(self) -> tuple[Layout, ...]:
+        """Return what takes less memory than the layout as it is now, the fastest first."""
+        if self.choice is None:
+            return ()
+        known = [self.choice.layout, *self.choice.smaller]
+        return tuple(known[known.index(self.layout) + 1 :]) if self.layout in known else ()
+
+    def _enter(self, layout: Layout) -> None:
+        self.layout = layout
+        self.micro_batch_size, self.accumulation = layout.micro_batch_size, layout.accumulation
+
+    def _asked(self) -> Any:
+        """Return what the sizes are an answer to: of another wish or layout nothing is kept."""
+        if self.choice is not None:
+            return {**self.choice.asked, "began_with": asdict(self.choice.layout)}
+        return [self.recipe.train.micro_batch_size, self.recipe.train.accumulation]
+
+    def _now(self) -> Any:
+        sizes = [self.micro_batch_size, self.accumulation]
+        return sizes if self.layout is None else asdict(self.layout)
+
+    def _go_to(self, now: Any) -> None:
+        if self.choice is not None:
+            self._enter(Layout(**now))
+        else:
+            self.micro_batch_size, self.accumulation = now
 
 
 def _drop_gradients(engine: TorchEngine) -> None:

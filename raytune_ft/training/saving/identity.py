@@ -21,6 +21,7 @@ FREE_FIELDS = (
     "data.on_error",
     "data.cache",
     "data.sources.access",
+    "train.layout",
     "train.micro_batch_size",
     "train.accumulation",
     "train.log_every",
