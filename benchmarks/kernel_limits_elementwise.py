@@ -18,6 +18,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -28,6 +29,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 
 from raytune_ft.kernels import attention
 from raytune_ft.kernels.cross_entropy import losses_and_gradient
+from raytune_ft.kernels.launch import has_triton
 from raytune_ft.kernels.norm import add_rms_norm, rms_norm
 from raytune_ft.kernels.rope import rope
 from raytune_ft.kernels.swiglu import fused_swiglu, swiglu
@@ -61,6 +63,8 @@ TINY = Shape(
     hidden=32, mlp=48, heads=4, key_heads=2, words=70, length=16, rows=(1, 2), chunks=(4, 8),
     documents=(1, 3), repeats=2,
 )  # fmt: skip
+PROGRAMS = ((8192, 8), (8192, 16), (8192, 32), (16384, 32), (2048, 4))
+"""Words and warps that the loss might read by instead."""
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 
@@ -206,8 +210,13 @@ def heads(shape: Shape, moved: float) -> None:
     for chunk in shape.chunks:
         logits = random(chunk, shape.words)
         ideal = 2 * 2 * logits.numel() / moved
-        call = lambda y=logits, n=chunk: losses_and_gradient(y, targets[:n])  # noqa: E731
-        measure("loss", "ours", call, shape, ideal, rows=chunk)
+        given = logits, targets[:chunk]
+        measure("loss", "ours", partial(losses_and_gradient, *given), shape, ideal, rows=chunk)
+        for block, warps in PROGRAMS if has_triton(logits) else ():
+            from raytune_ft.kernels import cross_entropy_triton as loss
+
+            call = partial(loss.losses_and_gradient, *given, block, warps)
+            measure("loss", f"{block} words, {warps} warps", call, shape, ideal, rows=chunk)
 
         def whole(chunk: int = chunk, products_only: bool = False) -> None:
             for start in range(0, tokens, chunk):

@@ -18,6 +18,7 @@ import triton.language as tl
 Tensor = torch.Tensor
 
 LARGEST_BLOCK = 4096
+WARPS = 8
 
 
 @triton.jit
@@ -48,13 +49,18 @@ def _cross_entropy_kernel(
         tl.store(logits_ptr + columns, gradient.to(logits_ptr.dtype.element_ty), mask=inside)
 
 
-def losses_and_gradient(logits: Tensor, targets: Tensor) -> Tensor:
-    """Launch one program per row of logits (T, V); see `cross_entropy.losses_and_gradient`."""
+def losses_and_gradient(
+    logits: Tensor, targets: Tensor, largest_block: int = LARGEST_BLOCK, warps: int = WARPS
+) -> Tensor:
+    """Launch one program per row of logits (T, V); see `cross_entropy.losses_and_gradient`.
+
+    A program reads `largest_block` words at a time by `warps` warps.
+    """
     n_rows, words = logits.shape
     losses = torch.empty(n_rows, dtype=torch.float32, device=logits.device)
     if n_rows:
-        block = min(LARGEST_BLOCK, triton.next_power_of_2(words))
+        block = min(largest_block, triton.next_power_of_2(words))
         _cross_entropy_kernel[(n_rows,)](
-            logits, targets, losses, logits.stride(0), words=words, BLOCK=block, num_warps=8
+            logits, targets, losses, logits.stride(0), words=words, BLOCK=block, num_warps=warps
         )
     return losses

@@ -25,15 +25,24 @@ def _turn(
     INTERLEAVED: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     head = tl.arange(0, HEADS)[:, None]
-    pair = tl.arange(0, HALF)[None, :]
-    inside = (head < heads) & (pair < half)
-    first = 2 * pair if INTERLEAVED else pair
-    second = first + (1 if INTERLEAVED else half)
-    a = tl.load(x_ptr + head * x_head + first, mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(x_ptr + head * x_head + second, mask=inside, other=0.0).to(tl.float32)
     narrow = y_ptr.dtype.element_ty
-    tl.store(y_ptr + head * y_head + first, (a * cos - b * sin).to(narrow), mask=inside)
-    tl.store(y_ptr + head * y_head + second, (b * cos + a * sin).to(narrow), mask=inside)
+    if INTERLEAVED:
+        # read side by side and parted then: every second number alone takes eight times the reads
+        both = tl.arange(0, 2 * HALF)[None, :]
+        inside = (head < heads) & (both < 2 * half)
+        x = tl.load(x_ptr + head * x_head + both, mask=inside, other=0.0).to(tl.float32)
+        a, b = tl.split(tl.reshape(x, [HEADS, HALF, 2]))
+        y = tl.reshape(tl.join(a * cos - b * sin, b * cos + a * sin), [HEADS, 2 * HALF])
+        tl.store(y_ptr + head * y_head + both, y.to(narrow), mask=inside)
+    else:
+        pair = tl.arange(0, HALF)[None, :]
+        inside = (head < heads) & (pair < half)
+        here = x_ptr + head * x_head + pair
+        a = tl.load(here, mask=inside, other=0.0).to(tl.float32)
+        b = tl.load(here + half, mask=inside, other=0.0).to(tl.float32)
+        there = y_ptr + head * y_head + pair
+        tl.store(there, (a * cos - b * sin).to(narrow), mask=inside)
+        tl.store(there + half, (b * cos + a * sin).to(narrow), mask=inside)
     if REST:
         rest = 2 * half + tl.arange(0, REST)[None, :]
         beside = (head < heads) & (rest < width)

@@ -1,0 +1,97 @@
+"""The programs in the machine code of a GPU: the interpreter forgives types that do not fit.
+
+Triton compiles for a GPU that is not there. Shapes are those of a 7B model, numbers bfloat16.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+BF16, FLOAT32 = "bf16", "fp32"
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    yield
+
+
+def _compiled(program: Any, pointers: dict[str, str], constants: dict[str, Any]) -> Any:
+    """Compile for a Hopper; what is neither pointer nor constant is a number."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.compiler import compile as compile_for
+
+    signature, attributes = {}, {}
+    for place, name in enumerate(program.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in {"eps", "offset", "sign"}:
+            signature[name] = FLOAT32
+        else:
+            signature[name] = f"*{pointers[name]}" if name in pointers else "i32"
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    source = ASTSource(program, signature, constexprs=constants, attrs=attributes)
+    return compile_for(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
+
+
+def _assert_reads_wide(found: Any, narrow_reads: int) -> None:
+    """All but so many reads of a thread take 16 bytes at once."""
+    reads = re.findall(r"ld\.global\S*", found.asm["ptx"])
+    assert reads and len([read for read in reads if ".v4" not in read]) <= narrow_reads
+
+
+@pytest.mark.parametrize("adds", [False, True])
+def test_norm(adds: bool) -> None:
+    from raytune_ft.kernels import norm_triton
+
+    rows = dict.fromkeys(("x_ptr", "residual_ptr", "weight_ptr", "y_ptr", "total_ptr"), BF16)
+    constants = {"ADDS": adds, "OFFSETS": not adds, "ROWS": 1, "BLOCK": 4096}
+    found = _compiled(norm_triton._forward_kernel, {**rows, "scale_ptr": FLOAT32}, constants)
+    _assert_reads_wide(found, 0)
+
+    rows = dict.fromkeys(("dy_ptr", "x_ptr", "weight_ptr", "added_ptr", "dx_ptr"), BF16)
+    rows |= {"scale_ptr": FLOAT32, "dweight_ptr": FLOAT32}
+    found = _compiled(norm_triton._backward_kernel, rows, {**constants, "TRAINS": not adds})
+    _assert_reads_wide(found, 1)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rotation(interleaved: bool) -> None:
+    from raytune_ft.kernels import rope_triton
+
+    pointers = dict.fromkeys(("q_ptr", "k_ptr", "cos_ptr", "sin_ptr", "q_out", "k_out"), BF16)
+    constants = {"INTERLEAVED": interleaved, "Q_HEADS": 32, "K_HEADS": 2, "HALF": 32, "REST": 64}
+    found = _compiled(rope_triton._rope_kernel, pointers, constants)
+    # angles, and two heads are too few to fill the threads
+    _assert_reads_wide(found, 12)
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+def test_gate(gelu: bool) -> None:
+    from raytune_ft.kernels import swiglu_triton
+
+    constants = {"GELU": gelu, "BLOCK": 2048}
+    pointers = dict.fromkeys(("gate_ptr", "up_ptr", "y_ptr"), BF16)
+    _assert_reads_wide(_compiled(swiglu_triton._forward_kernel, pointers, constants), 0)
+
+    pointers = dict.fromkeys(("dy_ptr", "gate_ptr", "up_ptr", "dgate_ptr", "dup_ptr"), BF16)
+    _assert_reads_wide(_compiled(swiglu_triton._backward_kernel, pointers, constants), 0)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FLOAT32])
+def test_loss(dtype: str) -> None:
+    from raytune_ft.kernels import cross_entropy_triton
+
+    pointers = {"logits_ptr": dtype, "targets_ptr": "i64", "losses_ptr": FLOAT32}
+    constants = {"words": 103168, "BLOCK": 4096}
+    found = _compiled(cross_entropy_triton._cross_entropy_kernel, pointers, constants)
+    # the target and its logit
+    _assert_reads_wide(found, 2)
