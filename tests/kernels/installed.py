@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,14 +91,17 @@ def _batch(rows: list[list[int]], seed: int, device: torch.device, words: int) -
     return Batch(*(tensor.to(device) for tensor in tensors))
 
 
-def network(family: str, folder: Path, **section: Any) -> Any:
-    """Load a family's random model, frozen, as a recipe's model section would have it."""
+def network(family: str, folder: Path, device: torch.device = CPU, **section: Any) -> Any:
+    """Load a family's random model, frozen, as a recipe's model section would have it.
+
+    Families of transformers are made in place: of the section their `dtype` counts.
+    """
     if family in CONFIGS:
         place = folder / family
         if not place.exists():
             make(family, place)
         values = {"path": str(place), "dtype": "float32", **section}
-        return load_model(place, ModelSection.model_validate(values), CPU)
+        return load_model(place, ModelSection.model_validate(values), device)
     config = config_of(family)
     torch.manual_seed(0)
     model = getattr(transformers, f"{family}ForCausalLM")(config).requires_grad_(False)
@@ -107,7 +110,7 @@ def network(family: str, folder: Path, **section: Any) -> Any:
             nn.init.normal_(parameter, std=0.2)
         elif "norm" in name:
             nn.init.normal_(parameter, mean=0.5, std=0.2)
-    return model
+    return model.to(device, getattr(torch, section.get("dtype", "float32")))
 
 
 def config_of(family: str) -> Any:
@@ -124,7 +127,7 @@ def with_adapter(model: Any, **lora: Any) -> Any:
         for name, parameter in wrapped.named_parameters():
             if "lora_B" in name:
                 noise = torch.randn(parameter.shape, generator=generator) * 0.1
-                parameter.copy_(noise)
+                parameter.copy_(noise.to(parameter))
     return wrapped
 
 
@@ -136,7 +139,8 @@ def made(family: str, folder: Path, fast: bool, **lora: Any) -> Made:
 
 def finish(model: Any, fast: bool) -> Made:
     """Install the fast path or not."""
-    report = install(model, CPU, fast)
+    device = next(model.parameters()).device
+    report = install(model, device, fast)
     model.train()
     return model, TokenLoss(model, report), report
 
@@ -148,18 +152,19 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def train(made_: Made, steps: int, each: Callable[[int], None] = lambda _step: None) -> list[float]:
+def train(
+    one: Made, steps: int, given: Sequence[Batch] | None = None, lr: float = 1e-3
+) -> list[float]:
     """Take steps of AdamW, batch by batch; return their losses. Dropouts draw the same numbers."""
-    model, loss, _ = made_
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    model, loss, _ = one
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
     losses = []
-    given = batches()
+    given = given or batches()
     for step in range(steps):
         torch.manual_seed(step)
         found = given[step % len(given)].loss(loss)
         found.backward()
         losses.append(found.item())
-        each(step)
         optimizer.step()
         optimizer.zero_grad()
     return losses
