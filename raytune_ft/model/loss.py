@@ -294,9 +294,16 @@ class _FusedHeadLosses(_FrozenHeadLosses):
         weight, bias = cast(Any, head).weight, cast(Any, head).bias
         losses = torch.empty(len(targets), dtype=_loss_dtype(hidden), device=hidden.device)
         gradient = torch.empty_like(hidden)
+        # one memory for all chunks: else the next one's logits stand beside the last one's
+        memory = hidden.new_empty(min(FUSED_ROWS, len(targets)), len(weight))
         for start in range(0, len(targets), FUSED_ROWS):
             rows = slice(start, start + FUSED_ROWS)
-            logits = nn.functional.linear(hidden[rows], weight, bias)
+            part = hidden[rows]
+            logits = memory[: len(part)]
+            if bias is None:
+                torch.mm(part, weight.T, out=logits)
+            else:
+                torch.addmm(bias, part, weight.T, out=logits)
             losses[rows] = losses_and_gradient(logits, targets[rows])
             torch.mm(logits, weight, out=gradient[rows])
         ctx.save_for_backward(gradient)
