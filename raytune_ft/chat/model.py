@@ -6,7 +6,7 @@ Messages become ids by `data.encode.encode_prompt`, the same function that train
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -17,6 +17,7 @@ from raytune_ft.chat.text import Detokenizer, StopStrings
 from raytune_ft.data.encode import encode_prompt
 from raytune_ft.data.templating.templates import Template, get_template
 from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
+from raytune_ft.model.decoding import Graphs
 from raytune_ft.model.generate import stream_ids
 
 if TYPE_CHECKING:
@@ -64,6 +65,8 @@ class ChatModel:
     system: str = ""
     context: int = FALLBACK_CONTEXT
     """Tokens of prompt and answer together."""
+    graphs: Graphs = field(default_factory=Graphs, repr=False, compare=False)
+    """What was captured for one answer serves the next."""
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """Return the prompt's ids; conversations without a system text get the trained one."""
@@ -146,6 +149,7 @@ class ChatModel:
             top_k=sampling.top_k,
             seed=sampling.seed,
             cancelled=cancelled,
+            graphs=self.graphs,
         )
 
 
