@@ -26,7 +26,8 @@ def show(results: list[Line], out: TextIO) -> None:
 
 
 def _row(*cells: object) -> str:
-    return "| " + " | ".join("" if cell is None else str(cell) for cell in cells) + " |"
+    words = ("" if cell is None else " ".join(str(cell).split()) for cell in cells)
+    return f"| {' | '.join(words)} |"
 
 
 def _head(*names: str) -> list[str]:

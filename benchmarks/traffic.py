@@ -132,8 +132,11 @@ class Trained:
     """Bytes of a gradient as it is summed over ranks: float32, whatever the weights are."""
     sharded: int = 0
     """Elements, trained or frozen, that stage 3 cuts up; the small ones stay whole."""
+    fetches: int = 2
+    """Times per micro-step that stage 3 puts a weight together: forward and backward, or once for
+    both where it may keep it (`stage3_max_live_parameters`, `stage3_max_reuse_distance`)."""
     whole: int = 0
-    """Elements of trained weights that stage 3 leaves whole (under 100,000 each)."""
+    """Elements that stage 3 leaves whole, weights of 100,000 and fewer each."""
 
 
 def payloads(stage: int, work: Trained, *, every_micro_step: bool = True) -> dict[str, int]:
@@ -152,7 +155,7 @@ def payloads(stage: int, work: Trained, *, every_micro_step: bool = True) -> dic
         return {"all_reduce": gradients, "all_gather": weights}
     if stage == 2:
         return {"all_reduce": gradients * work.micro_steps, "all_gather": weights}
-    fetched = 2 * work.micro_steps * work.sharded * work.width
+    fetched = work.fetches * work.micro_steps * work.sharded * work.width
     return {
         "all_gather": fetched + work.whole * work.width,
         "reduce_scatter": gradients * work.micro_steps,

@@ -48,6 +48,8 @@ FREE_OF_ZERO = (
 )  # fmt: skip
 FREE_OF_OFFLOAD = ("device", "pin_memory", "buffer_count", "buffer_size", "max_in_cpu", "fast_init")
 OFFLOADS = ("offload_optimizer", "offload_param")
+WHOLE_GRADIENTS = 2**28
+"""Trained weights, a GiB of float32 gradients: up to here `zero2` lets every rank keep them all."""
 
 
 def read(name: str) -> dict[str, Any]:
@@ -97,6 +99,22 @@ def asked(name: str) -> tuple[int, list[str]]:
     except RecipeError:
         return 0, []
     return stage_of(content), offloads(content)
+
+
+def sums_once(name: str, trained: int, accumulation: int, ranks: int) -> bool:
+    """Tell whether the preset `zero2` sums gradients over ranks once a step, as stage 1 does.
+
+    DeepSpeed's stage 2 does it behind every micro-step, so that no rank has to keep the gradients
+    of weights that others step. An adapter's are small enough to be kept, and the network then
+    carries one sum per step instead of `accumulation` of them. A user's own file is followed.
+
+    Args:
+        name: `train.deepspeed`.
+        trained: number of trained weights.
+        accumulation: micro-steps per step.
+        ranks: that train together.
+    """
+    return name == "zero2" and ranks > 1 and accumulation > 1 and trained <= WHOLE_GRADIENTS
 
 
 def unsharded(optimizer: str) -> str | None:

@@ -2,7 +2,7 @@
 
 DeepSpeed divides gradients by the number of ranks; that is multiplied back, because the loss here
 is already divided by the token count of the whole step. Where a step ends is said to DeepSpeed,
-never counted by it.
+never counted by it. What travels when stands in docs/scaling.md.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import nn
 
 from raytune_ft.config.estimates.footprint import bucket_elements
 from raytune_ft.config.schema import TrainSection
+from raytune_ft.config.zero import sums_once
 from raytune_ft.errors import CheckpointError, RecipeError
 from raytune_ft.training.batching import TensorBatch
 from raytune_ft.training.engine.base import Engine, State, rank, world_size
@@ -48,8 +49,10 @@ class ZeroEngine(Engine):
         quiet_deepspeed(on_gpu=device.type == "cuda")
         _ensure_process_group(device)
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks its launcher for it; Ray sets it
-        buckets = bucket_elements(sum(p.numel() for p in self.trained.values()))
-        config["zero_optimization"].setdefault("reduce_bucket_size", buckets)
+        count = sum(p.numel() for p in self.trained.values())
+        config["zero_optimization"].setdefault("reduce_bucket_size", bucket_elements(count))
+        if sums_once(train.deepspeed, count, train.accumulation, world_size()):
+            config["zero_optimization"]["stage"] = 1
         _check_half(config)
         with redirect_stdout(io.StringIO()):  # its bfloat16 stage 1 prints memory tables
             self.engine, *_ = deepspeed.initialize(
