@@ -10,6 +10,7 @@ S = segments of all rows.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -91,7 +92,15 @@ def _are_whole(rows: int, cu_seqlens: Tensor, max_seqlen: int, window: int | Non
 def _takes_bounds(q: Tensor) -> bool:
     width = q.shape[-1]
     half = q.dtype in (torch.bfloat16, torch.float16)
-    return q.is_cuda and half and width % 8 == 0 and width <= WIDEST_HEAD
+    # its backward pass at 193 to 224 wants a data centre's GPU
+    fits = width % 8 == 0 and width <= WIDEST_HEAD and not 192 < width <= 224
+    return half and fits and q.is_cuda and _has_flash(q.device)
+
+
+@cache
+def _has_flash(device: torch.device) -> bool:
+    built = torch.backends.cuda.is_flash_attention_available()
+    return built and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def mask_of(
@@ -118,13 +127,14 @@ def mask_of(
     if window is not None:
         allowed &= distance < window
     hidden = ~allowed.unsqueeze(1)
+    heads = 1 if alibi_slopes is None else len(alibi_slopes)
+    # torch copies a mask whose rows do not begin at multiples of 16, in every layer again
+    wide = -(-length // 16) * 16
+    mask = torch.zeros(rows, heads, length, wide, dtype=dtype, device=device)[..., :length]
     if alibi_slopes is None:
-        return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(
-            hidden, -torch.inf
-        )
+        return mask.masked_fill_(hidden, -torch.inf)
     steep = alibi_slopes.to(device, torch.float32).view(1, -1, 1, 1)
-    mask = torch.empty(rows, steep.shape[1], length, length, dtype=dtype, device=device)
-    for start in range(0, steep.shape[1], HEADS_AT_ONCE):
+    for start in range(0, heads, HEADS_AT_ONCE):
         some = slice(start, start + HEADS_AT_ONCE)
         # in float32: bfloat16 cannot hold the index of a far key
         mask[:, some] = (steep[:, some] * -distance).masked_fill(hidden, -torch.inf)

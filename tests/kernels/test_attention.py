@@ -127,6 +127,7 @@ def test_a_mask_made_once_serves_as_well_as_one_made_anew() -> None:
     once = attend(*inputs, bounds, 7, scale=0.4, window=2, mask=mask)
 
     assert torch.equal(once, attend(*inputs, bounds, 7, scale=0.4, window=2))
+    assert mask.stride(-2) % 16 == 0  # torch would copy it in every layer
 
 
 def test_flash_attention_is_called_as_torch_declares_it() -> None:
