@@ -61,6 +61,7 @@ class Graphs:
         """
         self.way = way
         self.seen_safe = False
+        self.refused = False
         self.may_capture = True
         self.captured = 0
         """Graphs made so far."""
@@ -69,7 +70,7 @@ class Graphs:
 
     def can(self, model: nn.Module, device: torch.device) -> bool:
         """Return whether a model may be tried."""
-        if self.way == "plain" or (self.way == "auto" and device.type != "cuda"):
+        if self.way == "plain" or (self.way == "auto" and device.type != "cuda") or self.refused:
             return False
         # ZeRO-3 gives a weight's memory back behind the layer
         return not any(hasattr(weight, "ds_id") for weight in model.parameters())
@@ -272,8 +273,12 @@ class _Step:
     def _watched(self) -> torch.Tensor:
         if self.graphs.seen_safe:
             return self._forward()
-        with Watch():
-            found = self._forward()
+        try:
+            with Watch():
+                found = self._forward()
+        except NotFixedError:
+            self.graphs.refused = True  # no use to try it at the next prompts
+            raise
         self.graphs.seen_safe = True
         return found
 

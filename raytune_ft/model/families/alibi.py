@@ -9,6 +9,7 @@ Shapes: B = rows, H = heads, Q = queries, K = keys (cached ones first).
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -32,23 +33,37 @@ def slopes(heads: int) -> list[float]:
     return series + extra
 
 
+@cache
+def _slopes_on(heads: int, device: torch.device) -> torch.Tensor:
+    """Return the slopes as (1, H, 1, 1), moved to a device once: a CUDA graph cannot do that."""
+    return torch.tensor(slopes(heads), device=device).view(1, heads, 1, 1)
+
+
 def biased_mask(
-    mask: Mask, heads: int, n_queries: int, n_keys: int, like: torch.Tensor
+    mask: Mask,
+    heads: int,
+    n_queries: int,
+    n_keys: int,
+    like: torch.Tensor,
+    n_past: int | torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return what is added to the attention scores.
 
     Args:
         mask: None; (B, K) with 0 at padding; or (B, 1, Q, K), bool or added to the scores.
         heads: H.
-        n_queries: Q; the queries are the last of the keys.
+        n_queries: Q.
         n_keys: K.
         like: a tensor of the wanted type and device.
+        n_past: keys before the first query; none: the queries are the last of the keys.
 
     Returns:
         (B or 1, H, Q, K). Built in float32: bfloat16 cannot hold the index of a far key.
     """
     keys = torch.arange(n_keys, device=like.device)
-    distance = keys - keys[n_keys - n_queries :].unsqueeze(1)  # (Q, K), 0 or less where seen
+    first = n_keys - n_queries if n_past is None else n_past
+    queries = torch.arange(n_queries, device=like.device) + first
+    distance = keys - queries.unsqueeze(1)  # (Q, K), 0 or less where seen
     allowed = (distance <= 0)[None, None]
     added: torch.Tensor | float = 0.0
     if mask is not None and mask.dim() == 2:
@@ -58,7 +73,7 @@ def biased_mask(
     elif mask is not None:
         added = mask
     rows = 1 if mask is None else mask.shape[0]
-    steep = torch.tensor(slopes(heads), device=like.device).view(1, heads, 1, 1)
+    steep = _slopes_on(heads, like.device)
     lowest = torch.finfo(like.dtype).min
     result = like.new_empty(rows, heads, n_queries, n_keys)
     for start in range(0, heads, HEADS_AT_ONCE):
@@ -92,15 +107,19 @@ class AlibiLlamaModel(LlamaModel):  # type: ignore[misc]
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         n_queries = inputs_embeds.shape[1]
-        n_past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        n_past, n_keys = 0, n_queries
+        if past_key_values is not None:  # one of fixed size holds more keys than are past
+            n_past = past_key_values.get_seq_length()
+            n_keys, _ = past_key_values.get_mask_sizes(n_queries, 0)
         mask = attention_mask
         if kwargs.get("packed") is None:  # otherwise layers bias their scores themselves
             mask = biased_mask(
                 attention_mask,
                 self.config.num_attention_heads,
                 n_queries,
-                n_past + n_queries,
+                n_keys,
                 inputs_embeds,
+                n_past,
             )
         # position 0 everywhere: cosine 1 and sine 0, so Llama's rotation does nothing
         still = torch.zeros(1, n_queries, dtype=torch.long, device=inputs_embeds.device)
