@@ -37,6 +37,8 @@ class Report:
     """A line for each kind of module that keeps its own way."""
     packed: bool = False
     """All attention takes the bounds of segments, so that no mask is needed."""
+    drops: bool = False
+    """Adapters have dropout, which one seed per batch serves."""
 
     @property
     def is_on(self) -> bool:
@@ -135,7 +137,9 @@ class _Installer:
         counts = Counter(self.fast.values())
         kinds = ("layers", "attention", "mlp", "norms", "linear")
         packed = counts["attention"] == len(self.layers)
-        return Report({kind: counts[kind] for kind in kinds}, tuple(self._plain_lines()), packed)
+        drops = any(linears.has_dropout(module) for module in self._linears())
+        found = {kind: counts[kind] for kind in kinds}
+        return Report(found, tuple(self._plain_lines()), packed, drops)
 
     def _take(self, module: nn.Module, kind: str, form: type | None, **attributes: Any) -> None:
         for name, value in attributes.items():
@@ -184,7 +188,7 @@ class _Installer:
         if refused is not None:
             self.refused[name, refused] += 1
             return
-        part = linears.part_of(layer, resident=self.resident)
+        part = linears.part_of(layer, resident=self.resident, stream=len(self.seen) - 1)
         form = linears.FastLora if linears.is_lora(layer) else None
         self._take(layer, "linear", form, **{linears.PART: part})
 

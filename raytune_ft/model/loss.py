@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from raytune_ft.config.estimates.footprint import LOGIT_ROWS
 from raytune_ft.errors import ModelError
 from raytune_ft.kernels.cross_entropy import losses_and_gradient
+from raytune_ft.kernels.dropout import draw_seed
 from raytune_ft.model.fastpath.lane import LANE, Packed
 
 if TYPE_CHECKING:
@@ -130,7 +131,9 @@ class TokenLoss(nn.Module):
         # four dimensions: transformers takes it for a finished mask and looks for no segments
         nothing = torch.empty((1, 1, 1, 1), dtype=torch.bool, device=segment_ids.device)
         mask = dict.fromkeys(KINDS, nothing) if self._attention.by_kind else nothing
-        return {"attention_mask": mask, "packed": Packed(cu_seqlens.int(), longest)}
+        drops = self.fast.drops and self.training
+        seed = draw_seed(segment_ids.device) if drops else None
+        return {"attention_mask": mask, "packed": Packed(cu_seqlens.int(), longest, seed)}
 
     def take_sums(self) -> dict[str, torch.Tensor]:
         """Return what passes since the last call have summed up beside the loss; start anew."""

@@ -14,6 +14,7 @@ import torch
 from raytune_ft.config.schema import TrainSection
 from raytune_ft.model import adapter
 from raytune_ft.model.fastpath.lane import LANE
+from raytune_ft.model.fastpath.linears import PART
 from raytune_ft.model.preference import build_loss
 from tests.kernels.installed import (
     FAMILIES,
@@ -87,6 +88,19 @@ def test_recomputed_layers_have_the_same_gradients(
     assert found[0].keys() == found[1].keys()
     for name, value in found[0].items():
         torch.testing.assert_close(found[1][name], value, rtol=1e-6, atol=1e-7)
+
+
+def test_dropouts_of_a_batch_are_told_apart(folder: Path) -> None:
+    """Layers of one input have streams that follow each other; no two layers share one."""
+    model, _, report = made("internlm", folder, True, dropout=0.1)
+    parts = {name: m.__dict__[PART] for name, m in model.named_modules() if PART in m.__dict__}
+    streams = {name.rpartition("model.layers.")[2]: part.stream for name, part in parts.items()}
+    assert report.drops and len(set(streams.values())) == len(streams) == 14
+    for number in range(2):
+        at = f"{number}.self_attn"
+        q, k, v = (streams[f"{at}.{part}_proj"] for part in "qkv")
+        assert (k, v) == (q + 1, q + 2)
+        assert streams[f"{number}.mlp.up_proj"] == streams[f"{number}.mlp.gate_proj"] + 1
 
 
 def test_layers_are_recomputed_where_they_are_told_to(folder: Path) -> None:

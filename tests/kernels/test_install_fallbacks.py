@@ -12,6 +12,7 @@ from torch import nn
 
 from raytune_ft.config.schema import Recipe
 from raytune_ft.errors import CheckpointError
+from raytune_ft.model.adapter import WEIGHTS_FILE
 from raytune_ft.model.fast import install, report_of
 from raytune_ft.model.fastpath import attention
 from raytune_ft.model.loss import TokenLoss
@@ -176,21 +177,26 @@ def test_a_form_that_computes_something_else_is_taken_back(
     assert losses[0] == losses[1]
 
 
-def test_a_run_says_what_it_took_and_goes_on_so_only(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_run_goes_on_to_the_same_bytes_and_by_the_same_way_only(
+    tiny_model: Path, tmp_path: Path
+) -> None:
     from tests.conftest import write_chats
-    from tests.training.test_worker import train
+    from tests.training.test_worker import cut_back, train
 
     rows = write_chats(tmp_path / "train.jsonl", 12)
     content = {
         "model": {"path": str(tiny_model), "quantization": "nf4", "fast_path": True},
-        "lora": {"r": 4, "alpha": 8},
+        "lora": {"r": 4, "alpha": 8, "dropout": 0.2},
         "data": {"sources": [{"path": str(rows)}], "max_length": 96, "window": 16},
-        "train": {"max_steps": 2, "accumulation": 2, "lr": 5e-3, "deepspeed": "none"},
+        "train": {"max_steps": 3, "accumulation": 2, "lr": 5e-3, "deepspeed": "zero2"},
+        "checkpoint": {"every": 1, "keep": -1},
         "chat_eval": {"every": None, "prompts": ["question 3?"], "max_new_tokens": 3},
         "run": {"trackers": []},
     }
     run = train(Recipe.model_validate(content), tmp_path / "run")
     assert read_json(run.run_json)["fast_path"][0].startswith("fast path: 2 layers, 2 attention")
+    again = train(Recipe.model_validate(content), cut_back(run, tmp_path / "again", 1))
+    assert (again.adapter / WEIGHTS_FILE).read_bytes() == (run.adapter / WEIGHTS_FILE).read_bytes()
     content["model"] = {**content["model"], "fast_path": False}  # type: ignore[dict-item]
     with pytest.raises(CheckpointError, match="other values of model"):
         train(Recipe.model_validate(content), tmp_path / "run")

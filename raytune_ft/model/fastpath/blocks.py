@@ -134,6 +134,12 @@ class FastLayer:
         packed: Packed | None = kwargs.get("packed")
         if packed is None or args:
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc, no-any-return]
+        with LANE.within(packed):
+            return self._fast_forward(hidden_states, kwargs)  # type: ignore[no-any-return]
+
+    def _fast_forward(
+        self: Any, hidden_states: torch.Tensor, kwargs: dict[str, Any]
+    ) -> torch.Tensor:
         form: LayerForm = getattr(self, LAYER)
         found, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
         if form.after_attention is not None:

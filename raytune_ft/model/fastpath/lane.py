@@ -21,9 +21,10 @@ from raytune_ft.kernels.attention import mask_of, needs_mask
 
 @dataclass
 class Lane:
-    """Counts the losses that are being computed."""
+    """Counts the losses that are being computed, and knows the batch of the layer that runs."""
 
     depth: int = 0
+    packed: Packed | None = None
 
     @contextmanager
     def entered(self) -> Iterator[None]:
@@ -33,6 +34,15 @@ class Lane:
             yield
         finally:
             self.depth -= 1
+
+    @contextmanager
+    def within(self, packed: Packed) -> Iterator[None]:
+        """Let what is called inside know the batch; a layer that runs again has its own."""
+        before, self.packed = self.packed, packed
+        try:
+            yield
+        finally:
+            self.packed = before
 
     @property
     def is_fast(self) -> bool:
@@ -52,6 +62,8 @@ class Packed:
     """(S + 1,), int32: bounds in the B * L tokens end to end."""
     max_seqlen: int
     """The longest segment's tokens."""
+    seed: torch.Tensor | None = None
+    """(1,), of all dropouts of adapters in the batch; None: each draws its own."""
     masks: dict[Any, torch.Tensor] = field(default_factory=dict)
     """Made once for all layers, where attention needs one."""
 

@@ -33,6 +33,8 @@ class Part:
     """Name of its update; None: it has none."""
     dtype: torch.dtype
     """Of its inputs and outputs."""
+    stream: int = 0
+    """Tells its dropout from that of other layers under one seed."""
 
     def lora(self, layer: Any) -> Lora | None:
         """Return the update as it is now."""
@@ -69,18 +71,29 @@ class FastLora:
         part: Part = getattr(self, PART)
         if args or kwargs or not LANE.is_fast or not part.fits(self, x):
             return super().forward(x, *args, **kwargs)  # type: ignore[misc, no-any-return]
-        return adapted(x, [(part.base, part.lora(self))])[0]
+        return _adapted(x, [part], [part.lora(self)])[0]
 
 
 def outputs(layers: Sequence[nn.Module], x: torch.Tensor) -> list[torch.Tensor]:
     """Return the outputs of layers on the same input, together where all of them take part."""
     parts: list[Part | None] = [layer.__dict__.get(PART) for layer in layers]
-    pairs = []
-    for layer, part in zip(layers, parts, strict=True):
-        if part is None or not part.fits(layer, x):
-            return [layer(x) for layer in layers]
-        pairs.append((part.base, part.lora(layer)))
-    return adapted(x, pairs)
+    fitting = [
+        part
+        for layer, part in zip(layers, parts, strict=True)
+        if part is not None and part.fits(layer, x)
+    ]
+    if len(fitting) < len(layers):
+        return [layer(x) for layer in layers]
+    return _adapted(x, fitting, [p.lora(layer) for p, layer in zip(fitting, layers, strict=True)])
+
+
+def _adapted(
+    x: torch.Tensor, parts: Sequence[Part], loras: Sequence[Lora | None]
+) -> list[torch.Tensor]:
+    pairs = [(part.base, lora) for part, lora in zip(parts, loras, strict=True)]
+    # one seed for all layers of a batch: to draw one is a launch
+    seed = LANE.packed.seed if LANE.packed is not None else None
+    return adapted(x, pairs, seed, parts[0].stream)
 
 
 def is_lora(layer: Any) -> bool:
@@ -95,20 +108,27 @@ def refusal(layer: Any) -> str | None:
     return _base_refusal(layer)
 
 
-def part_of(layer: Any, *, resident: bool) -> Part:
+def part_of(layer: Any, *, resident: bool, stream: int) -> Part:
     """Return what `adapted` needs of a layer without a `refusal`.
 
     Args:
         layer: the layer.
         resident: keep its NF4 weights unpacked beside the packed ones, instead of unpacking them
             at each use.
+        stream: a number of its own; those of one input follow each other.
     """
     linear = layer.base_layer if is_lora(layer) else layer
     adapter = layer.active_adapters[0] if is_lora(layer) else None
     base = Base(linear)
     if resident:
         base.resident()
-    return Part(base, adapter, _compute_dtype(linear))
+    return Part(base, adapter, _compute_dtype(linear), stream)
+
+
+def has_dropout(layer: Any) -> bool:
+    """Tell whether a layer has an update that drops some of its input in training."""
+    dropouts = layer.lora_dropout.values() if is_lora(layer) else ()
+    return any(getattr(dropout, "p", 0.0) for dropout in dropouts)
 
 
 def _lora_refusal(layer: Any) -> str | None:

@@ -70,10 +70,11 @@ def _plain_calls(model: Any, layers: Sequence[nn.Module]) -> dict[nn.Module, _Ca
         calls[layer] = _Call(args, kwargs, output)
 
     hooks = [layer.register_forward_hook(note, with_kwargs=True) for layer in layers]
-    segments = torch.tensor(SEGMENTS, device=model.device)
-    positions = torch.tensor([*range(5), *range(7), *range(8), *range(4)], device=model.device)
+    device = next(layers[0].parameters()).device  # the embedding may lie on the host
+    segments = torch.tensor(SEGMENTS, device=device)
+    positions = torch.tensor([*range(5), *range(7), *range(8), *range(4)], device=device)
     words = model.get_input_embeddings().weight.shape[0]
-    ids = (torch.arange(segments.numel(), device=model.device) * 7 + 3) % words
+    ids = (torch.arange(segments.numel(), device=device) * 7 + 3) % words
     try:
         model.base_model(
             input_ids=ids.view_as(segments),
