@@ -36,7 +36,7 @@ from raytune_ft.training.evaluating import best
 from raytune_ft.training.evaluating.answering import Voice
 from raytune_ft.training.guarding import dry_step
 from raytune_ft.training.guarding.exclusive import only_writer
-from raytune_ft.training.guarding.guards import Guards, guarded
+from raytune_ft.training.guarding.guards import Guards, guarded, starting
 from raytune_ft.training.guarding.room import Room
 from raytune_ft.training.loop import Emit, train
 from raytune_ft.training.run_folder import Event, RunFolder
@@ -88,8 +88,12 @@ def run(
         Interrupted: `guards` said so; the checkpoint of the last step is written.
     """
     recipe, folder = Recipe.model_validate(job.recipe), RunFolder(job.run_path)
-    with only_writer(folder.path, wanted=rank() == 0), recorded(folder, recipe, show) as emit:
-        return _run(job, packs, validation, emit, guards)
+    with (
+        only_writer(folder.path, wanted=rank() == 0),
+        recorded(folder, recipe, show) as emit,
+        starting(guards, folder, _device(job.sharing)) as watched,
+    ):
+        return _run(job, packs, validation, emit, watched)
 
 
 def _run(

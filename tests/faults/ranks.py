@@ -9,7 +9,7 @@ import ctypes
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,12 +25,14 @@ from raytune_ft.data.report import new_report
 from raytune_ft.training.batching import StepData, TensorBatch
 from raytune_ft.training.engine import TorchEngine
 from raytune_ft.training.guarding import failures
-from raytune_ft.training.guarding.guards import Guards, guarded
+from raytune_ft.training.guarding.guards import Guards, guarded, starting
 from raytune_ft.training.loop import Hooks, train
 from raytune_ft.training.run_folder import RunFolder, append_jsonl
 from raytune_ft.training.saving.checkpoint import TrainState
 
 STEPS = 8
+LOADING_S = 4.0
+"""Less than a step may take."""
 TELLING_S = 1.5
 """Longer than watchdogs take to write where their rank is; a real step takes longer."""
 
@@ -97,10 +99,12 @@ class Rank:
                 epoch=0, progress=step / STEPS, report=new_report(1),
             )  # fmt: skip
 
-    def train(self, **guards: Any) -> None:
-        guards = {"watched": True, **guards}
-        with guarded(Guards(**guards), self.hooks, self.engine, self.recipe, self.folder) as hooks:
-            train(self.engine, self.recipe, self.data(), self.state, STEPS, hooks, self._emit)
+    def train(self, load: Callable[[], object] = lambda: None, **guards: Any) -> None:
+        asked = Guards(**{"watched": True, **guards})
+        with starting(asked, self.folder, self.engine.device, LOADING_S) as watched:
+            load()
+            with guarded(watched, self.hooks, self.engine, self.recipe, self.folder) as hooks:
+                train(self.engine, self.recipe, self.data(), self.state, STEPS, hooks, self._emit)
 
     def _emit(self, kind: str, **fields: object) -> None:
         if kind in ("step", "warning"):
@@ -176,6 +180,28 @@ def works_long_alone(rank: Rank) -> None:
 
     rank.hooks = replace(rank.hooks, sample=sample)
     rank.train()
+
+
+def hangs_while_loading(rank: Rank) -> None:
+    rank.train(lambda: time.sleep(3600 if rank.injured else 0))
+
+
+def loads_slowly(rank: Rank) -> None:
+    """One rank puts weights into its network and then reads a file, each for too long to wait."""
+
+    def load() -> None:
+        for _ in range(12):
+            time.sleep(0.5)
+            rank.network.layers[0].weight = nn.Parameter(torch.ones(4, 4))
+        with Path("/dev/zero").open("rb") as file:
+            for _ in range(12):
+                time.sleep(0.5)
+                file.read(2**23)
+
+    if rank.injured:
+        rank.train(load)
+    else:
+        rank.train()
 
 
 def data_ends_early(rank: Rank) -> None:

@@ -16,6 +16,8 @@ from tests.faults import gloo
 
 LIMIT_S = 5
 """`run.collective_timeout` of the ranks; by default it is 100, and a run ends before 120."""
+LOADING_S = 4.0
+"""The same before the first step, of `tests.faults.ranks`."""
 BEHIND_S = 12
 """For the stacks, and for two cores that many processes share."""
 INJURIES = {
@@ -77,13 +79,33 @@ def test_every_hang_ends_with_the_stack_of_every_rank(
             hang.check(run)
 
 
+def test_a_hang_before_the_first_step_ends_as_well(tmp_path: Path) -> None:
+    started = gloo.start("hangs_while_loading", tmp_path, victim=1, at=1)
+    codes = started.wait(LOADING_S + BEHIND_S + 40)
+    assert None not in codes and EXIT_CODE in codes, started.printed()
+    stacks = [(tmp_path / f"stacks/rank_{r}.txt").read_text() for r in range(2)]
+    assert all(s.startswith(f"rank {r}, step 0, start, ") for r, s in enumerate(stacks)), stacks
+    assert "in all_gather" in stacks[0] and "in hangs_while_loading" in stacks[1]
+    (told,) = read_jsonl(tmp_path / "failures.jsonl")
+    assert told["words"].startswith(f"step 0: no worker went on for {LOADING_S:g} s (rank 0: start")
+    assert (told["step"], told["fatal"], told["kind"]) == (0, False, "hang")
+
+
 def test_a_long_wait_for_a_rank_that_works_is_no_hang(tmp_path: Path) -> None:
-    """Rank 0 takes 8 seconds for its answers, the others wait in the next step's exchange."""
+    """Rank 0 takes 8 seconds for its answers, the others wait in the next step's exchange.
+
+    Beside it one rank loads for 12 seconds, of which none without a weight or a MiB of a file.
+    """
     begun = time.monotonic()
-    started = gloo.start("works_long_alone", tmp_path, victim=0, at=4, sample_every=4)
-    assert started.wait(60) == [0, 0], started.printed()
-    assert time.monotonic() - begun > LIMIT_S + 1
-    assert not (tmp_path / "stacks").exists(), "nothing is left of a run without a hang"
+    runs = [
+        gloo.start("works_long_alone", tmp_path / "asks", victim=0, at=4, sample_every=4),
+        gloo.start("loads_slowly", tmp_path / "loads", victim=1, at=1),
+    ]
+    for started in runs:
+        assert started.wait(90) == [0, 0], started.printed()
+        left = started.folder / "stacks"
+        assert not left.exists(), "nothing is left of a run without a hang"
+    assert time.monotonic() - begun > 2 * LOADING_S + 1
 
 
 ENDS = {

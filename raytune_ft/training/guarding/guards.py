@@ -1,7 +1,8 @@
 """Guards: what watches over one rank's training, put around the loop's hooks.
 
 Interruption, the disk before every save, the watchdog, and the patience that ranks have where only
-some of them work.
+some of them work. `starting` watches over a rank from the moment it meets the others, `guarded`
+over its steps.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from raytune_ft.errors import CheckpointError, TrainingError
 from raytune_ft.training.engine import Engine, rank, world_size
 from raytune_ft.training.guarding import disk, failures, memory_end
 from raytune_ft.training.guarding.failures import Elsewhere
-from raytune_ft.training.guarding.pulse import PULSE, listen
+from raytune_ft.training.guarding.pulse import PULSE, listen, loading
 from raytune_ft.training.guarding.watchdog import (
     FOLDER,
+    LOADING_S,
     MARGIN_S,
     PATIENCE_S,
     Place,
@@ -43,29 +45,55 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Guards:
-    """What the caller of a rank's training can tell and wants."""
+    """What the caller of a rank's training can tell and wants, and who watches over the rank."""
 
     interrupted: Callable[[], bool] = lambda: False
     """Whether this rank was asked to stop."""
     watched: bool = False
     """Whether a hang ends this process; somebody has to start it again."""
+    watchdog: Watchdog | None = None
+    """Of this rank, once it has started."""
+
+
+@contextmanager
+def starting(
+    guards: Guards, folder: RunFolder, device: torch.device, limit_s: float = LOADING_S
+) -> Iterator[Guards]:
+    """Watch over a rank while it loads; yield the guards that know its watchdog.
+
+    All ranks have to call it. Signs of life are the weights that are made and what is read from
+    files; the limit is long, since some of what libraries do at a start gives neither.
+
+    Raises:
+        TrainingError: memory ran out at the same step twice, and processes were killed for it.
+    """
+    if not guards.watched:
+        yield guards
+        return
+    if rank() == 0:
+        _see_who_was_killed(folder)
+    PULSE.attempt = int(exchange(torch.tensor([time.time_ns()]), device)[0][0])
+
+    def hung(line: str, step: int) -> None:
+        PULSE.step = step
+        failures.note(folder, line, rank=rank(), kind=failures.HANG)
+
+    place = Place(folder.path / FOLDER, rank(), world_size(), PULSE.attempt)
+    with loading(), Watchdog(place, PULSE, limit_s, hung) as watchdog:
+        yield replace(guards, watchdog=watchdog)
 
 
 @contextmanager
 def guarded(
     guards: Guards, hooks: Hooks, engine: Engine, recipe: Recipe, folder: RunFolder
 ) -> Iterator[Hooks]:
-    """Watch over training while the block runs; yield the hooks to train with.
-
-    Raises:
-        TrainingError: memory ran out at the same step twice, and processes were killed for it.
-    """
+    """Watch over training while the block runs; yield the hooks to train with."""
     save = functools.partial(_save, hooks.save, engine, recipe, folder)
     hooks = replace(hooks, interrupted=guards.interrupted, save=save)
     with ExitStack() as stack:
-        if guards.watched:
+        if guards.watchdog is not None:
             limit = recipe.run.collective_timeout
-            _watch(stack, limit, engine, folder)
+            _watch_steps(stack, guards.watchdog, limit, engine)
             patient = functools.partial(_patiently, engine.device, limit)
             hooks = replace(
                 hooks, sample=patient(hooks.sample), validate=patient(hooks.validate),
@@ -74,20 +102,15 @@ def guarded(
         yield hooks
 
 
-def _watch(stack: ExitStack, limit_s: float, engine: Engine, folder: RunFolder) -> None:
-    """Start this rank's watchdog, and set how long collectives wait, until the stack unwinds."""
-    place = folder.path / FOLDER
-    if rank() == 0:
-        _see_who_was_killed(folder)
-    PULSE.attempt = int(exchange(torch.tensor([time.time_ns()]), engine.device)[0][0])
+def _watch_steps(stack: ExitStack, watchdog: Watchdog, limit_s: float, engine: Engine) -> None:
+    """Until the stack unwinds, wait for the others no longer than `limit_s`; nobody watches then.
+
+    Ranks meet here first: one that still loads may take longer than a step does.
+    """
+    exchange(torch.zeros(1, dtype=torch.int64), engine.device)
     listen(engine.module, engine.trained.values())
-
-    def hung(line: str, step: int) -> None:
-        PULSE.step = step
-        failures.note(folder, line, rank=rank(), kind=failures.HANG)
-
-    own = Place(place, rank(), world_size(), PULSE.attempt)
-    stack.enter_context(Watchdog(own, PULSE, limit_s, hung))
+    watchdog.expect(limit_s)
+    stack.callback(watchdog.stop)
     set_timeouts(limit_s + MARGIN_S)
     stack.callback(set_timeouts, PATIENCE_S)
 

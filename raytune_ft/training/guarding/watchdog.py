@@ -4,7 +4,8 @@ Each rank has one, a thread beside the training. It writes its rank's pulse into
 reads those of the others. As long as any rank's pulse beats, somebody works and the others may
 wait: a long step, six hundred tokens of an answer, a large checkpoint. Where no rank has beaten for
 `limit_s`, every rank's stack goes to `stacks/rank_K.txt` and the processes end, so that Ray Train
-starts them again from the last checkpoint.
+starts them again from the last checkpoint. Until a rank expects steps it loads, and what it reads
+is a sign of life as well.
 
 Files and no store: a store lives in one of the ranks, which may be the one that hangs.
 
@@ -34,7 +35,7 @@ import torch
 import torch.distributed as dist
 
 from raytune_ft.training.guarding import memory_end
-from raytune_ft.training.guarding.pulse import Pulse
+from raytune_ft.training.guarding.pulse import READ_AT_ONCE, Pulse, bytes_read
 
 FOLDER = "stacks"
 POLL_S = 1.0
@@ -44,6 +45,8 @@ MARGIN_S = 10
 """By how much a collective itself waits longer than the watchdog, should that have failed."""
 PATIENCE_S = 1800
 """How long a collective waits where one rank may work and others wait."""
+LOADING_S = 600.0
+"""Without a weight or a MiB of a file, before the first step: DeepSpeed compiles for minutes."""
 EXIT_CODE = 70
 
 
@@ -81,7 +84,7 @@ class Watchdog:
     ) -> None:
         self.place, self.pulse, self.limit_s = place, pulse, limit_s
         self.hung, self.end = hung, end
-        self.poll_s = min(POLL_S, limit_s / 10)
+        self._loads, self._read = True, 0
         self._idle = 0.0
         self._seen: dict[int, Any] = {}
         self._done = threading.Event()
@@ -99,6 +102,22 @@ class Watchdog:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    @property
+    def poll_s(self) -> float:
+        """Seconds between two looks."""
+        return min(POLL_S, self.limit_s / 10)
+
+    def expect(self, limit_s: float) -> None:
+        """Wait for so many seconds from now on, for beats alone: all ranks have loaded."""
+        self.pulse.beat()  # before the limit, which the time that was spent so far may exceed
+        self._loads, self.limit_s = False, limit_s
+
+    def stop(self) -> None:
+        """Watch no longer, and take away what only a watched run leaves behind."""
+        if self._done.is_set():
+            return
         self._done.set()
         self._thread.join(timeout=GRACE_S)
         faulthandler.unregister(signal.SIGUSR1)
@@ -117,12 +136,19 @@ class Watchdog:
             now = time.monotonic()
             self._idle += min(now - looked, 2 * self.poll_s)
             looked = now
+            if self._loads:
+                self._look_at_files()
             self._tell()
             if self._changed():
                 self._idle = 0.0
             if self._idle >= self.limit_s or self._asked() == str(self.place.attempt):
                 self._finish()
                 return
+
+    def _look_at_files(self) -> None:
+        before, self._read = self._read, bytes_read()
+        if self._read - before >= READ_AT_ONCE:
+            self.pulse.beat()
 
     def _tell(self) -> None:
         own = {
