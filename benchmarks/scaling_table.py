@@ -36,7 +36,7 @@ def _head(*names: str) -> list[str]:
 
 def _throughput(results: list[Line]) -> list[str]:
     rows = _head(
-        "GPUs", "gradients summed", "tok/s", "range", "s/step", "efficiency",
+        "GPUs", "gradients summed", "micro-steps", "tok/s", "range", "s/step", "efficiency",
         "slowest/fastest rank", "sent per rank and step, MB", "by the model: every micro-step",
         "once a step", "peak GiB, ranks",
     )  # fmt: skip
@@ -50,7 +50,7 @@ def _throughput(results: list[Line]) -> list[str]:
         model = {way: f"{size / MB:,.1f}" for way, size in one["sent_by_model"].items()}
         sent = sorted({f"{size / MB:,.1f}" for size in one["sent_per_rank"]})
         rows.append(_row(
-            one["ranks"], one["asked_for"], f"{one['tokens_per_s']:,}",
+            one["ranks"], one["asked_for"], one["micro_steps"], f"{one['tokens_per_s']:,}",
             "-".join(f"{speed:,}" for speed in one["tokens_per_s_range"]), one["step_s"], share,
             one["slowest_over_fastest_rank"], " to ".join(sent[:1] + sent[1:][-1:]),
             model["every micro-step"], model["once a step"],
