@@ -21,9 +21,11 @@ TILE = 4096
 """Numbers that a program holds at once where rows are short."""
 PROGRAMS = 512
 """Programs that sum a weight's gradient, each over its share of the rows."""
+ANY_NUMBER = ["n_rows"]
+"""Triton would compile anew for multiples of 16 and for 1, and micro-batches differ."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY_NUMBER)
 def _forward_kernel(
     x_ptr, residual_ptr, weight_ptr, y_ptr, total_ptr, scale_ptr,
     n_rows, width, eps, offset,
@@ -52,7 +54,7 @@ def _forward_kernel(
     tl.store(y_ptr + at, normed.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY_NUMBER)
 def _backward_kernel(
     dy_ptr, x_ptr, weight_ptr, scale_ptr, added_ptr, dx_ptr, dweight_ptr,
     n_rows, width, offset,

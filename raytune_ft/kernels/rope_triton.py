@@ -50,7 +50,7 @@ def _turn(
         tl.store(y_ptr + head * y_head + rest, kept, mask=beside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length"])  # else compiled anew for some lengths
 def _rope_kernel(
     q_ptr, k_ptr, cos_ptr, sin_ptr, q_out, k_out,
     q_row, q_head, q_token, k_row, k_head, k_token, angle_row, angle_token,

@@ -37,7 +37,8 @@ def _compiled(program: Any, pointers: dict[str, str], constants: dict[str, Any])
             signature[name] = FLOAT32
         else:
             signature[name] = f"*{pointers[name]}" if name in pointers else "i32"
-            attributes[(place,)] = [["tt.divisibility", 16]]
+            if place not in {p.num for p in program.params if p.do_not_specialize}:
+                attributes[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(program, signature, constexprs=constants, attrs=attributes)
     return compile_for(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
 

@@ -48,6 +48,7 @@ def test_one_tensor_of_both(activation: Activation) -> None:
     assert_near(got, outputs_and_gradients(exact_gate, [both], torch.float64), 2e-6)
 
 
+@pytest.mark.filterwarnings("ignore:overflow")  # the interpreter's exponential
 def test_gates_far_out_neither_overflow_nor_die() -> None:
     gate = torch.tensor([[-1e4, -80.0, 0.0, 80.0, 1e4]])
     up = torch.full_like(gate, 2.0)
