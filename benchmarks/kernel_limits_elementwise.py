@@ -242,7 +242,13 @@ def _ends(length: int, rows: int, documents: int) -> list[int]:
 def cudnn_by_bounds(
     q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, scale: float
 ) -> Tensor:
+    """Attend as training could: plans are made by numbers of documents and lengths, so both stay.
+
+    Empty documents fill up to a multiple of 32, and every one may be as long as a row.
+    """
     rows, count, length, width = q.shape
+    filling = -(len(bounds) - 1) % 32
+    bounds, longest = nn.functional.pad(bounds, (0, filling), value=rows * length), length
     ends = (x.transpose(1, 2).reshape(rows * length, x.shape[1], width) for x in (q, k, v))
     arguments = (None, bounds, bounds, longest, longest, True, 0.0, True, False)
     found = torch.ops.aten._cudnn_attention_forward(*ends, *arguments, scale=scale)[0]
