@@ -150,3 +150,19 @@ def test_when_zero2_keeps_gradients_whole(
     name: str, trained: int, accumulation: int, ranks: int, once: bool
 ) -> None:
     assert sums_once(name, trained, accumulation, ranks) is once
+
+
+def test_memory_is_predicted_for_what_the_engine_does() -> None:
+    from raytune_ft.config import catalog
+    from raytune_ft.config.estimates.footprint import count as counts_of
+    from raytune_ft.config.estimates.peak import memory_bytes
+    from raytune_ft.config.schema import Recipe
+
+    def gradients(deepspeed: str, accumulation: int) -> int:
+        body = catalog.body_for("internlm_7b", "qlora/oasst1_e3")
+        body["train"] |= {"deepspeed": deepspeed, "accumulation": accumulation}
+        recipe = Recipe.model_validate(body | {"run": {"workers": 8}})
+        counts = counts_of(catalog.card("internlm_7b").config, recipe)
+        return int(memory_bytes(recipe, counts, on_gpu=True)["gradients"])
+
+    assert gradients("zero2", 16) == gradients("zero1", 16) > 4 * gradients("zero2", 1)

@@ -12,7 +12,7 @@ Units: bytes; widths are per token. T = tokens of a micro-batch, L = of a pack.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from raytune_ft.config.estimates.footprint import LOGIT_ROWS, Counts, bucket_elements
@@ -88,8 +88,14 @@ class Setting:
 
     @property
     def zero(self) -> Zero:
-        """DeepSpeed's settings."""
-        return zero_of(self.recipe.train.deepspeed)
+        """DeepSpeed's settings, as the engine takes them."""
+        from raytune_ft.config.zero import sums_once
+
+        train, found = self.recipe.train, zero_of(self.recipe.train.deepspeed)
+        workers = self.recipe.run.workers
+        if sums_once(train.deepspeed, self.counts.trained, train.accumulation, workers):
+            return replace(found, stage=1)
+        return found
 
     @property
     def ranks(self) -> int:
