@@ -10,7 +10,7 @@ are (rows, columns / 8, 8) until they are multiplied.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -20,8 +20,23 @@ from torch import Tensor
 from raytune_ft.kernels.dropout import ROUNDS, SPAN, Mask
 from raytune_ft.kernels.launch import ceil_div, steps_each
 
-TILE_M, TILE_K = 64, 64
-"""Rows and columns of x in a tile."""
+
+@dataclass(frozen=True)
+class Tiles:
+    """How a kernel is laid out on a GPU."""
+
+    rows: int = 64
+    columns: int = 64
+    """Of x in a tile; columns: a multiple of 32."""
+    warps: int = 4
+    stages: int = 3
+    """Tiles under way at once."""
+    each: int = 4
+    """Programs that a multiprocessor should have."""
+
+
+FORWARD = Tiles()
+BACKWARD = Tiles(warps=8, each=2)
 MOST = 3
 """Adapters of one launch of `project_backward`, whose sums stay in registers ..."""
 MOST_RANK = 64
@@ -31,59 +46,67 @@ PLAIN = ("stream", "threshold", "rows")
 """Arguments of which kernels have no special forms: these numbers vary."""
 
 
-def project(x: Tensor, a: Tensor, mask: Mask) -> Tensor:
+def project(x: Tensor, a: Tensor, mask: Mask, tiles: Tiles = FORWARD) -> Tensor:
     """As `dropout.project` with a mask; x (rows, in) with neighbouring columns, a contiguous."""
     rows, columns = x.shape
     n, rank, _ = a.shape
-    grid_m, steps = ceil_div(rows, TILE_M), ceil_div(columns, TILE_K)
-    each = steps_each(x.device, grid_m * n, steps, each=4)
+    grid_m, steps = ceil_div(rows, tiles.rows), ceil_div(columns, tiles.columns)
+    each = steps_each(x.device, grid_m * n, steps, each=tiles.each)
     parts = ceil_div(steps, each)
     dtype = torch.float32 if parts > 1 else x.dtype
     out = torch.empty((parts, rows, n * rank), dtype=dtype, device=x.device)
     _project[(n, grid_m, parts)](
         x, a, out, mask.seed, mask.stream, mask.threshold, mask.growth,
-        rows, columns, rank, x.stride(0), STEPS=each,
-        TILE_M=TILE_M, TILE_K=TILE_K, RANK=_padded(rank), ROUNDS=ROUNDS, SPAN=SPAN,
-        num_warps=4,
+        rows, columns, rank, x.stride(0), STEPS=each, RANK=_padded(rank), **_constants(tiles),
     )  # fmt: skip
     return out[0] if parts == 1 else out.sum(0, dtype=torch.float32).to(x.dtype)
 
 
 def project_backward(
-    x: Tensor, a: Tensor, gradient: Tensor, mask: Mask, x_gradient: Tensor | None
+    x: Tensor,
+    a: Tensor,
+    gradient: Tensor,
+    mask: Mask,
+    x_gradient: Tensor | None,
+    tiles: Tiles = BACKWARD,
 ) -> Tensor:
     """As `dropout.project_backward` with a mask."""
     rank = a.shape[1]
     at_once = MOST if rank <= MOST_RANK else 1
     if len(a) <= at_once:
-        return _backward(x, a, gradient, mask, x_gradient)
-    parts = [
-        _backward(x, part, back, replace(mask, stream=mask.stream + at_once * index), x_gradient)
-        for index, (part, back) in enumerate(
-            zip(a.split(at_once), gradient.split(at_once * rank, dim=1), strict=True)
-        )
-    ]
+        return _backward(x, a, gradient, mask, x_gradient, tiles)
+    pieces = zip(a.split(at_once), gradient.split(at_once * rank, dim=1), strict=True)
+    parts = []
+    for index, (part, back) in enumerate(pieces):
+        mine = replace(mask, stream=mask.stream + at_once * index)
+        parts.append(_backward(x, part, back, mine, x_gradient, tiles))
     return torch.cat(parts)
 
 
 def _backward(
-    x: Tensor, a: Tensor, gradient: Tensor, mask: Mask, x_gradient: Tensor | None
+    x: Tensor, a: Tensor, gradient: Tensor, mask: Mask, x_gradient: Tensor | None, tiles: Tiles
 ) -> Tensor:
     rows, columns = x.shape
     n, rank, _ = a.shape
-    grid_k, steps = ceil_div(columns, TILE_K), ceil_div(rows, TILE_M)
-    each = steps_each(x.device, grid_k, steps, each=2)
+    grid_k, steps = ceil_div(columns, tiles.columns), ceil_div(rows, tiles.rows)
+    each = steps_each(x.device, grid_k, steps, each=tiles.each)
     parts = ceil_div(steps, each)
     out = torch.empty((parts, *a.shape), dtype=torch.float32, device=x.device)
     into = x if x_gradient is None else x_gradient
     _project_backward[(grid_k, parts)](
         x, a, gradient, into, out, mask.seed, mask.stream, mask.threshold, mask.growth,
         rows, columns, rank, x.stride(0), gradient.stride(0), into.stride(0),
-        STEPS=each, ADAPTERS=n, WANTED=x_gradient is not None,
-        TILE_M=TILE_M, TILE_K=TILE_K, RANK=_padded(rank), ROUNDS=ROUNDS, SPAN=SPAN,
-        num_warps=8,
+        STEPS=each, ADAPTERS=n, WANTED=x_gradient is not None, RANK=_padded(rank),
+        **_constants(tiles),
     )  # fmt: skip
     return out[0] if parts == 1 else out.sum(0)
+
+
+def _constants(tiles: Tiles) -> dict[str, int]:
+    return {
+        "TILE_M": tiles.rows, "TILE_K": tiles.columns, "ROUNDS": ROUNDS, "SPAN": SPAN,
+        "num_warps": tiles.warps, "num_stages": tiles.stages,
+    }  # fmt: skip
 
 
 def _padded(rank: int) -> int:
