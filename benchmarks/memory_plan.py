@@ -101,11 +101,13 @@ def recipe_of(cell: str, args: argparse.Namespace) -> tuple[Any, dict[str, Any]]
     body["model"] |= {
         "quantization": "none" if method == "full" else method,
         "method": "full" if method == "full" else "lora",
-        "gradient_checkpointing": again == "on",
+        "gradient_checkpointing": int(again) if again.isdigit() else again == "on",
+        "fast_path": False,
     }
     body["data"]["max_length"] = int(length)
-    body["train"] |= {"micro_batch_size": int(micro), "accumulation": ACCUMULATION}
-    for setting in rest:  # such as zero1, train.optimizer=adamw, lora.dropout=0
+    sizes = {"micro_batch_size": int(micro), "accumulation": ACCUMULATION}
+    body["train"] |= {"layout": "recipe", **sizes}
+    for setting in rest:  # such as zero1, lora.dropout=0, model.fast_path=auto
         name, is_pair, value = setting.partition("=")
         section, _, key = name.partition(".")
         if is_pair:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from raytune_ft.config.estimates.footprint import Counts, norm_widths, own_inputs
+from raytune_ft.config.estimates.footprint import NOT_FAST, Counts, norm_widths, own_inputs
 from raytune_ft.config.estimates.layout import Choice, choose
 from raytune_ft.config.estimates.pace import DEVICES, Device
 from raytune_ft.config.estimates.peak import host_bytes, memory_bytes
@@ -167,6 +167,7 @@ class Shape:
             norms=norm_widths(self.config.model_type, self.config.hidden_size, queries, keys),
             vocabulary=self.config.vocab_size,
             mask_heads=self.config.num_attention_heads if self._has_alibi() else 0,
+            has_fast_form=self.config.model_type not in NOT_FAST,
         )
 
     def _has_alibi(self) -> bool:

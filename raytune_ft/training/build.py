@@ -17,7 +17,7 @@ from raytune_ft.model.preference import build_loss
 from raytune_ft.training import presets
 from raytune_ft.training.batching import TensorBatch
 from raytune_ft.training.engine import Engine, TorchEngine, ZeroEngine, rank
-from raytune_ft.training.recompute import decoder_layers, recompute
+from raytune_ft.training.laid_out import decoder_layers, recompute
 from raytune_ft.training.saving import durable, load_from
 from raytune_ft.training.saving.load_from import BEGINNING, Begin
 
@@ -31,6 +31,8 @@ def build_engine(
     samples: Samples | None = None,
     run: Path | None = None,
     begin: Begin | None = None,
+    *,
+    resident: bool = False,
 ) -> tuple[Engine, torch.nn.Module]:
     """Load the model, attach the adapter and wrap both into the recipe's engine.
 
@@ -41,6 +43,7 @@ def build_engine(
         samples: gives the first micro-batches, the same on every rank; `eva` looks at them.
         run: folder in which an adapter's beginning is kept, and looked for.
         begin: trained weights, as `load_from.prepare` found them.
+        resident: whether the fast path keeps NF4 weights unpacked beside the packed ones.
     """
     head_trained = recipe.model.method == "full" or adapter.trains_head(recipe.lora)
     folder = Path(begin.path) if begin and begin.kind == "model" else model_folder
@@ -62,7 +65,7 @@ def build_engine(
     dtype = loading.compute_dtype(recipe.model, device)
     config = presets.resolve(recipe, dtype, on_gpu=device.type == "cuda")
     sharded = config is not None and stage_of(config) == 3
-    report = fast.install(model, device, recipe.model.fast_path, sharded=sharded)
+    report = fast.install(model, device, recipe.model.fast_path, sharded=sharded, resident=resident)
     module, ratio = build_loss(model, recipe.train, report), recipe.lora.loraplus_lr_ratio
     if recipe.train.neftune_noise_alpha is not None:
         noise.install(module, model, recipe.train.neftune_noise_alpha)

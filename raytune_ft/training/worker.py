@@ -118,7 +118,7 @@ def _run(
     emit("stage", name="load model")
     engine, model = build_engine(
         recipe, Path(job.model_folder), device, partial(_first_batches, packs, recipe),
-        folder.path, job.begin,
+        folder.path, job.begin, resident=room.is_resident,
     )  # fmt: skip
     if lines := fast.report_of(engine.module).lines():
         emit("fast_path", lines=lines)

@@ -68,7 +68,9 @@ def test_counts_are_those_of_transformers_own_network(model: str) -> None:
 
     config = catalog.card(model).config
     for method in ("qlora/oasst1_e3", "qlora/open_platypus_e1", "full/oasst1_e3"):
-        recipe = Recipe.model_validate(catalog.body_for(model, method))
+        body = catalog.body_for(model, method)
+        body["train"]["layout"] = "recipe"
+        recipe = Recipe.model_validate(body)
         plan = plan_memory(recipe, config, 10**15)
         assert count(config, recipe) == plan.counts
         assert memory_bytes(recipe, plan.counts, on_gpu=True) == plan.parts

@@ -40,6 +40,8 @@ _READS = {
 """Layers that read one tensor with others."""
 FOUR_NORMS = frozenset({"gemma2", "gemma3_text", "glm4"})
 NORMED_HEADS = frozenset({"qwen3", "gemma3_text"})
+NOT_FAST = frozenset({"gemma2", "gpt_bigcode"})
+"""Types whose attention or MLP keeps its own way under `model.fast_path`."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,8 @@ class Counts:
     vocabulary: int
     mask_heads: int = 0
     """Heads with an attention mask of their own (ALiBi); 0: one mask of booleans for all."""
+    has_fast_form: bool = True
+    """Whether its decoder layers compute by the fast path's kernels."""
 
     @property
     def total(self) -> int:
@@ -136,6 +140,7 @@ def count(shape: Mapping[str, Any], recipe: Recipe) -> Counts:
         norms=norm_widths(str(shape["model_type"]), hidden, heads * head_dim, kv_heads * head_dim),
         vocabulary=int(shape["vocab_size"]),
         mask_heads=heads if shape.get("alibi") else 0,
+        has_fast_form=str(shape["model_type"]) not in NOT_FAST,
     )
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from raytune_ft.config.estimates.footprint import Counts
 from raytune_ft.config.estimates.pace import Device, micro_seconds, update_seconds
-from raytune_ft.config.estimates.peak import memory_bytes, recomputed_layers, zero_of
+from raytune_ft.config.estimates.peak import Setting, memory_bytes, recomputed_layers, zero_of
 from raytune_ft.config.schema import Recipe
 
 GIB = 2**30
@@ -27,9 +27,6 @@ AS_FAST = 1.01
 """Times the seconds of the fastest: of such layouts, the one with the least memory is taken."""
 STEP_DOWN = 0.9
 """Of the memory of a layout that did not fit: the next one that is tried takes at most so much."""
-CAN_BE_RESIDENT = (False,)
-"""Whether a quantised base may be unpacked once. Training unpacks at each use and has no other way,
-so True is not among what is chosen from."""
 
 
 @dataclass(frozen=True)
@@ -169,20 +166,21 @@ def own_layout(recipe: Recipe, layers: int) -> Layout:
 
 def weighed(recipe: Recipe, counts: Counts, device: Device) -> list[Weighed]:
     """Return every layout of a recipe's step with what it takes."""
-    return [weigh(recipe, counts, device, one) for one in layouts(recipe, counts.layers)]
+    return [weigh(recipe, counts, device, one) for one in layouts(recipe, counts)]
 
 
-def layouts(recipe: Recipe, layers: int) -> Iterator[Layout]:
+def layouts(recipe: Recipe, counts: Counts) -> Iterator[Layout]:
     """Yield every layout with the packs of the recipe's step."""
     train = recipe.train
     packs = train.micro_batch_size * train.accumulation
     micros = [n for n in range(1, packs + 1) if packs % n == 0]
     if zero_of(train.deepspeed).sizes_batches:
         micros = [train.micro_batch_size]
-    unpacked = CAN_BE_RESIDENT if recipe.model.quantization == "nf4" else (False,)
+    # only the fast path's layers can do without the packed weights
+    can_stay = recipe.model.quantization == "nf4" and Setting(recipe, counts, True).has_fast_linears
     for micro in micros:
-        for again in range(layers + 1):
-            for resident in unpacked:
+        for again in range(counts.layers + 1):
+            for resident in (False, True) if can_stay else (False,):
                 yield Layout(micro, packs // micro, again, resident)
 
 

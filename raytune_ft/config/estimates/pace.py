@@ -55,21 +55,39 @@ DEVICES = {
 }
 """By the word in the driver's name; bfloat16 without sparsity, and TB/s, of the vendor's sheets."""
 
-# Shares of the rates, and numbers of operations, fitted to the H200's runs.
-PRODUCTS, ATTENTION, FLOAT32 = 0.51, 0.42, 0.040
-PASSES = 4.3
-"""Times that what a layer keeps is written or read, over forward and backward pass."""
+
+@dataclass(frozen=True)
+class Way:
+    """Shares of a device's rates that layers reach, and numbers of operations that they start.
+
+    These are counted in starts of one small operation, though most of it is Python in between.
+    """
+
+    products: float
+    attention: float
+    passes: float
+    """Times that what a layer keeps is written or read, over forward and backward pass."""
+    unpacking: float
+    """Memory traffic per weight unpacked, in bytes, at the rate of copies."""
+    layer_starts: float
+    """Of a decoder layer forward, whose adapters start the ten that torch's dispatcher counts."""
+    adapter_starts: float
+    """Of each of its adapters."""
+    backward_starts: float
+
+
+PLAIN = Way(0.51, 0.42, 4.3, 0.0095 * 4.27e12 / 6_476_005_376, 338, 10, 226)
+"""As transformers and peft compute; fitted to the medians of up to three runs on the H200."""
+FAST = Way(0.85, 1.0, 6.5, 0.0055 * 4.27e12 / 6_476_005_376, 120, 5, 135)
+"""As `kernels` compute: made of parts that were timed alone on the H200, not fitted to runs."""
+FLOAT32 = 0.040
+"""Share of the rate that products with float32 adapters reach, in transformers' way."""
 AGAIN = 0.33
 """Share of these passes, and of an adapter's products, that recomputation adds."""
-UNPACKING = 0.0095 * 4.27e12 / 6_476_005_376
-"""Memory traffic per weight unpacked, in bytes, at the rate of copies."""
-# The host's five below are those of a layer whose adapters start the ten operations that torch's
-# dispatcher counts; fitted to the medians of up to three runs, and counted in starts of one small
-# operation, though most of it is Python between operations.
-LAYER_STARTS, ADAPTER_STARTS, BACKWARD_STARTS = 338, 10, 226
-"""Operations that a decoder layer starts forward, those of each of its adapters, and backward."""
 UNPACKING_STARTS = {"none": 0, "nf4": 377, "int8": 720}
-"""Those of a layer's weights each time they are unpacked, or what they read is packed."""
+"""Starts of a layer's weights each time they are unpacked, or what they read is packed."""
+FAST_UNPACKING_STARTS = 14
+"""The same of NF4 in the fast path."""
 HOOK_STARTS = 13.5
 """Those of DeepSpeed for the gradient of one trained tensor."""
 WHOLE_TENSORS = 9
@@ -138,19 +156,19 @@ def epoch_seconds(
 
 
 def _device_seconds(setting: Setting, device: Device, fill: float) -> float:
-    counts, tokens = setting.counts, setting.tokens * fill
+    counts, tokens, way = setting.counts, setting.tokens * fill, _way(setting)
     again = setting.recomputed / counts.layers
     passes = 3 if setting.is_full else 2  # weights that are trained have gradients of their own
     head = counts.vocabulary * counts.hidden * passes
     products = 2 * tokens * (counts.linear * (passes + again) + head)
-    seconds = products / (PRODUCTS * device.products)
+    seconds = products / (way.products * device.products)
     length = setting.recipe.data.max_length * fill
     attention = 4 * tokens * length * counts.queries * counts.layers * (3.5 + again)
-    seconds += attention / (ATTENTION * device.products)
-    traffic = PASSES * kept_per_token(setting) * tokens * counts.layers * (1 + AGAIN * again)
+    seconds += attention / (way.attention * device.products)
+    traffic = way.passes * kept_per_token(setting) * tokens * counts.layers * (1 + AGAIN * again)
     if setting.unpacks:
-        traffic += UNPACKING * counts.linear * (2 + again)
-    if not setting.is_full and setting.adapter_width == 4:
+        traffic += way.unpacking * counts.linear * (2 + again)
+    if not (setting.is_full or setting.has_fast_linears) and setting.adapter_width == 4:
         products = 6 * counts.trained * tokens * (1 + AGAIN * again)
         seconds += products / (FLOAT32 * device.products)
     return seconds + traffic / device.copies + _sent_weights(setting) * (2 + again)
@@ -169,9 +187,16 @@ def _sent_weights(setting: Setting) -> float:
 def _host_seconds(setting: Setting, device: Device) -> float:
     again = setting.recomputed / setting.counts.layers
     adapted = 0 if setting.is_full else setting.counts.adapted
-    starts = (LAYER_STARTS + ADAPTER_STARTS * adapted) * (1 + again) + BACKWARD_STARTS
+    way, stored = _way(setting), setting.recipe.model.quantization
+    starts = (way.layer_starts + way.adapter_starts * adapted) * (1 + again) + way.backward_starts
     if setting.unpacks:
-        starts += UNPACKING_STARTS[setting.recipe.model.quantization] * (2 + again)
+        each = FAST_UNPACKING_STARTS if setting.has_fast_linears else UNPACKING_STARTS[stored]
+        starts += each * (2 + again)
     if setting.zero.stage:
         starts += HOOK_STARTS * (WHOLE_TENSORS if setting.is_full else 2 * adapted)
     return setting.counts.layers * starts * device.start
+
+
+def _way(setting: Setting) -> Way:
+    """Return how a layer computes, by its linear layers, in which most of its time passes."""
+    return FAST if setting.has_fast_linears else PLAIN

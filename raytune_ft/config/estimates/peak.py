@@ -25,6 +25,8 @@ NF4_SCALES = 4 / 64
 
 LOGIT_BYTES = 12
 """Per logit of a chunk: log-softmax, its gradient and the one before it, in float32."""
+FUSED_ROWS = 2 * LOGIT_ROWS
+"""Tokens whose logits exist at once in the fast path, where gradients take their place."""
 CUBLAS = 66 * 2**20
 """Workspaces of the forward's and the backward's thread."""
 GPU_CONTEXT = 840 * 2**20
@@ -113,6 +115,19 @@ class Setting:
         return recomputed_layers(self.recipe, self.counts.layers, on_gpu=self.on_gpu)
 
     @property
+    def is_fast(self) -> bool:
+        """Whether layers compute by `kernels`, which keep less."""
+        wanted = self.recipe.model.fast_path is not False
+        return self.on_gpu and wanted and self.zero.stage < 3 and self.counts.has_fast_form
+
+    @property
+    def has_fast_linears(self) -> bool:
+        """Whether linear layers with adapters do so too."""
+        recipe = self.recipe
+        plain = self.is_full or recipe.lora.use_dora or recipe.model.quantization == "int8"
+        return self.is_fast and not plain
+
+    @property
     def unpacks(self) -> bool:
         """Whether weights are unpacked each time they are multiplied."""
         return self.recipe.model.quantization != "none" and not self.resident
@@ -199,6 +214,10 @@ def zero_of(name: str) -> Zero:
 def kept_per_token(setting: Setting) -> float:
     """Return the bytes per token that one decoder layer keeps for its backward pass."""
     counts, width = setting.counts, setting.width
+    if setting.is_fast:
+        # what norms read; queries, keys, values and result; gate and up
+        own = counts.norms + counts.attention + counts.queries + 2 * counts.mlp
+        return width * own + _kept_of_inputs(setting)
     norms = (4 + (width if setting.is_full else 0)) * counts.norms  # a float32 copy of the input
     attention = 4 * width * counts.queries  # queries, keys, values, as many heads each, and result
     mlp = 3 * width * counts.mlp  # gate, its activation, up
@@ -208,6 +227,8 @@ def kept_per_token(setting: Setting) -> float:
 def _kept_of_inputs(setting: Setting) -> float:
     """Return what linear layers and their adapters keep of what they read."""
     recipe, counts, width = setting.recipe, setting.counts, setting.width
+    if setting.has_fast_linears:  # of all layers, adapted or not; masks are made again
+        return width * (2 * counts.hidden + counts.mlp + recipe.lora.r * counts.adapted)
     quantised = width * counts.own_inputs if recipe.model.quantization == "int8" else 0
     if setting.is_full:
         return width * counts.own_inputs
@@ -223,12 +244,21 @@ def _kept_of_inputs(setting: Setting) -> float:
 
 def _mask_per_token(setting: Setting) -> float:
     """Return the attention mask's bytes per query: of booleans, or a number for each head."""
+    if _needs_no_mask(setting):
+        return 0
     return setting.recipe.data.max_length * (setting.counts.mask_heads * setting.width or 1)
 
 
 def _mask_of_layer(setting: Setting) -> float:
     """Return what attention makes of a mask of booleans, in every layer anew."""
-    return 0 if setting.counts.mask_heads else setting.width * setting.recipe.data.max_length
+    if setting.counts.mask_heads or _needs_no_mask(setting):
+        return 0
+    return setting.width * setting.recipe.data.max_length
+
+
+def _needs_no_mask(setting: Setting) -> bool:
+    """Tell whether attention goes by the bounds of segments."""
+    return setting.is_fast and not setting.counts.mask_heads
 
 
 def _weights(setting: Setting) -> dict[str, float]:
@@ -281,12 +311,14 @@ def _forward_end(setting: Setting) -> dict[str, float]:
     counts, width, tokens = setting.counts, setting.width, setting.tokens
     last = 4 * counts.hidden + 3 * width * counts.hidden  # result, labelled rows, their gradient
     logits = min(tokens, LOGIT_ROWS) * counts.vocabulary * LOGIT_BYTES
+    if setting.is_fast and not setting.is_full:
+        logits = min(tokens, FUSED_ROWS) * counts.vocabulary * width
     if setting.is_full:  # the gradient of the head, of a chunk and of those before
         logits += 2 * counts.vocabulary * counts.hidden * width
     return {
         "activations": kept_of_layers(setting) + tokens * last,
         "logits": logits,
-        "workspace": tokens * _mask_per_token(setting) + _libraries(setting),
+        "workspace": tokens * _mask_per_token(setting) + _libraries(setting) + _shared(setting),
     }
 
 
@@ -297,6 +329,10 @@ def _in_backward(setting: Setting) -> dict[str, float]:
     dropped = tokens * counts.mlp * (setting.adapter_width + 1) * (setting.recipe.lora.dropout > 0)
     passing = tokens * width * (counts.mlp + 5 * counts.hidden)
     unpacked = _unpacked(setting)
+    if setting.is_fast:  # the gradients of gate and up beside what their product read
+        passing += tokens * width * counts.mlp
+    if setting.has_fast_linears:
+        dropped, unpacked = 0, _shared(setting)
     kept = kept_of_layers(setting)
     if setting.recomputed == counts.layers:  # else what layers keep is gone before one runs again
         kept += one
@@ -312,7 +348,8 @@ def _backward_end(setting: Setting) -> dict[str, float]:
     """Return what the last gradients take on their way; the embedding's comes last."""
     counts = setting.counts
     embedding = 2 * counts.vocabulary * counts.hidden * setting.width if setting.is_full else 0
-    return {"workspace": embedding + _libraries(setting) + _buckets(setting)}
+    lasting = _libraries(setting) + _shared(setting)
+    return {"workspace": embedding + lasting + _buckets(setting)}
 
 
 def kept_of_layers(setting: Setting) -> float:
@@ -336,6 +373,13 @@ def _unpacked(setting: Setting) -> float:
         return 0
     scales = 2 * 4 / 64 if setting.recipe.model.quantization == "nf4" else 0
     return largest * (setting.width + scales)
+
+
+def _shared(setting: Setting) -> float:
+    """Return the buffer into which the fast path unpacks weights, one after the other."""
+    if not (setting.has_fast_linears and setting.unpacks):
+        return 0
+    return setting.counts.largest_linear * setting.width
 
 
 def _buckets(setting: Setting) -> float:

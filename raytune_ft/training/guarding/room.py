@@ -24,7 +24,7 @@ from raytune_ft.errors import MemoryPlanError
 from raytune_ft.training.batching import StepData
 from raytune_ft.training.engine import Engine, TorchEngine, ZeroEngine
 from raytune_ft.training.guarding.failures import Elsewhere, Retry
-from raytune_ft.training.recompute import recompute
+from raytune_ft.training.laid_out import lay_out
 from raytune_ft.training.run_folder import read_json, write_json
 
 FILE = "room.json"
@@ -80,6 +80,11 @@ class Room:
         return self.recipe.train.objective
 
     @property
+    def is_resident(self) -> bool:
+        """Whether the fast path's layers keep NF4 weights unpacked."""
+        return self.layout is not None and self.layout.resident
+
+    @property
     def loses_more(self) -> bool:
         """Whether there is something smaller to go on with, and it may be done."""
         if self.choice is not None:
@@ -96,7 +101,7 @@ class Room:
     def put(self, engine: Engine) -> None:
         """Let an engine that was built in another layout go on in this one, between two steps."""
         if self.layout is not None:
-            recompute(engine.module.model, self.layout.recomputed)
+            lay_out(engine.module.model, self.layout)
         if isinstance(engine, ZeroEngine):
             engine.accumulation = self.accumulation
 

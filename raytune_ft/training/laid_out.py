@@ -1,8 +1,8 @@
-"""Recomputation, layer by layer: which decoder layers run again in the backward pass.
+"""A model laid out: which decoder layers run again in the backward pass, what stays unpacked.
 
-The first ones: what the layers behind them keep is gone by the time the backward pass reaches them
-(`config.estimates.layout`). May be changed between steps: torch gives a layer that runs again the
-random state that it had, so dropout draws the same, and a step's numbers stay.
+The first layers run again: what those behind them keep is gone by the time the backward pass
+reaches them (`config.estimates.layout`). Both may change between steps: torch gives a layer that
+runs again the random state that it had, so dropout draws the same, and a step's numbers stay.
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ from typing import Any
 
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+from raytune_ft.config.estimates.layout import Layout
+from raytune_ft.model.fastpath.linears import PART
 
 
 def decoder_layers(model: nn.Module) -> list[Any]:
@@ -33,6 +36,10 @@ def recompute(model: Any, layers: int) -> None:
         layer.gradient_checkpointing = number < layers
 
 
-def recomputed(model: nn.Module) -> int:
-    """Count the layers that run again."""
-    return sum(one.gradient_checkpointing for one in decoder_layers(model))
+def lay_out(model: Any, layout: Layout) -> None:
+    """Let a model that was built in another layout go on in this one."""
+    recompute(model, layout.recomputed)
+    for module in model.modules():
+        part = module.__dict__.get(PART)
+        if part is not None and not layout.resident:
+            part.base.streamed()
