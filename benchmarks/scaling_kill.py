@@ -18,7 +18,7 @@ TOLERANCE = 2e-2
 """Relative, of a loss in bfloat16: sums over ranks come in another order behind a restart."""
 KILL_AT, STOP_BEHIND = 6, 6
 """Step at which a rank is killed, and steps later at which the other kind of end comes."""
-SOON_S = 90.0
+SOON_S = 240.0
 """Most that a run takes from an injury to its next new step."""
 
 

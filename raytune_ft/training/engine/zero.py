@@ -48,7 +48,8 @@ class ZeroEngine(Engine):
 
         quiet_deepspeed(on_gpu=device.type == "cuda")
         _ensure_process_group(device)
-        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks its launcher for it; Ray sets it
+        # what DeepSpeed asks its launcher for is the number of its device
+        os.environ["LOCAL_RANK"] = str(device.index or 0)
         count = sum(p.numel() for p in self.trained.values())
         config["zero_optimization"].setdefault("reduce_bucket_size", bucket_elements(count))
         if sums_once(train.deepspeed, count, train.accumulation, world_size()):
