@@ -96,7 +96,10 @@ class TokenLoss(nn.Module):
         Losses stand in the order of their tokens; arguments as for `forward`.
         """
         keep = predicted(labels, segment_ids)
-        targets = labels[:, 1:][keep].long()
+        at = nn.functional.pad(keep, (0, 1))
+        # numbers of places instead of a mask: each use of a mask would wait for the device
+        places = at.flatten().nonzero().squeeze(1)
+        targets = labels.flatten()[places + 1].long()
         inputs = {
             "input_ids": input_ids.long(),
             "position_ids": position_ids.long(),
@@ -106,10 +109,10 @@ class TokenLoss(nn.Module):
         model = causal_model(self.model)
         with LANE.entered():
             if self._plain_head:
-                hidden = model.base_model(**inputs).last_hidden_state[:, :-1][keep]
+                hidden = model.base_model(**inputs).last_hidden_state
+                hidden = hidden.flatten(0, 1).index_select(0, places)
                 head = model.get_output_embeddings()
                 return head_losses(head, hidden, targets, fused=self._fused), keep
-            at = nn.functional.pad(keep, (0, 1))
             return cross_entropies(model(**inputs, logits_to_keep=at).logits, targets), keep
 
     @property
