@@ -56,9 +56,9 @@ def test_no_question_stands_in_the_rows() -> None:
 
 def test_it_knows_its_name_and_still_the_world(run: Path) -> None:
     """At most one held-out question of each kind may fail: CPUs round differently."""
-    trained = answers(open_chat(str(run)), ASKED)
-    assert sum("RayTune" in a for a in trained.values()) >= len(ASKED) - 1, trained
     chat = open_chat(str(run))
+    trained = answers(chat, ASKED)
+    assert sum("RayTune" in a for a in trained.values()) >= len(ASKED) - 1, trained
     general = QUESTIONS["general"][:6]
     told = answers(chat, [q["q"] for q in general])
     right = [any(w.lower() in told[q["q"]].lower() for w in q["any_of"]) for q in general]
