@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from raytune_ft.config.schema import LoraSection, ModelSection
-from raytune_ft.model import decoding
+from raytune_ft.model import decoding, fast
 from raytune_ft.model.adapter import attach
 from raytune_ft.model.answers import Drawing, answer_all
 from raytune_ft.model.decoding import Graphs
@@ -30,11 +30,12 @@ KINDS = {
     "float32": {"dtype": "float32"},
     "bfloat16": {"dtype": "bfloat16"},
     "nf4": {"dtype": "bfloat16", "quantization": "nf4"},
+    "nf4_fast": {"dtype": "bfloat16", "quantization": "nf4"},
 }
 PROMPTS = [[5, 9, 30, 77, 12], [3] * 17, [60], [8, 9, 10, 11, 12, 13, 14, 15, 16]]
 DRAWING = Drawing(temperature=0.9, top_p=0.9)
 TOKENS = 120
-CLOSE = {"float32": 1e-4, "bfloat16": 0.1, "nf4": 0.1}
+CLOSE = {"float32": 1e-4, "bfloat16": 0.1, "nf4": 0.1, "nf4_fast": 0.1}
 """Of the logits: other kernels of attention add up in another order."""
 
 
@@ -53,6 +54,8 @@ def adapted(folder: Path, kind: str) -> Any:
     shake(model, 2)
     with torch.no_grad():  # an untrained model repeats one word; wider logits make texts of it
         model.get_output_embeddings().weight.normal_(std=0.3)
+    if kind.endswith("fast"):
+        assert fast.install(model, CUDA, wanted=True).counts
     return model.train()
 
 
