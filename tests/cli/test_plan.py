@@ -44,6 +44,42 @@ def test_json_has_parts_pace_and_proposals(call: Command) -> None:
     assert seconds == sorted(seconds)
 
 
+def test_the_automatic_layout_and_its_reason_are_shown(call: Command) -> None:
+    said = call("plan", NAME, "--gpu-memory", "80GiB", "--gpu", "h200")
+    (line,) = [text for text in said.out.splitlines() if text.startswith("layout ")]
+    plan = json.loads(call("plan", NAME, "--gpu-memory", "80GiB", "--gpu", "h200", "--json").out)
+    chosen = plan["memory"]["layout"]
+    laid = chosen["layout"]
+    assert f"{laid['micro_batch_size']} packs per pass x {laid['accumulation']} passes" in line
+    assert chosen["why"] in line
+    assert f"16 packs per step = {laid['micro_batch_size']} per pass" in said.out
+    assert plan["memory"]["total"] == chosen["memory"] <= 80 * GIB
+    own = call("plan", NAME, "train.layout=recipe", "--gpu", "h200", "--json")
+    assert json.loads(own.out)["memory"]["layout"] is None
+    assert "16 packs per step = 1 per pass" in call("plan", NAME, "train.layout=recipe").out
+
+
+def test_what_a_run_says_first_has_the_layout_of_the_free_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = load_recipe(NAME)
+    one_gpu(monkeypatch, 80)
+    whole = outlook.check_memory(asked)
+    monkeypatch.setattr(gpus, "visible", lambda: [gpus.Gpu("NVIDIA H200", 80 * GIB, 20 * GIB)])
+    shared = outlook.check_memory(asked)
+    assert whole is not None and shared is not None
+    assert whole.choice is not None and shared.choice is not None
+    assert whole.line().splitlines()[1] == f"plan    {whole.choice.line}"
+    assert shared.needed == shared.choice.memory <= 20 * GIB < whole.needed
+    assert whole.time(asked, 1000) != shared.time(asked, 1000)
+    kept = outlook.check_memory(asked, whole.choice)
+    assert kept is not None and kept.choice == whole.choice, "a run goes on as it began"
+    one_gpu(monkeypatch, 20)
+    smaller = outlook.check_memory(asked, whole.choice)
+    assert smaller is not None and smaller.choice is not None
+    assert smaller.choice.layout != whole.choice.layout
+
+
 def test_a_gpu_that_nobody_knows_is_named(call: Command) -> None:
     said = call("plan", NAME, "--gpu", "voodoo2")
     assert (said.code, len(said.err.splitlines())) == (2, 1)
@@ -84,13 +120,13 @@ def test_only_what_clearly_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPat
 
 
 def test_halves_are_tried_where_training_would_make_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    one_gpu(monkeypatch, 40)
+    one_gpu(monkeypatch, 24)
     with pytest.raises(MemoryPlanError):
         outlook.check_memory(recipe(micro_batch_size=4, accumulation=4))
     seen = outlook.check_memory(recipe(micro_batch_size=4, accumulation=4, on_oom="halve"))
     assert seen is not None
-    assert seen.needed <= 40 * GIB * outlook.CLEARLY
-    assert "each GPU has 40.0 GiB" in seen.line()
+    assert seen.needed <= 24 * GIB * outlook.CLEARLY
+    assert "each GPU has 24.0 GiB" in seen.line()
     assert seen.time(recipe(), 1000) is not None
 
 
