@@ -59,6 +59,10 @@ class Batch:
     positions: Tensor
     segments: Tensor
 
+    def first_row(self) -> Batch:
+        """Return the batch without its other rows."""
+        return Batch(self.ids[:1], self.labels[:1], self.positions[:1], self.segments[:1])
+
     def loss(self, loss: TokenLoss) -> Tensor:
         """Return the mean loss of a labelled token."""
         total, count = loss(self.ids, self.labels, self.positions, self.segments)

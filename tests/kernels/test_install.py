@@ -13,7 +13,8 @@ import torch
 
 from raytune_ft.config.schema import TrainSection
 from raytune_ft.model import adapter
-from raytune_ft.model.fastpath.lane import LANE
+from raytune_ft.model.fastpath import blocks
+from raytune_ft.model.fastpath.lane import LANE, Packed
 from raytune_ft.model.fastpath.linears import PART
 from raytune_ft.model.preference import build_loss
 from tests.kernels.installed import (
@@ -101,6 +102,45 @@ def test_dropouts_of_a_batch_are_told_apart(folder: Path) -> None:
         q, k, v = (streams[f"{at}.{part}_proj"] for part in "qkv")
         assert (k, v) == (q + 1, q + 2)
         assert streams[f"{number}.mlp.up_proj"] == streams[f"{number}.mlp.gate_proj"] + 1
+
+
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("family", ["internlm", "chatglm"])
+def test_long_contexts_go_through_the_mlp_in_tiles(
+    family: str, again: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """40 tokens by 7: the same numbers, in layers that are computed again as well."""
+    found = []
+    for tile in (7, 100):
+        monkeypatch.setattr(blocks, "TILE", tile)
+        monkeypatch.setattr(blocks, "LONG", 2 * tile)
+        model = with_adapter(network(family, folder))
+        if again:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+            model.enable_input_require_grads()
+        batches()[0].loss(finish(model, fast=True)[1]).backward()
+        found.append(gradients(model))
+    assert least_cosine(found[0], found[1]) > 0.99999
+
+
+def test_tiles_drop_by_themselves(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two tiles of the same rows give other outputs; a pass again gives the same gradient."""
+    model, _, _ = made("internlm", folder, True, dropout=0.5)
+    mlp = model.base_model.model.model.layers[0].mlp
+    monkeypatch.setattr(blocks, "TILE", 6)
+    monkeypatch.setattr(blocks, "LONG", 6)
+    rows = torch.randn(6, 32, generator=torch.Generator().manual_seed(0)).repeat(2, 1)[None]
+    packed = Packed(torch.tensor([0, 12]), 12, torch.tensor([77]))
+    seen = []
+    for _ in range(2):
+        x = rows.clone().requires_grad_()
+        with LANE.within(packed):
+            output = mlp(x)
+        first, second = output[0].split(6)
+        assert not torch.equal(first, second)
+        output.square().sum().backward()
+        seen.append(x.grad)
+    assert torch.equal(seen[0], seen[1])
 
 
 def test_layers_are_recomputed_where_they_are_told_to(folder: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from raytune_ft.kernels.norm import add_rms_norm, rms_norm
 from raytune_ft.kernels.swiglu import Activation, fused_swiglu, swiglu
@@ -15,6 +17,11 @@ from raytune_ft.model.fastpath.linears import outputs
 
 NORM, MLP, LAYER = "fast_norm", "fast_mlp", "fast_layer"
 """Attributes of modules that take part."""
+TILE = 8192
+"""Tokens of an MLP at a time where there are many."""
+LONG = 2 * TILE
+"""Tokens of a micro-batch up to which an MLP takes them at once. What it keeps beyond is the most
+of what a layer keeps, and in contexts so long attention takes the time."""
 
 LLAMA_NORMS = frozenset(
     f"{family}RMSNorm" for family in ("Llama", "Mistral", "Mixtral", "Qwen2", "Qwen3", "Phi3")
@@ -77,6 +84,11 @@ class FastMlp:
         """Return down(act(gate(x)) * up(x))."""
         if not LANE.is_fast:
             return super().forward(x)  # type: ignore[misc, no-any-return]
+        if x.shape[:-1].numel() > LONG and torch.is_grad_enabled():
+            return _tiled(self._fast_forward, x)
+        return self._fast_forward(x)  # type: ignore[no-any-return]
+
+    def _fast_forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         form: MlpForm = getattr(self, MLP)
         found = outputs([getattr(self, name) for name in form.inputs], x)
         if len(found) == 1:
@@ -84,6 +96,23 @@ class FastMlp:
         else:
             middle = swiglu(found[0], found[1], activation=form.activation)
         return outputs([self.down_proj], middle)[0]
+
+
+def _tiled(mlp: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """Run an MLP on `TILE` tokens after the other, and again so in the backward pass."""
+
+    def run(tile: torch.Tensor, packed: Packed | None) -> torch.Tensor:
+        if packed is None:
+            return mlp(tile)
+        with LANE.within(packed):
+            return mlp(tile)
+
+    outer, found = LANE.packed, []
+    for number, tile in enumerate(torch.split(x.reshape(-1, x.shape[-1]), TILE)):
+        # each tile counts its rows from 0: under one seed all would drop the same
+        packed = None if outer is None else outer.reseeded(number)
+        found.append(checkpoint(run, tile, packed, use_reentrant=False))
+    return torch.cat(found).view(*x.shape[:-1], -1)
 
 
 def mlp_form(mlp: Any) -> MlpForm | str:

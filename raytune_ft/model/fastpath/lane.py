@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -66,6 +66,10 @@ class Packed:
     """(1,), of all dropouts of adapters in the batch; None: each draws its own."""
     masks: dict[Any, torch.Tensor] = field(default_factory=dict)
     """Made once for all layers, where attention needs one."""
+
+    def reseeded(self, number: int) -> Packed:
+        """Return the same batch with other dropouts, told apart by a number."""
+        return self if self.seed is None else replace(self, seed=self.seed + number)
 
     def mask(
         self, like: torch.Tensor, window: int | None, slopes: torch.Tensor | None
