@@ -66,7 +66,7 @@ class Graphs:
         self.captured = 0
         """Graphs made so far."""
         self._idle: dict[tuple[int, int], _Step] = {}
-        self._weights: int | None = None
+        self._weights = 0
 
     def can(self, model: nn.Module, device: torch.device) -> bool:
         """Return whether a model may be tried."""
@@ -265,10 +265,11 @@ class _Step:
             return self._watched()
         current = torch.cuda.current_stream(self.stream.device)
         self.stream.wait_stream(current)
-        with torch.cuda.stream(self.stream):
-            found = self._watched()
-        current.wait_stream(self.stream)
-        return found
+        try:
+            with torch.cuda.stream(self.stream):
+                return self._watched()
+        finally:  # also before a cache that did not work out is given back
+            current.wait_stream(self.stream)
 
     def _watched(self) -> torch.Tensor:
         if self.graphs.seen_safe:
