@@ -40,7 +40,10 @@ def random_model(
         if parameter.ndim > 1:  # int8 layers keep columns of large activations apart
             parameter.mul_(SMALL)
     if section.quantization != "none":
+        from raytune_ft.model.nf4 import mend_cpu_layers
+
         _quantise(model, section, dtype, device)
+        mend_cpu_layers(model)
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return model
