@@ -212,7 +212,7 @@ def gpu8(bench: Bench) -> None:
     }  # fmt: skip
     changed |= {f"train.{key}": value for key, value in as_written().items()}
     if not bench.on_gpu:
-        changed |= {"data.max_length": str(bench.length), "train.micro_batch_size": "2"}
+        changed |= {"data.max_length": str(max(256, bench.length)), "train.micro_batch_size": "2"}
     overrides = tuple(f"{key}={value}" for key, value in changed.items())
     run = Run("gpu8", bench.folder, GPU8, bench.cut(0, n), overrides, cwd=bench.folder).start()
     try:
