@@ -45,6 +45,11 @@ class Report:
         """Whether anything computes in its fast form."""
         return any(self.counts.values())
 
+    @property
+    def takes_bounds(self) -> bool:
+        """Whether layers or attention blocks look for the bounds of segments."""
+        return bool(self.counts.get("layers") or self.counts.get("attention"))
+
     def lines(self) -> list[str]:
         """Return the report for a log; nothing if the fast path is off."""
         known = ", ".join(f"{count} {kind}" for kind, count in self.counts.items() if count)
@@ -226,5 +231,5 @@ class _Installer:
         for (name, reason), count in self.refused.items():
             together.setdefault((reason, count), []).append(name)
         for (reason, count), names in together.items():
-            where = f"{', '.join(names)} of {count} layers"
+            where = f"{', '.join(names)} of {count} layer{'s' * (count != 1)}"
             yield f"{where}: {reason}; as transformers and PEFT compute it"

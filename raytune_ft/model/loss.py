@@ -125,18 +125,22 @@ class TokenLoss(nn.Module):
         cu_seqlens: torch.Tensor | None,
         max_seqlen: torch.Tensor | None,
     ) -> dict[str, Any]:
-        """Return what tells the layers where segments are: a mask, or their bounds."""
+        """Return what tells the layers where segments are: a mask, their bounds, or both."""
+        inputs: dict[str, Any] = {}
         if self.fast is None or not self.fast.packed:
-            return {"attention_mask": self._attention.mask(segment_ids, cu_seqlens, max_seqlen)}
+            inputs["attention_mask"] = self._attention.mask(segment_ids, cu_seqlens, max_seqlen)
+        if self.fast is None or not self.fast.takes_bounds:
+            return inputs
         if cu_seqlens is None:
             cu_seqlens = bounds_of(segment_ids)
         longest = segment_ids.shape[1] if max_seqlen is None else int(max_seqlen)
         # four dimensions: transformers takes it for a finished mask and looks for no segments
         nothing = torch.empty((1, 1, 1, 1), dtype=torch.bool, device=segment_ids.device)
-        mask = dict.fromkeys(KINDS, nothing) if self._attention.by_kind else nothing
+        unused = dict.fromkeys(KINDS, nothing) if self._attention.by_kind else nothing
         drops = self.fast.drops and self.training
         seed = draw_seed(segment_ids.device) if drops else None
-        return {"attention_mask": mask, "packed": Packed(cu_seqlens.int(), longest, seed)}
+        packed = Packed(cu_seqlens.int(), longest, seed)
+        return {"attention_mask": unused, "packed": packed, **inputs}
 
     def take_sums(self) -> dict[str, torch.Tensor]:
         """Return what passes since the last call have summed up beside the loss; start anew."""

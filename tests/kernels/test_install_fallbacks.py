@@ -122,8 +122,22 @@ def test_capped_scores_and_unknown_classes(name: str, folder: Path) -> None:
 
     report = same_losses(make)[2]
     assert not report.packed and report.counts["linear"] == 21
+    assert report.counts["layers"] == (3 if name == "Gemma2" else 0)
     expected = "capped attention scores" if name == "Gemma2" else "GraniteAttention has no fast"
     assert any(expected in line for line in report.plain)
+
+
+def test_one_block_of_three_keeps_its_own_way(folder: Path) -> None:
+    """It gets its mask, the others the bounds."""
+
+    def make(fast: bool) -> Any:
+        model = with_adapter(network("Mistral", folder))
+        model.base_model.model.model.layers[1].self_attn.attention_dropout = 1e-9
+        return finish(model, fast)
+
+    report = same_losses(make)[2]
+    assert (report.counts["attention"], report.counts["layers"], report.packed) == (2, 3, False)
+    assert report.plain == (f"attention of 1 layer: dropout 1e-09 of attention weights; {OWN}",)
 
 
 def switched_off(model: Any) -> None:
