@@ -36,6 +36,7 @@ from raytune_ft.kernels.nf4 import Nf4Weight, dequantize
 Tensor = torch.Tensor
 BF16 = torch.bfloat16
 LAYERS = 32
+FP8 = not ON_GPU or torch.cuda.get_device_capability() >= (8, 9)
 
 
 @dataclass(frozen=True)
@@ -233,6 +234,9 @@ def _ways(
     for base in resident:
         base.resident()
     reserve(streamed)
+    eighths = [Base(one.base_layer) for one in layers[0.0]]
+    for base in eighths if FP8 else ():
+        base.in_fp8()
     weights = {p: [(one.lora_A["default"].weight, one.lora_B["default"].weight) for one in these]
                for p, these in layers.items()}  # fmt: skip
     leaves = {p: [x, *itertools.chain(*these)] for p, these in weights.items()}
@@ -242,7 +246,8 @@ def _ways(
         parts = [(base, Lora(a, b, 0.25, p)) for base, (a, b) in pairs]
         return lambda: adapted(x, parts), leaves[0.0]
 
-    return {
+    in_fp8 = {"fp8": ours(eighths, 0.0), "fp8_dropout": ours(eighths, 0.1)} if FP8 else {}
+    return in_fp8 | {
         "products": (lambda: [nn.functional.linear(x, weight) for weight in plain], [x]),
         "resident": ours(resident, 0.0),
         "resident_dropout": ours(resident, 0.1),

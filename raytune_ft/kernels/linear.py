@@ -16,7 +16,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from raytune_ft.errors import ModelError
 from raytune_ft.kernels.dropout import Mask, draw_seed, product, project, project_backward
+from raytune_ft.kernels.fp8 import UNIT, Fp8Weight, Rows, fits, quantize_rows
 from raytune_ft.kernels.nf4 import Nf4Weight, dequantize
 
 _scratch: dict[tuple[torch.device, torch.dtype], Tensor] = {}
@@ -30,6 +32,8 @@ class Base:
         self.module = module
         self._resident: Tensor | None = None
         self._packed: tuple[object, Nf4Weight] | None = None
+        self.eighths: Fp8Weight | None = None
+        """Set by `in_fp8`."""
 
     @property
     def bias(self) -> Tensor | None:
@@ -63,6 +67,20 @@ class Base:
     def streamed(self) -> None:
         """Unpack the weight at each use again."""
         self._resident = None
+
+    def in_fp8(self) -> None:
+        """Multiply in float8 from now on: about 1.6 times as fast on a GPU that can, less exact.
+
+        Weights stay as they are stored and are read as they are now.
+
+        Raises:
+            ModelError: torch multiplies no weight of this shape so.
+        """
+        if not fits(self.shape):
+            out, width = self.shape
+            raise ModelError(f"a weight of {out} x {width}: float8 takes multiples of {UNIT}")
+        source = self.packed() if self.is_nf4 else cast(Tensor, self.module.weight).detach()
+        self.eighths = Fp8Weight.of(source, self.matrix(torch.float32))
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """Return the weight, (out, in), for use at once.
@@ -180,8 +198,10 @@ class _Adapted(torch.autograd.Function):
         biases, (a, b) = tensors[: len(plan.parts)], _halves(tensors[len(plan.parts) :])
         flat = _rows(x)
         inner = [project(flat, _stacked(a, run, x.dtype), run.mask(seed)) for run in plan.runs]
+        in_fp8 = any(base.eighths is not None for base, _ in plan.parts)
+        eighth = quantize_rows(flat) if in_fp8 else None
         outputs = [
-            _affine(flat, base.matrix(x.dtype), bias)
+            _affine(flat, eighth, base, bias)
             for (base, _), bias in zip(plan.parts, biases, strict=True)
         ]
         for place, lora, part, weight in zip(
@@ -211,19 +231,25 @@ class _Adapted(torch.autograd.Function):
         return None, None if dx is None else dx.view_as(x), None, *biases, *adapters
 
 
-def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if bias is None:
-        return x @ weight.t()
-    return torch.addmm(bias.to(x.dtype), x, weight.t())
+def _affine(x: Tensor, eighth: Rows | None, base: Base, bias: Tensor | None) -> Tensor:
+    if base.eighths is not None and eighth is not None:
+        return base.eighths.times(eighth, bias, x.dtype)
+    weight = base.matrix(x.dtype).t()
+    return x @ weight if bias is None else torch.addmm(bias.to(x.dtype), x, weight)
 
 
 def _through_bases(plan: _Plan, outer: list[Tensor]) -> Tensor:
     """Return the gradient of the input through the frozen weights: (T, in)."""
-    (first, _), *others = plan.parts
-    total = outer[0] @ first.matrix(outer[0].dtype)
-    for (base, _), gradient in zip(others, outer[1:], strict=True):
-        total.addmm_(gradient, base.matrix(gradient.dtype))
-    return total
+    total: Tensor | None = None
+    for (base, _), gradient in zip(plan.parts, outer, strict=True):
+        if base.eighths is not None:
+            part = base.eighths.back(gradient)
+            total = part if total is None else total.add_(part)
+        elif total is None:
+            total = gradient @ base.matrix(gradient.dtype)
+        else:
+            total.addmm_(gradient, base.matrix(gradient.dtype))
+    return cast(Tensor, total)
 
 
 def _through_b(plan: _Plan, run: _Run, outer: list[Tensor], b: Sequence[Tensor]) -> Tensor:
