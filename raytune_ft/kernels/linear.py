@@ -31,7 +31,7 @@ class Base:
         """Take a torch.nn.Linear or a bitsandbytes Linear4bit; nothing of it is copied."""
         self.module = module
         self._resident: Tensor | None = None
-        self._packed: tuple[object, Nf4Weight] | None = None
+        self._packed: tuple[int, object, Nf4Weight] | None = None
         self.eighths: Fp8Weight | None = None
         """Set by `in_fp8`."""
 
@@ -51,13 +51,13 @@ class Base:
         return self.packed().shape if self.is_nf4 else cast(Tensor, self.module.weight).shape
 
     def packed(self) -> Nf4Weight:
-        """Return the NF4 weight; ModelError if there is none."""
+        """Return the NF4 weight of a module that has one."""
         weight: Any = self.module.weight
+        place, absmax = weight.data_ptr(), getattr(weight.quant_state, "absmax", None)
         # moved modules get new tensors: what was read of the old ones no longer counts
-        key = (weight, getattr(weight, "quant_state", None))
-        if self._packed is None or self._packed[0] != tuple(map(id, key)):
-            self._packed = tuple(map(id, key)), Nf4Weight.of(self.module)
-        return self._packed[1]
+        if self._packed is None or self._packed[0] != place or self._packed[1] is not absmax:
+            self._packed = place, absmax, Nf4Weight.of(self.module)
+        return self._packed[2]
 
     def resident(self) -> None:
         """Keep the weight unpacked from now on: faster, 2 bytes a weight; never saved."""

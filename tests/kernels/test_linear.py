@@ -247,12 +247,18 @@ def test_unpacked_for_good_is_the_same_and_can_be_undone() -> None:
     assert [base.shape for base in bases] == [(out, WIDTH) for out in OUTS]
 
 
-def test_weights_put_in_later_count() -> None:
-    first, second = (_Group(False, torch.float32, True).layer0 for _ in range(2))
-    base = Base(first)  # type: ignore[arg-type]
+@pytest.mark.parametrize("in_place", [False, True])
+def test_weights_put_in_later_count(in_place: bool) -> None:
+    """A module that is moved gets new tensors, in a new parameter or in its old one."""
+    first, second = (_layers(_Group(False, torch.float32, True))[0] for _ in range(2))
+    base = Base(first)
     before = base.matrix(torch.float32).clone()
-    first.weight = second.weight  # type: ignore[union-attr]
-    assert torch.equal(base.matrix(torch.float32), Base(second).matrix(torch.float32))  # type: ignore[arg-type]
+    if in_place:
+        first.weight.data = second.weight.data
+        vars(first.weight.quant_state).update(vars(second.weight.quant_state))
+    else:
+        first.weight = second.weight
+    assert torch.equal(base.matrix(torch.float32), Base(second).matrix(torch.float32).clone())
     assert not torch.equal(base.matrix(torch.float32), before)
 
 
