@@ -5,6 +5,8 @@ steps of full packs, several documents in each; every cell is a process of its o
 JSON has the peak by torch's allocator (`torch.cuda.max_memory_allocated`), what the device lost
 beside that allocator, and seconds of a micro-step and of an update. The table sets them against
 what `config.estimates.peak` and `config.estimates.pace` say.
+RECOMPUTE is on, off, or how many of the layers, the first ones, recompute; cells are those of
+transformers' and peft's own way unless model.fast_path=auto is among a cell's settings.
 Run: python -m benchmarks.memory_plan [--cells all|METHOD,LENGTH,MICRO,RECOMPUTE[,SETTING...] ...]
      [--model CARD] [--layers N] [--out FILE];  python -m benchmarks.memory_plan --table FILE
 """
@@ -27,6 +29,8 @@ ROWS = 8
 ACCUMULATION = 2
 """Enough for a forward pass beside the gradients of the one before."""
 WARM, TIMED = 2, 2
+RESIDENT = "resident"
+"""A cell's setting: the fast path's layers keep a quantised base unpacked."""
 AHEAD = 2
 """Processes alive: one measures, the other imports."""
 
@@ -107,7 +111,9 @@ def recipe_of(cell: str, args: argparse.Namespace) -> tuple[Any, dict[str, Any]]
     body["data"]["max_length"] = int(length)
     sizes = {"micro_batch_size": int(micro), "accumulation": ACCUMULATION}
     body["train"] |= {"layout": "recipe", **sizes}
-    for setting in rest:  # such as zero1, lora.dropout=0, model.fast_path=auto
+    for setting in (
+        one for one in rest if one != RESIDENT
+    ):  # such as zero1, lora.dropout=0, model.fast_path=auto
         name, is_pair, value = setting.partition("=")
         section, _, key = name.partition(".")
         if is_pair:
@@ -144,7 +150,7 @@ def measure(cell: str, args: argparse.Namespace, pipe: Any) -> None:
     loading.load_model = made  # 14 GB from a disk would take longer than the steps
     rates = probe(device).__dict__ if on_gpu else None
     began = time.perf_counter()
-    engine, _ = build_engine(recipe, Path(), device)
+    engine, _ = build_engine(recipe, Path(), device, resident=is_resident(cell))
     marks.add("engine")
     ready = time.perf_counter() - began
     times = steps(engine, recipe, shape["vocab_size"], marks)
@@ -163,6 +169,11 @@ def measure(cell: str, args: argparse.Namespace, pipe: Any) -> None:
     }))  # fmt: skip
 
 
+def is_resident(cell: str) -> bool:
+    """Tell whether a cell's quantised base lies unpacked beside its codes."""
+    return RESIDENT in cell.split(",")
+
+
 CHANGED = ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
 """What a rehearsal changes of a model's shape."""
 
@@ -173,8 +184,9 @@ def print_table(file: Path) -> None:
     from raytune_ft.config.estimates.pace import device_called, micro_seconds
     from raytune_ft.config.estimates.peak import memory_bytes
 
-    parts_shown = ("base weights", "quantisation state", "embedding and head", "adapter",
-                   "gradients", "optimizer", "activations", "logits", "workspace")  # fmt: skip
+    parts_shown = ("base weights", "weights unpacked", "quantisation state", "embedding and head",
+                   "adapter", "gradients", "optimizer", "activations", "logits",
+                   "workspace")  # fmt: skip
     columns = ["model", "cell", *parts_shown, "sum", "measured", "ratio",
                "beside torch, predicted / measured", "s, by the name", "s, by the probe",
                "measured", "ratio", "tok/s"]  # fmt: skip
@@ -189,11 +201,16 @@ def print_table(file: Path) -> None:
             continue
         recipe, shape = recipe_of(got["cell"], args)
         counts = count(shape | got["shape"], recipe)
-        parts = memory_bytes(recipe, counts, on_gpu=got["outside"] > 0)
+        resident = is_resident(got["cell"])
+        parts = memory_bytes(recipe, counts, on_gpu=got["outside"] > 0, resident=resident)
         beside = parts.pop("GPU context", 0)
         total = sum(parts.values())
         known = device_called(got["device"])
-        seconds = [micro_seconds(recipe, counts, d) for d in (known, _probed(got)) if d] or [0.0]
+        seconds = [
+            micro_seconds(recipe, counts, one, resident=resident)
+            for one in (known, _probed(got))
+            if one
+        ] or [0.0]
         sizes = " | ".join(f"{parts.get(name, 0) / GIB:.2f}" for name in parts_shown)
         print(
             f"| {got['model']} | {got['cell']} | {sizes} | {total / GIB:.2f} | "
