@@ -3,7 +3,7 @@
 The same global batch goes through one GPU and, divided, through several by NCCL. On a machine with
 fewer GPUs the same way is gone by gloo on a CPU, with small layers and two ranks. Random weights.
 
-    pytest tests/gpu/test_ranks.py -s        prints a line per comparison
+    pytest tests/gpu/test_ranks.py -s -m "gpu or exact"        prints a line per comparison
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ from tests.gpu.test_zero import LIMITS, LR, SPREADS, Shape, difference
 GPUS = torch.cuda.device_count()
 WORLDS = (2, 4) if GPUS >= 4 else (2,)
 ON_GPU = pytest.mark.skipif(GPUS < 2, reason="needs two GPUs")
-ON_CPU = pytest.mark.skipif(GPUS >= 2, reason="a rehearsal: the GPUs do it here")
+ON_CPU = [
+    pytest.mark.exact,
+    pytest.mark.skipif(GPUS >= 2, reason="a rehearsal: the GPUs do it here"),
+]
 STEPS, MICRO_STEPS = 3, 4
 """Of one rank; of more, each takes its share of the micro-batches."""
 SHAPE = Shape(2048, 5632, 16, 8192, 2, 512)
