@@ -136,7 +136,7 @@ class Decoder:
 
     def logits(self) -> torch.Tensor:
         """Run what is new of each row; return the last logits, float32 (B, V), until the next."""
-        if self.may_fix and self.ids.shape[1] == 1:
+        if self.may_fix and self.ids.shape[1] == 1 < self.n:  # a prompt may be one token
             try:
                 return self._fixed()
             except (NotFixedError, torch.OutOfMemoryError) as why:

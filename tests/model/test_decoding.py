@@ -76,7 +76,7 @@ def test_every_family(family: str, tmp_path: Path) -> None:
 def test_streams_and_the_end_of_the_context() -> None:
     model = model_of("llama")
     kept = Graphs("fixed")
-    for prompt in ([7] * 60, [3, 4, 5], [9] * 96):
+    for prompt in ([7] * 60, [3, 4, 5], [9] * 96, [6]):
         plain, found = (
             list(stream_ids(model, prompt, stop_ids=(), max_new_tokens=99, graphs=lent))
             for lent in (Graphs("plain"), kept)
