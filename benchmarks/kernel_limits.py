@@ -137,7 +137,7 @@ def dropouts(shape: Shape, tokens: int, rate: float, sweep: bool) -> None:
             ms = LAYERS * milliseconds(call, shape.repeats)
             gpu_ms = LAYERS * milliseconds(graphed(call), shape.repeats)
             say(part, group=name, tokens=tokens, ms=ms, gpu_ms=gpu_ms, ideal_ms=reads * read)
-        if sweep and ON_GPU:
+        if sweep and ON_GPU and tokens == shape.tokens[-1] and name in ("qkv", "down"):
             _sweep(name, case, shape.repeats)
 
 
@@ -180,19 +180,26 @@ class Case:
         return dropout.product(self.gradient.t(), self.x)
 
 
+LAYOUTS = {
+    "a": (
+        (64, 64, 4, 3, 4), (64, 64, 4, 2, 4), (64, 64, 4, 3, 8), (128, 64, 4, 3, 4),
+        (128, 64, 8, 3, 2), (64, 128, 4, 3, 4), (32, 128, 4, 3, 4), (64, 32, 4, 4, 8),
+    ),
+    "back": (
+        (64, 64, 8, 3, 2), (64, 64, 8, 2, 2), (64, 64, 8, 3, 4), (64, 64, 4, 2, 2),
+        (64, 32, 4, 3, 4), (128, 64, 8, 2, 2), (32, 64, 4, 3, 4), (64, 128, 8, 2, 2),
+    ),
+}  # fmt: skip
+"""Of the two kernels: rows, columns, warps, stages, programs for each multiprocessor."""
+
+
 def _sweep(name: str, case: Case, repeats: int) -> None:
     from raytune_ft.kernels.dropout_triton import Tiles
 
-    for rows, columns, warps, stages, each in itertools.product(
-        (32, 64, 128), (32, 64, 128), (4, 8), (2, 3), (2, 4)
-    ):
-        if 512 * warps <= rows * columns <= 8192:
-            tiles = Tiles(rows, columns, warps, stages, each)
-            found = {
-                part: _try(partial(call, tiles), repeats)
-                for part, call in (("a", case.forward), ("back", case.backward))
-            }
-            say("sweep", group=name, tokens=len(case.x), tiles=str(tiles)[5:], **found)
+    for kernel, call in (("a", case.forward), ("back", case.backward)):
+        for layout in LAYOUTS[kernel]:
+            found = _try(partial(call, Tiles(*layout)), repeats)
+            say("sweep", kernel=kernel, group=name, tokens=len(case.x), tiles=layout, gpu_ms=found)
 
 
 def _try(call: Callable[[], Any], repeats: int) -> float | str:
