@@ -55,8 +55,7 @@ def planned(cell: dict[str, Any]) -> tuple[Recipe, Counts]:
 
 def test_the_cells_are_those_of_the_goal() -> None:
     measured = {cell["cell"] for cell in CELLS if cell["model"] == "internlm_7b"}
-    missing = set(all_cells()) - measured
-    assert missing == {"none,4096,2,on", "none,4096,2,off"}  # the lease ended before them
+    assert measured >= set(all_cells())
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=NAMES)
