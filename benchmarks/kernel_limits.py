@@ -209,6 +209,26 @@ def _try(call: Callable[[], Any], repeats: int) -> float | str:
         return type(error).__name__
 
 
+def orders(shape: Shape, tokens: int) -> None:
+    """An update's small product before the large one, which then adds, or behind it."""
+    for name, (width, out) in (("o", (shape.hidden,) * 2), ("up", (shape.hidden, shape.mlp))):
+        sizes = (tokens, width), (out, width), (tokens, shape.rank), (shape.rank, out)
+        x, weight, inner, b = (torch.randn(size, device=DEVICE).to(BF16) for size in sizes)
+        weight, y = weight.t(), torch.empty(tokens, out, device=DEVICE, dtype=BF16)
+        calls = {
+            "large": lambda y=y, x=x, w=weight: torch.mm(x, w, out=y),
+            "small_first": lambda y=y, x=x, w=weight, i=inner, b=b: torch.mm(i, b, out=y).addmm_(
+                x, w
+            ),
+            "large_first": lambda y=y, x=x, w=weight, i=inner, b=b: torch.mm(x, w, out=y).addmm_(
+                i, b
+            ),
+        }
+        for order, call in calls.items():
+            gpu_ms = LAYERS * milliseconds(graphed(call), shape.repeats)
+            say("order", layer=name, tokens=tokens, order=order, gpu_ms=gpu_ms)
+
+
 def whole_groups(shape: Shape, tokens: int) -> None:
     """Layers that share an input, forward and backward, ours and PEFT's."""
     total: dict[str, list[tuple[float, float | None]]] = {}
@@ -275,6 +295,7 @@ def main() -> None:
     rate = copy_bandwidth(given.tiny)
     unpacking(shape, rate)
     for tokens in shape.tokens:
+        orders(shape, tokens)
         dropouts(shape, tokens, rate, given.sweep)
         whole_groups(shape, tokens)
 

@@ -200,14 +200,11 @@ class _Adapted(torch.autograd.Function):
         inner = [project(flat, _stacked(a, run, x.dtype), run.mask(seed)) for run in plan.runs]
         in_fp8 = any(base.eighths is not None for base, _ in plan.parts)
         eighth = quantize_rows(flat) if in_fp8 else None
+        updates = dict(zip(plan.places, zip(_parts(plan, inner), b, strict=True), strict=True))
         outputs = [
-            _affine(flat, eighth, base, bias)
-            for (base, _), bias in zip(plan.parts, biases, strict=True)
+            _output(flat, eighth, part, bias, updates.get(place))
+            for place, (part, bias) in enumerate(zip(plan.parts, biases, strict=True))
         ]
-        for place, lora, part, weight in zip(
-            plan.places, plan.loras, _parts(plan, inner), b, strict=True
-        ):
-            outputs[place].addmm_(part, weight.to(x.dtype).t(), alpha=lora.scale)
         ctx.plan = plan
         ctx.save_for_backward(x, seed, *a, *b, *inner)
         return tuple(out.view(*x.shape[:-1], -1) for out in outputs)
@@ -231,11 +228,39 @@ class _Adapted(torch.autograd.Function):
         return None, None if dx is None else dx.view_as(x), None, *biases, *adapters
 
 
-def _affine(x: Tensor, eighth: Rows | None, base: Base, bias: Tensor | None) -> Tensor:
+def _output(
+    x: Tensor,
+    eighth: Rows | None,
+    part: Part,
+    bias: Tensor | None,
+    update: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """Return one layer's output: (T, out).
+
+    Args:
+        x: (T, in).
+        eighth: the same, for layers in float8.
+        part: the layer.
+        bias: (out,) or None.
+        update: `dropout(x) A^T` (T, r) and B, where the layer has an adapter.
+    """
+    base, lora = part
     if base.eighths is not None and eighth is not None:
-        return base.eighths.times(eighth, bias, x.dtype)
-    weight = base.matrix(x.dtype).t()
-    return x @ weight if bias is None else torch.addmm(bias.to(x.dtype), x, weight)
+        out = base.eighths.times(eighth, bias, x.dtype)
+        if lora is not None and update is not None:
+            out.addmm_(update[0], update[1].to(x.dtype).t(), alpha=lora.scale)
+        return out
+    bias = None if bias is None else bias.to(x.dtype)
+    if lora is None or update is None:
+        return nn.functional.linear(x, base.matrix(x.dtype), bias)
+    # the small product first: the large one reads it while it computes
+    inner, b = update[0], update[1].to(x.dtype).t()
+    if bias is None:
+        out = x.new_empty(len(x), b.shape[1])
+        torch.addmm(out, inner, b, beta=0, alpha=lora.scale, out=out)
+    else:
+        out = torch.addmm(bias, inner, b, alpha=lora.scale)
+    return out.addmm_(x, base.matrix(x.dtype).t())
 
 
 def _through_bases(plan: _Plan, outer: list[Tensor]) -> Tensor:
