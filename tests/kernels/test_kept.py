@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 
+from raytune_ft.config.estimates import peak
 from raytune_ft.config.estimates.peak import Setting, kept_per_token
 from raytune_ft.config.schema import Recipe
-from raytune_ft.model import fast
+from raytune_ft.model import fast, loss
 from raytune_ft.model.adapter import attach
+from raytune_ft.model.fastpath import blocks
 from raytune_ft.model.fastpath.lane import LANE, Packed
 from raytune_ft.model.loading import load_model, read_config
 from raytune_ft.model.memory import Shape
@@ -24,11 +26,22 @@ TOKENS = 16
 BOUNDS = (0, 9, TOKENS)
 
 
+def test_tiles_are_those_of_the_fast_path() -> None:
+    assert (peak.TILE, peak.LONG) == (blocks.TILE, blocks.LONG)
+    assert peak.FUSED_ROWS == loss.FUSED_ROWS
+
+
 @pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize("tile", [None, 8], ids=["whole", "tiled"])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"]], ids=["all", "two"])
-def test_a_fast_layer_keeps_what_is_planned(dropout: float, targets: Any, tmp_path: Path) -> None:
-    """No mask of dropout, no copy of what a norm or an adapter reads."""
+def test_a_fast_layer_keeps_what_is_planned(
+    dropout: float, targets: Any, tile: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No mask of dropout, no copy of what a norm or an adapter reads; of tiles their inputs."""
+    for module in (blocks, peak) if tile else ():
+        monkeypatch.setattr(module, "TILE", tile)
+        monkeypatch.setattr(module, "LONG", tile)
     make_tiny_model(tmp_path, num_key_value_heads=4)
     recipe = Recipe.model_validate({
         "model": {"path": str(tmp_path), "dtype": "float32", "fast_path": True},

@@ -24,11 +24,20 @@ GIB = 2**30
 def recipe(**changes: dict[str, Any]) -> Recipe:
     """The measured run: QLoRA r=64, 2048 tokens, micro-batch 1, recomputation, no DeepSpeed."""
     values: dict[str, dict[str, Any]] = {
-        "model": {"path": "x", "quantization": "nf4", "gradient_checkpointing": True},
+        "model": {
+            "path": "x",
+            "quantization": "nf4",
+            "gradient_checkpointing": True,
+            "fast_path": False,
+        },
         "lora": {"r": 64, "dropout": 0.0},
         "data": {"sources": [{"path": "a.jsonl"}], "max_length": 2048},
-        "train": {"deepspeed": "none", "optimizer": "paged_adamw_32bit", "micro_batch_size": 1,
-                  "layout": "recipe"},
+        "train": {
+            "deepspeed": "none",
+            "optimizer": "paged_adamw_32bit",
+            "micro_batch_size": 1,
+            "layout": "recipe",
+        },
     }
     return Recipe.model_validate({k: v | changes.get(k, {}) for k, v in values.items()})
 

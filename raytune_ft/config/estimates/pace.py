@@ -160,14 +160,18 @@ def _device_seconds(setting: Setting, device: Device, fill: float) -> float:
     again = setting.recomputed / counts.layers
     passes = 3 if setting.is_full else 2  # weights that are trained have gradients of their own
     head = counts.vocabulary * counts.hidden * passes
-    products = 2 * tokens * (counts.linear * (passes + again) + head)
+    mlp = 3 * counts.hidden * counts.mlp * counts.layers
+    tiled = mlp if setting.tiles else 0  # run again, layer by layer recomputed or not
+    products = 2 * tokens * (counts.linear * (passes + again) + tiled + head)
     seconds = products / (way.products * device.products)
     length = setting.recipe.data.max_length * fill
     attention = 4 * tokens * length * counts.queries * counts.layers * (3.5 + again)
     seconds += attention / (way.attention * device.products)
     traffic = way.passes * kept_per_token(setting) * tokens * counts.layers * (1 + AGAIN * again)
     if setting.unpacks:
-        traffic += way.unpacking * counts.linear * (2 + again)
+        # a tiled MLP's weights are unpacked for each tile, once more as it runs again
+        at_once = (counts.linear - tiled) * (2 + again)
+        traffic += way.unpacking * (at_once + tiled * setting.tiles * (3 + again))
     if not (setting.is_full or setting.has_fast_linears) and setting.adapter_width == 4:
         products = 6 * counts.trained * tokens * (1 + AGAIN * again)
         seconds += products / (FLOAT32 * device.products)

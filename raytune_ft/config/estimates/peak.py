@@ -25,6 +25,8 @@ NF4_SCALES = 4 / 64
 
 LOGIT_BYTES = 12
 """Per logit of a chunk: log-softmax, its gradient and the one before it, in float32."""
+TILE, LONG = 8192, 16384
+"""Tokens that go through an MLP at a time in the fast path, where a micro-batch has over `LONG`."""
 FUSED_ROWS = 2 * LOGIT_ROWS
 """Tokens whose logits exist at once in the fast path, where gradients take their place."""
 CUBLAS = 66 * 2**20
@@ -128,6 +130,11 @@ class Setting:
         return self.is_fast and not plain
 
     @property
+    def tiles(self) -> int:
+        """Parts in which tokens go through an MLP, each run again in the backward pass; 0: none."""
+        return -(-self.tokens // TILE) if self.is_fast and self.tokens > LONG else 0
+
+    @property
     def unpacks(self) -> bool:
         """Whether weights are unpacked each time they are multiplied."""
         return self.recipe.model.quantization != "none" and not self.resident
@@ -216,7 +223,8 @@ def kept_per_token(setting: Setting) -> float:
     counts, width = setting.counts, setting.width
     if setting.is_fast:
         # what norms read; queries, keys, values and result; gate and up
-        own = counts.norms + counts.attention + counts.queries + 2 * counts.mlp
+        own = counts.norms + counts.attention + counts.queries
+        own += 0 if setting.tiles else 2 * counts.mlp
         return width * own + _kept_of_inputs(setting)
     norms = (4 + (width if setting.is_full else 0)) * counts.norms  # a float32 copy of the input
     attention = 4 * width * counts.queries  # queries, keys, values, as many heads each, and result
@@ -228,7 +236,8 @@ def _kept_of_inputs(setting: Setting) -> float:
     """Return what linear layers and their adapters keep of what they read."""
     recipe, counts, width = setting.recipe, setting.counts, setting.width
     if setting.has_fast_linears:  # of all layers, adapted or not; masks are made again
-        return width * (2 * counts.hidden + counts.mlp + recipe.lora.r * counts.adapted)
+        product = 0 if setting.tiles else counts.mlp
+        return width * (2 * counts.hidden + product + recipe.lora.r * counts.adapted)
     quantised = width * counts.own_inputs if recipe.model.quantization == "int8" else 0
     if setting.is_full:
         return width * counts.own_inputs
@@ -329,7 +338,9 @@ def _in_backward(setting: Setting) -> dict[str, float]:
     dropped = tokens * counts.mlp * (setting.adapter_width + 1) * (setting.recipe.lora.dropout > 0)
     passing = tokens * width * (counts.mlp + 5 * counts.hidden)
     unpacked = _unpacked(setting)
-    if setting.is_fast:  # the gradients of gate and up beside what their product read
+    if setting.tiles:  # all that a tile's MLP keeps, and its gradients
+        passing = tokens * width * 5 * counts.hidden + TILE * width * 5 * counts.mlp
+    elif setting.is_fast:  # the gradients of gate and up beside what their product read
         passing += tokens * width * counts.mlp
     if setting.has_fast_linears:
         dropped, unpacked = 0, _shared(setting)
