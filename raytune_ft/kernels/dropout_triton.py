@@ -165,8 +165,7 @@ def _project(
 def _project_backward(
     x, a, gradient, x_gradient, out, seed, stream, threshold, growth,
     rows, columns, rank, x_stride, gradient_stride, x_gradient_stride,
-    STEPS: tl.constexpr,
-    ADAPTERS: tl.constexpr, WANTED: tl.constexpr,
+    STEPS: tl.constexpr, ADAPTERS: tl.constexpr, WANTED: tl.constexpr,
     TILE_M: tl.constexpr, TILE_K: tl.constexpr, RANK: tl.constexpr,
     ROUNDS: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
@@ -175,59 +174,53 @@ def _project_backward(
     column = start + tl.arange(0, TILE_K)
     key = tl.load(seed)
     inside = (r < rank)[:, None] & (column < columns)[None, :]
-    at = r[:, None] * columns + column[None, :]
-    mixed = start + _mixed(tl.arange(0, TILE_K))
-    from_a = r[:, None] * columns + mixed[None, :]
-    inside_a = (r < rank)[:, None] & (mixed < columns)[None, :]
     size = rank * columns
-    a0 = tl.load(a + from_a, mask=inside_a, other=0.0)
-    a1, a2 = a0, a0
+    mixed = start + _mixed(tl.arange(0, TILE_K))
+    a += r[:, None] * columns + mixed[None, :]
+    inside_a = (r < rank)[:, None] & (mixed < columns)[None, :]
+    a0 = tl.load(a, mask=inside_a, other=0.0)
+    a1 = tl.load(a + size, mask=inside_a, other=0.0) if ADAPTERS > 1 else a0
+    a2 = tl.load(a + 2 * size, mask=inside_a, other=0.0) if ADAPTERS > 2 else a0
     total0 = tl.zeros((RANK, TILE_K), dtype=tl.float32)
     total1, total2 = total0, total0
-    if ADAPTERS > 1:
-        a1 = tl.load(a + size + from_a, mask=inside_a, other=0.0)
-    if ADAPTERS > 2:
-        a2 = tl.load(a + 2 * size + from_a, mask=inside_a, other=0.0)
     for step in range(STEPS):
         row = (part * STEPS + step) * TILE_M + tl.arange(0, TILE_M)
         here = (row < rows)[:, None] & (column < columns)[None, :]
         across = row.to(tl.int64)[:, None]
         tile = tl.load(x + across * x_stride + column[None, :], mask=here, other=0.0)
-        counters = row[:, None], (start // SPAN + group)[None, :]
+        calls = row[:, None], (start // SPAN + group)[None, :]
         back = gradient + across * gradient_stride + r[None, :]
         there = (row < rows)[:, None] & (r < rank)[None, :]
-        total0, through = _back(
-            tile, a0, total0, tl.load(back, mask=there, other=0.0),
-            _kept(key, stream, threshold, counters[0], counters[1], ROUNDS), WANTED,
-        )  # fmt: skip
+        known = key, threshold, calls[0], calls[1]
+        total0, through = _back(tile, a0, total0, back, there, stream, known, ROUNDS, WANTED)
         if ADAPTERS > 1:
-            total1, more = _back(
-                tile, a1, total1, tl.load(back + rank, mask=there, other=0.0),
-                _kept(key, stream + 1, threshold, counters[0], counters[1], ROUNDS), WANTED,
-            )  # fmt: skip
+            back += rank
+            total1, more = _back(tile, a1, total1, back, there, stream + 1, known, ROUNDS, WANTED)
             through += more
         if ADAPTERS > 2:
-            total2, more = _back(
-                tile, a2, total2, tl.load(back + 2 * rank, mask=there, other=0.0),
-                _kept(key, stream + 2, threshold, counters[0], counters[1], ROUNDS), WANTED,
-            )  # fmt: skip
+            back += rank
+            total2, more = _back(tile, a2, total2, back, there, stream + 2, known, ROUNDS, WANTED)
             through += more
         if WANTED:
             to = x_gradient + across * x_gradient_stride + column[None, :]
             old = tl.load(to, mask=here, other=0.0)
             new = old + through.reshape(TILE_M, TILE_K) * growth
             tl.store(to, new.to(old.dtype), mask=here)
-    out += part.to(tl.int64) * ADAPTERS * size
-    tl.store(out + at, total0 * growth, mask=inside)
+    out += part.to(tl.int64) * ADAPTERS * size + r[:, None] * columns + column[None, :]
+    tl.store(out, total0 * growth, mask=inside)
     if ADAPTERS > 1:
-        tl.store(out + size + at, total1 * growth, mask=inside)
+        tl.store(out + size, total1 * growth, mask=inside)
     if ADAPTERS > 2:
-        tl.store(out + 2 * size + at, total2 * growth, mask=inside)
+        tl.store(out + 2 * size, total2 * growth, mask=inside)
 
 
 @triton.jit
-def _back(tile, a, total, gradient, mine, WANTED: tl.constexpr):
+def _back(
+    tile, a, total, back, there, stream, known, ROUNDS: tl.constexpr, WANTED: tl.constexpr
+):  # fmt: skip
     """Add one adapter's share of a tile to its sum (rank, k); return that and x's (m, k / 8, 8)."""
+    gradient = tl.load(back, mask=there, other=0.0)
+    mine = _kept(known[0], stream, known[1], known[2], known[3], ROUNDS)
     total = tl.dot(tl.trans(gradient), _dropped(tile, mine), total, input_precision="ieee")
     through = tl.zeros(mine.shape, dtype=tl.float32)
     if WANTED:
