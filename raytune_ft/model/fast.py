@@ -17,7 +17,6 @@ import torch
 from torch import nn
 
 from raytune_ft.kernels.linear import reserve
-from raytune_ft.model.families.alibi import AlibiLlamaModel, slopes
 from raytune_ft.model.fastpath import attention, blocks, linears
 from raytune_ft.model.fastpath.lane import turn_back, turn_into
 from raytune_ft.model.fastpath.proof import differing, make_of
@@ -118,6 +117,9 @@ class _Installer:
         self.config = network.config.get_text_config()
         self.resident = resident
         self.layers = _layers(network.base_model)
+        # transformers takes seconds to import, and the driver imports this as well
+        from raytune_ft.model.families.alibi import AlibiLlamaModel, slopes
+
         self.slopes = None
         if isinstance(network.base_model, AlibiLlamaModel):
             self.slopes = slopes(self.config.num_attention_heads)

@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from raytune_ft.config.estimates.layout import Layout
 from raytune_ft.model.fastpath.linears import PART
@@ -18,6 +17,9 @@ from raytune_ft.model.fastpath.linears import PART
 
 def decoder_layers(model: nn.Module) -> list[Any]:
     """Return the layers that can run again, from the first to the last."""
+    # transformers takes seconds to import, and the driver imports this as well
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
     return [one for one in model.modules() if isinstance(one, GradientCheckpointingLayer)]
 
 
