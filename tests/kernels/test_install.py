@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from raytune_ft.config.schema import TrainSection
+from raytune_ft.kernels.linear import adapted
 from raytune_ft.model import adapter
-from raytune_ft.model.fastpath import blocks
+from raytune_ft.model.fastpath import attention, blocks, linears
 from raytune_ft.model.fastpath.lane import LANE, Packed
 from raytune_ft.model.fastpath.linears import PART
 from raytune_ft.model.preference import build_loss
@@ -37,6 +38,12 @@ PARTLY = {
     "Mixtral": ("mlp",),
 }
 """What has no fast form in a family."""
+
+
+KERNELS = (
+    (linears, "adapted"), (attention, "attend"), (attention, "rope"), (blocks, "rms_norm"),
+    (blocks, "add_rms_norm"), (blocks, "swiglu"), (blocks, "fused_swiglu"),
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -91,9 +98,9 @@ def test_recomputed_layers_have_the_same_gradients(
         torch.testing.assert_close(found[1][name], value, rtol=1e-6, atol=1e-7)
 
 
-def test_dropouts_of_a_batch_are_told_apart(folder: Path) -> None:
+def test_dropouts_of_a_batch_are_told_apart(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers of one input have streams that follow each other; no two layers share one."""
-    model, _, report = made("internlm", folder, True, dropout=0.1)
+    model, loss, report = made("internlm", folder, True, dropout=0.1)
     parts = {name: m.__dict__[PART] for name, m in model.named_modules() if PART in m.__dict__}
     streams = {name.rpartition("model.layers.")[2]: part.stream for name, part in parts.items()}
     assert report.drops and len(set(streams.values())) == len(streams) == 14
@@ -102,6 +109,18 @@ def test_dropouts_of_a_batch_are_told_apart(folder: Path) -> None:
         q, k, v = (streams[f"{at}.{part}_proj"] for part in "qkv")
         assert (k, v) == (q + 1, q + 2)
         assert streams[f"{number}.mlp.up_proj"] == streams[f"{number}.mlp.gate_proj"] + 1
+    used: list[tuple[int, int]] = []
+
+    def note(x: Any, pairs: Any, seed: torch.Tensor, offset: int) -> Any:
+        used.append((int(seed), offset))
+        return adapted(x, pairs, seed, offset)
+
+    monkeypatch.setattr(linears, "adapted", note)
+    for _ in range(2):
+        batches()[0].loss(loss)
+    seeds, offsets = zip(*used, strict=True)
+    assert len(set(seeds[:8])) == len(set(seeds[8:])) == 1 and len(set(seeds)) == 2
+    assert len(set(offsets[:8])) == 8 and offsets[:8] == offsets[8:]
 
 
 @pytest.mark.parametrize("again", [False, True])
@@ -179,15 +198,19 @@ def _items(model: Any, of: str) -> list[tuple[str, Any]]:
 
 
 @pytest.mark.parametrize("family", ["internlm", "baichuan-13b", "Qwen2", "Gemma3", "starcoder"])
-def test_answers_are_the_same_bits(family: str, folder: Path) -> None:
-    """With a cache and without one: answers go the way of transformers and PEFT."""
+def test_answers_are_the_same_bits(
+    family: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a cache and without one: answers go the way of transformers and PEFT alone."""
     answers, logits = [], []
     for fast in (False, True):
         model, loss, _ = made(family, folder, fast)
         batches()[0].loss(loss).backward()
         model.eval()
         ids = batches()[0].ids[:, :9]
-        with torch.no_grad():
+        with torch.no_grad(), monkeypatch.context() as patch:
+            for place, kernel in KERNELS:
+                patch.setattr(place, kernel, None)  # whoever calls it fails
             answers.append(model.generate(input_ids=ids, max_new_tokens=8, do_sample=False))
             logits.append(model(ids, use_cache=False).logits)
     assert torch.equal(answers[0], answers[1])
