@@ -79,6 +79,7 @@ def restore(
         name, _, key = path.rpartition("/")
         by_name.setdefault(name, {})[key] = value
     begin = _beginner(optimizer)
+    counts_there = bool(optimizer.defaults.get("fused"))  # torch's fused kernel reads its own step
     for name, parameter in trained.items():
         if name not in by_name:
             optimizer.state.pop(parameter, None)
@@ -90,7 +91,7 @@ def restore(
             if torch.is_tensor(here) and here.shape == value.shape and here.dtype == value.dtype:
                 here.copy_(value)  # a paged tensor stays paged
             else:
-                place = parameter.device if value.ndim else value.device
+                place = parameter.device if value.ndim or counts_there else value.device
                 own[key] = as_kept(value.to(place, copy=True))
 
 
