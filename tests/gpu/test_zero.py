@@ -58,7 +58,7 @@ SHAPES = {
 }
 
 
-def build(zero: str, dtype: str, method: str, device: str) -> Engine:
+def build(zero: str, dtype: str, method: str, device: str, optimizer: str = "adamw") -> Engine:
     """Make an engine; its weights are the same bfloat16 numbers whatever the dtype."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -78,7 +78,7 @@ def build(zero: str, dtype: str, method: str, device: str) -> Engine:
         if "lora_B" in name:  # zero would hide A's gradient
             torch.nn.init.normal_(parameter, std=0.02)
         parameter.data = parameter.data.bfloat16().to(computed)
-    recipe = recipe_of(zero, method)
+    recipe = recipe_of(zero, method, optimizer)
     resolved = presets.resolve(recipe, computed, on_gpu=device == "cuda")
     place = torch.device(device, 0) if device == "cuda" else torch.device(device)
     if resolved is None:
@@ -86,12 +86,12 @@ def build(zero: str, dtype: str, method: str, device: str) -> Engine:
     return ZeroEngine(TokenLoss(model), place, recipe.train, resolved)
 
 
-def recipe_of(zero: str, method: str) -> Recipe:
+def recipe_of(zero: str, method: str, optimizer: str = "adamw") -> Recipe:
     return Recipe.model_validate({
         "model": {"path": "random", "method": method},
         "data": {"sources": [{"path": "none.jsonl"}]},
         "train": {"micro_batch_size": 1, "accumulation": ACCUMULATION, "lr": LR, "betas": BETAS,
-                  "max_norm": 1e9, "deepspeed": zero},
+                  "max_norm": 1e9, "deepspeed": zero, "optimizer": optimizer},
     })  # fmt: skip
 
 
