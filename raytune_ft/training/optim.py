@@ -62,9 +62,12 @@ def set_lr(optimizer: Any, lr: float) -> None:
 
 
 def state_of(optimizer: torch.optim.Optimizer, trained: Named) -> dict[str, torch.Tensor]:
-    """Return copies of all that an optimizer keeps, as `parameter/key`."""
+    """Return copies on the host of all that an optimizer keeps, as `parameter/key`.
+
+    Not on its device: a save would need its memory twice.
+    """
     return {
-        f"{name}/{key}": torch.as_tensor(value).detach().clone()
+        f"{name}/{key}": torch.as_tensor(value).detach().to("cpu", copy=True)
         for name, parameter in trained.items()
         for key, value in optimizer.state.get(parameter, {}).items()
     }

@@ -82,13 +82,12 @@ def environment(device: str, rank: int) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": own, "NCCL_NVLS_ENABLE": "0", "DS_ACCELERATOR": "cuda"}
 
 
-def serve(rank: int, world: int, folder: str, device: str, pipe: Connection) -> None:
+def serve(rank: int, world: int, store: str, device: str, pipe: Connection) -> None:
     """Entry of a rank: train what comes through the pipe."""
     import torch.distributed as dist
 
     torch.set_num_threads(1)
     backend = "nccl" if device == "cuda" else "gloo"
-    store = f"file://{folder}/store_{world}"
     dist.init_process_group(backend, init_method=store, rank=rank, world_size=world)
     pipe.send((None, None))
     while True:
@@ -96,7 +95,7 @@ def serve(rank: int, world: int, folder: str, device: str, pipe: Connection) -> 
         try:
             engine = build(device, zero, method, dtype)
             found = trained(engine, device, rank, world)
-            found = {n: g.numpy() for n, g in found[0].items()}, found[1]  # type: ignore[assignment]
+            found = {n: g.cpu().numpy() for n, g in found[0].items()}, found[1]  # type: ignore[assignment]
             pipe.send((found, None))
             del engine
         except Exception:
@@ -107,7 +106,7 @@ class Ranks:
     """Processes that start once for each number of them; one number at a time."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.world = folder, 0
+        self.folder, self.world, self.starts = folder, 0, 0
         self.processes: list[Any] = []
         self.pipes: list[Any] = []
 
@@ -127,10 +126,13 @@ class Ranks:
 
     def _start(self, device: str, world: int) -> None:
         context = multiprocessing.get_context("spawn")
-        self.world = world
+        self.world, self.starts = world, self.starts + 1
+        store = (
+            f"file://{self.folder}/store_{self.starts}"  # never one that ranks before have filled
+        )
         for rank in range(world):
             ours, theirs = context.Pipe()
-            arguments = (rank, world, str(self.folder), device, theirs)
+            arguments = (rank, world, store, device, theirs)
             process = context.Process(target=serve, args=arguments, daemon=True)
             with pytest.MonkeyPatch.context() as patch:  # before torch is imported there
                 for key, value in environment(device, rank).items():

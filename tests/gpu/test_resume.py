@@ -35,6 +35,7 @@ def test_the_next_steps_are_those_of_the_run_that_went_on(
     first = build(zero, "bfloat16", "lora", device, optimizer)
     losses(first, steps[:STEPS])
     weights, state = first.weights(), first.optimizer_state()
+    assert all(tensor.device.type == "cpu" for tensor in [*weights.values(), *state.values()])
     expected = losses(first, steps[STEPS:])
     second = build(zero, "bfloat16", "lora", device, optimizer)
     second.load(weights, state)
