@@ -42,6 +42,9 @@ bench-data: setup ## the data stream beside datasets + TRL; memory; resuming a m
 	@$(BIN)/python -m benchmarks.data_resume
 	@$(BIN)/python -m benchmarks.data_memory
 
+bench-gpu: setup ## the QLoRA step beside its peers, after the check that it is the same step; needs a GPU
+	@$(BIN)/python -m benchmarks.qlora_gpu $(ARGS)
+
 exact: setup ## gradients of every way to train beside float64, sample by sample; 20 seeds twice
 	@$(BIN)/python -m pytest -m exact
 	@$(BIN)/python -m pytest tests/training/test_same_bytes.py -s --seeds=20
