@@ -27,7 +27,10 @@ from raytune_ft.training.guarding.room import Room
 from raytune_ft.training.run_folder import RunFolder
 from tests.conftest import make_tiny_model
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 CUDA, GIB, LENGTH = torch.device("cuda", 0), 2**30, 2048
 
 
