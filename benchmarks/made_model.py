@@ -11,7 +11,7 @@ import argparse
 import json
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -127,26 +127,28 @@ def _write_shard(path: Path, shard: dict[str, tuple[int, ...]], seed: int) -> in
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
-def write_tokenizer(folder: Path) -> None:
-    """Write a byte-level BPE tokenizer of some hundred pieces."""
+def write_tokenizer(folder: Path, words: Sequence[str] = WORDS, pieces: int = 600) -> int:
+    """Write a byte-level BPE tokenizer of at most so many pieces, and ChatML; return its size."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=600,
+        vocab_size=pieces,
         special_tokens=["<|im_start|>", "<|im_end|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([" ".join(WORDS)] * 5, trainer)
+    tokenizer.train_from_iterator([" ".join(words)] * 5, trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|im_start|>",
         "eos_token": "<|im_end|>", "pad_token": "<|im_end|>", "chat_template": CHATML,
     }  # fmt: skip
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    size: int = tokenizer.get_vocab_size()
+    return size
 
 
 def write_chats(path: Path, rows: int, words: int, *, distinct: int | None = None) -> None:

@@ -11,17 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.made_model import write_tokenizer
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + "
-    "message['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
 WORDS = ["red", "blue", "stone", "river", "cloud", "seven", "night", "green", "song", "glass"]
 
 
@@ -97,25 +94,7 @@ def make_tiny_model(folder: Path, *, seed: int = 0, **changes: int) -> None:
 
 def make_tokenizer(folder: Path) -> int:
     """Train a small byte-level BPE on our own words; return its size."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([" ".join(WORDS)] * 5, trainer)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|im_start|>",
-        "eos_token": "<|im_end|>", "pad_token": "<|im_end|>", "chat_template": CHATML,
-    }  # fmt: skip
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return tokenizer.get_vocab_size()
+    return write_tokenizer(folder, WORDS, pieces=400)
 
 
 def write_chats(path: Path, rows: int) -> Path:

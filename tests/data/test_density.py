@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.made_model import CHATML
 from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
 from raytune_ft.data.windows import Feed, Window
-from tests.conftest import CHATML, ROOT
+from tests.conftest import ROOT
 from tests.data.feeds import (
     content,
     feed_of,
