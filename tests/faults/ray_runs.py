@@ -295,6 +295,8 @@ def _check_end(start: Start, kill: Kill) -> None:
         raise RuntimeError(f"the run hangs without its {kill.victim}: {start.printed()}")
     if kill.phase in (START, DONE) or not code:
         return
+    if start.found_no_room():  # a run that is taken up again has the files of a phase before
+        return
     ends = time.monotonic() + SPOKEN_IN_S
     while not (told := start.told_how_to_go_on()) and time.monotonic() < ends:
         time.sleep(0.05)
