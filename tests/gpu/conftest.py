@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Iterator
 
+import pytest
 import torch
 
 if torch.cuda.is_available():
     os.environ["DS_ACCELERATOR"] = "cuda"
+
+
+@pytest.fixture
+def whole_device() -> Iterator[None]:
+    """Give the allocator all of the device back that a test has taken from it."""
+    yield
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    gc.collect()
+    torch.cuda.empty_cache()

@@ -188,8 +188,7 @@ def test_frozen_head(dtype: torch.dtype) -> None:
     for mine, other, wanted in zip(got, plain, right, strict=True):
         assert relative_error(mine, wanted) <= (1e-5 if dtype is torch.float32 else 2e-2)
         if dtype is torch.bfloat16:
-            # chunks of other sizes, so that products of other kernels round: 1.22 on an H200
-            assert root_mean_square(mine, wanted) <= 1.5 * root_mean_square(other, wanted)
+            assert root_mean_square(mine, wanted) <= 1.1 * root_mean_square(other, wanted)
 
 
 DOCUMENTS = {

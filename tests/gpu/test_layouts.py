@@ -6,7 +6,6 @@ The allocator is capped at what the plan was told of, less what CUDA holds besid
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from tests.conftest import make_tiny_model
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.usefixtures("whole_device"),
 ]
 CUDA, GIB, LENGTH = torch.device("cuda", 0), 2**30, 2048
 
@@ -42,14 +42,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_attention_heads=16, num_key_value_heads=16, max_position_embeddings=LENGTH,
     )  # fmt: skip
     return folder
-
-
-@pytest.fixture(autouse=True)
-def whole_device() -> Iterator[None]:
-    yield
-    torch.cuda.set_per_process_memory_fraction(1.0)
-    gc.collect()
-    torch.cuda.empty_cache()
 
 
 def recipe_of(model: Path, path: str) -> Recipe:

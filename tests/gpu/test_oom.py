@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from tests.conftest import make_tiny_model, write_chats
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.usefixtures("whole_device"),
 ]
 CUDA = torch.device("cuda", 0)
 LENGTH = 8192
@@ -41,14 +41,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_attention_heads=8, max_position_embeddings=LENGTH,
     )  # fmt: skip
     return folder
-
-
-@pytest.fixture(autouse=True)
-def whole_device() -> Iterator[None]:
-    yield
-    torch.cuda.set_per_process_memory_fraction(1.0)
-    gc.collect()
-    torch.cuda.empty_cache()
 
 
 class Run:

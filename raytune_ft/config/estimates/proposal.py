@@ -20,7 +20,7 @@ from raytune_ft.config.estimates.pace import Device
 from raytune_ft.config.pairs import problem
 from raytune_ft.config.schema import Recipe
 
-FILLED = 0.975
+FILLED = 0.97
 """Share of a GPU's memory that is planned for: torch's blocks leave gaps."""
 SHORTEST = 256
 """Tokens; packs are not proposed to be shorter."""
