@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from raytune_ft.training.run_folder import RunFolder, append_jsonl
@@ -255,6 +255,8 @@ def test_ticks_are_few_round_and_within(low: float, span: float) -> None:
 
 
 @given(points=points, log=st.booleans(), zero=st.booleans())
+@example(points=[(1, 2.225073858507e-311)], log=False, zero=False)
+@example(points=[(1, 5e-324), (2, 1e-321)], log=True, zero=True)
 def test_lines_stay_inside_their_picture(
     points: list[tuple[int, float]], log: bool, zero: bool
 ) -> None:

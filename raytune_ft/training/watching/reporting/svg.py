@@ -24,6 +24,8 @@ LEFT, RIGHT, TOP, BOTTOM = 44, 16, 26, 22
 """Room for words around the lines, in pixels."""
 SMOOTHED = 50
 """Steps from which a noisy line is drawn faintly, with its running mean on top."""
+LEAST_ROOM = 1e-290
+"""Room around values that differ by less than a scale can divide by."""
 LOG_RATIO = 50.0
 """Highest over lowest from which a chart that may be logarithmic is."""
 
@@ -95,7 +97,7 @@ def _bounds(values: list[float], *, from_zero: bool, is_log: bool) -> tuple[floa
         return low / 1.1, high * 1.1
     if from_zero:
         low = min(0.0, low)
-    room = 0.05 * (high - low) or 0.1 * abs(high) or 1.0
+    room = max(LEAST_ROOM, 0.05 * (high - low) or 0.1 * abs(high) or 1.0)
     return low - (0.0 if from_zero and low == 0.0 else room), high + room
 
 
