@@ -1,16 +1,17 @@
 """Cross entropy with its gradient at once: logits in, losses out, the logits overwritten.
 
 d loss_i / d logits_i = softmax(logits_i) - onehot(target_i) needs the logits and nothing else, so
-it takes their place: no second (T, V) tensor exists.
+it takes their place: no second (T, V) tensor exists. Its product with the head's weight is the
+gradient of the hidden states.
 
-Shapes: T = labelled tokens, V = words.
+Shapes: T = labelled tokens, V = words, H = hidden width.
 """
 
 from __future__ import annotations
 
 import torch
 
-from raytune_ft.kernels.launch import has_triton
+from raytune_ft.kernels.launch import accumulator, has_triton
 
 Tensor = torch.Tensor
 
@@ -44,3 +45,22 @@ def reference_losses_and_gradient(logits: Tensor, targets: Tensor) -> Tensor:
     gradient.scatter_add_(1, index, gradient.new_full(index.shape, -1.0))
     logits.copy_(gradient)
     return losses
+
+
+def write_hidden_gradient(gradient: Tensor, weight: Tensor, out: Tensor) -> None:
+    """Write `gradient @ weight` to `out`, rounded once.
+
+    Args:
+        gradient: (T, V), as `losses_and_gradient` left it.
+        weight: (V, H), of the same type.
+        out: (T, H), of the same type.
+
+    Where few rows meet many words, cuBLAS parts the sum over words and rounds each part's sum to
+    bfloat16. The part with the target's -1 is as large as the whole, so that the result is rounded
+    twice: 1.22 times the error (docs/performance.md). So half precision goes by a float32 product,
+    T x H numbers for the moment.
+    """
+    if gradient.is_cuda and accumulator(gradient.dtype) != gradient.dtype:
+        out.copy_(torch.mm(gradient, weight, out_dtype=accumulator(gradient.dtype)))
+    else:
+        torch.mm(gradient, weight, out=out)

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from raytune_ft.config.estimates.footprint import LOGIT_ROWS
 from raytune_ft.errors import ModelError
-from raytune_ft.kernels.cross_entropy import losses_and_gradient
+from raytune_ft.kernels.cross_entropy import losses_and_gradient, write_hidden_gradient
 from raytune_ft.kernels.dropout import draw_seed
 from raytune_ft.model.fastpath.lane import LANE, Packed
 
@@ -315,7 +315,7 @@ class _FusedHeadLosses(_FrozenHeadLosses):
             else:
                 torch.addmm(bias, part, weight.T, out=logits)
             losses[rows] = losses_and_gradient(logits, targets[rows])
-            torch.mm(logits, weight, out=gradient[rows])
+            write_hidden_gradient(logits, weight, gradient[rows])
         ctx.save_for_backward(gradient)
         return losses
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from raytune_ft.kernels.cross_entropy import losses_and_gradient
+from raytune_ft.kernels.cross_entropy import losses_and_gradient, write_hidden_gradient
 from raytune_ft.model.loss import head_losses
-from tests.kernels.gradients import Tensor, assert_near
+from tests.kernels.gradients import Tensor, assert_near, root_mean_square
 
 pytestmark = pytest.mark.usefixtures("way")
 WORDS = 5003
@@ -85,3 +85,26 @@ def test_frozen_head_gives_the_gradient_of_hidden_states(bias: bool) -> None:
 
     assert mine.grad is not None and exact.grad is not None
     assert_near([losses, mine.grad], [right, exact.grad], 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_gradient_of_hidden_states_is_rounded_once(dtype: torch.dtype) -> None:
+    """A target's -1 makes one part of the sum as large as the whole: parts must not be rounded."""
+    logits, targets = _case(70, WORDS, 0.6, dtype)
+    losses_and_gradient(logits, targets)
+    weight = (torch.rand(WORDS, 16, generator=torch.Generator().manual_seed(1)) - 0.5).to(dtype)
+    exact, out = logits.double() @ weight.double(), torch.empty(70, 16, dtype=dtype)
+
+    write_hidden_gradient(logits, weight, out)
+
+    once = root_mean_square(exact.to(dtype), exact)
+    assert root_mean_square(out, exact) <= (1.05 if dtype is torch.bfloat16 else 20) * once
+    parts = [part.to(dtype).double() for part in _products(logits, weight, 4)]
+    twice = root_mean_square(torch.stack(parts).sum(0).to(dtype), exact)
+    # what this test is about: with bfloat16 parts the error is that of two roundings
+    assert dtype is torch.float32 or 1.25 * once < twice
+
+
+def _products(gradient: Tensor, weight: Tensor, parts: int) -> list[Tensor]:
+    pairs = zip(gradient.chunk(parts, 1), weight.chunk(parts), strict=True)
+    return [left.double() @ right.double() for left, right in pairs]
