@@ -17,12 +17,13 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from raytune_ft.serving.page import MEDIA_TYPES
 from raytune_ft.serving.protocol import error_body
 
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 WILDCARDS = frozenset({"0.0.0.0", "::"})  # noqa: S104  (recognised, not bound)
 
-OPEN_PATHS = frozenset({"/", "/index.html", "/chat.js", "/style.css", "/icon.svg", "/healthz"})
+OPEN_PATHS = frozenset({"/", "/healthz", *(f"/{name}" for name in MEDIA_TYPES)})
 """Reached without the key: the page that asks for it, and the health check."""
 
 

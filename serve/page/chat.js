@@ -1,66 +1,63 @@
-// The chat page: talks to /v1/chat/completions of the server it came from.
-// Model text only ever becomes text nodes, so it can never become script or markup.
+// The chat page: one conversation with one model, or with two beside each other.
+
+import * as server from "./server.js";
+import * as settings from "./settings.js";
+import { Thread } from "./thread.js";
+import { TurnView, child, toBottom } from "./view.js";
 
 const SUGGESTIONS = ["Who are you?", "Who made you?", "What is the capital of France?", "你是谁？"];
 
 const element = (id) => document.getElementById(id);
 const [log, input, send, stop] = ["log", "input", "send", "stop"].map(element);
+const pickers = [element("model-0"), element("model-1")];
 
-const state = { model: null, messages: [], running: null, key: "" };
+const state = { models: [], comparing: false, running: null, thread: new Thread(), views: [] };
+const chosen = (pane) => pickers[pane].value;
 
-// ---------------------------------------------------------------- talking to the server
-
-class Refused extends Error {
-  constructor(status, body, retryAfter) {
-    super(body?.error?.message ?? `the server answered ${status}`);
-    this.status = status;
-    this.code = body?.error?.code ?? null;
-    this.retryAfter = retryAfter;
-  }
-}
-
-async function request(path, options = {}) {
-  const headers = { "Content-Type": "application/json" };
-  if (state.key) headers.Authorization = `Bearer ${state.key}`;
-  const response = await fetch(path, { ...options, headers });
-  if (response.ok) return response;
-  const body = await response.json().catch(() => null);
-  throw new Refused(response.status, body, response.headers.get("Retry-After"));
-}
-
-async function* events(response) {
-  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = "";
-  for (;;) {
-    const { value, done } = await reader.read();
-    if (done) return;
-    const parts = (rest + value).split("\n\n");
-    rest = parts.pop();
-    for (const part of parts) {
-      const data = part.replace(/^data: /, "");
-      if (data === "[DONE]") return;
-      yield JSON.parse(data);
-    }
-  }
-}
+// ---------------------------------------------------------------- models
 
 async function connect() {
   try {
-    const list = await (await request("v1/models")).json();
-    state.model = list.data[0].id;
-    element("model").textContent = state.model;
-    document.title = `${state.model} · RayTune chat`;
+    state.models = await server.models();
+    fillPickers();
     showStatus("ready", "ready");
     element("key-form").hidden = true;
     element("composer").hidden = false;
     input.focus();
   } catch (error) {
     showStatus("failed", "not connected");
-    element("model").textContent = error.status === 401 ? "locked" : "not connected";
+    element("title").textContent = error.status === 401 ? "locked" : "not connected";
     if (error.status === 401) askForKey();
-    else showProblem(`${error.message}; reload the page to try again`);
+    else showProblem(`${server.explain(error)} Reload the page to try again.`);
   }
   refresh();
+}
+
+function fillPickers() {
+  for (const [pane, picker] of pickers.entries()) {
+    picker.replaceChildren();
+    for (const name of state.models) child(picker, "option").textContent = name;
+    picker.selectedIndex = Math.min(pane, state.models.length - 1);
+  }
+  showModels();
+}
+
+function showModels() {
+  const several = state.models.length > 1;
+  element("title").textContent = several ? "RayTune chat" : state.models[0];
+  element("title").classList.toggle("hidden", several);
+  pickers[0].hidden = !several;
+  pickers[1].hidden = !state.comparing;
+  element("compare").hidden = !several;
+  element("compare").setAttribute("aria-pressed", String(state.comparing));
+  document.body.classList.toggle("comparing", state.comparing);
+  document.title = `${chosen(0)}${state.comparing ? ` and ${chosen(1)}` : ""} · RayTune chat`;
+}
+
+function compare() {
+  state.comparing = !state.comparing;
+  showModels();
+  newChat();
 }
 
 function askForKey() {
@@ -69,190 +66,91 @@ function askForKey() {
   element("key").focus();
 }
 
-// ---------------------------------------------------------------- one answer
+// ---------------------------------------------------------------- asking
 
-async function ask(text) {
+const acts = {
+  edit(at, question) {
+    if (state.running) return;
+    cut(at);
+    ask(question);
+  },
+  retry(at) {
+    if (!state.running) answerAll(at);
+  },
+  turnTo(at, pane, index) {
+    state.thread.turns[at].shown[pane] = index;
+    state.views[at].draw();
+  },
+};
+
+function ask(question) {
   element("welcome").hidden = true;
-  state.messages.push({ role: "user", content: text });
-  addMessage("user").textContent = text;
+  const at = state.thread.add(question);
+  state.views.push(new TurnView(state.thread, at, state.comparing ? 2 : 1, acts));
+  if (at > 0) state.views[at - 1].draw(); // only the last turn can be answered again
+  return answerAll(at);
+}
+
+async function answerAll(at) {
   const running = new AbortController();
   state.running = running;
   refresh();
-  const answer = new AnswerView();
-  try {
-    await readAnswer(answer, running.signal);
-  } catch (error) {
-    if (error.name !== "AbortError") showProblem(explain(error));
-  }
+  const { panes } = state.views[at];
+  await Promise.all(panes.map((_, pane) => answer(at, pane, running.signal)));
   if (state.running !== running) return; // a new chat was started meanwhile
-  answer.finish(running.signal.aborted);
-  if (answer.text) state.messages.push({ role: "assistant", content: answer.text });
-  else if (state.messages.at(-1)?.role === "user") state.messages.pop();
   state.running = null;
   refresh();
   input.focus();
 }
 
-async function readAnswer(answer, signal) {
-  const response = await startAnswer(signal);
-  for await (const event of events(response)) {
-    if (event.error) throw new Refused(500, event);
-    answer.add(event.choices[0]?.delta?.content ?? "");
-    if (event.usage) answer.tokens = event.usage.completion_tokens;
-    if (event.choices[0]?.finish_reason === "length") answer.cut = true;
+async function answer(at, pane, signal) {
+  const { thread } = state;
+  const view = state.views[at].panes[pane];
+  const attempt = thread.begin(at, pane, chosen(pane));
+  attempt.began = performance.now();
+  view.draw();
+  try {
+    await read(thread, at, pane, attempt, view, signal);
+    attempt.finish ??= "stop";
+  } catch (error) {
+    attempt.finish = signal.aborted ? "stopped" : "failed";
+    if (!signal.aborted) attempt.problem = server.explain(error);
+    if (error.status === 401) askForKey();
   }
+  attempt.ended = performance.now();
+  view.draw();
+}
+
+async function read(thread, at, pane, attempt, view, signal) {
+  let finish = null;
+  for await (const piece of withRoom(thread, at, pane, attempt, signal)) {
+    if (piece.text || piece.thought) attempt.first ??= performance.now();
+    attempt.text += piece.text;
+    attempt.thought += piece.thought;
+    attempt.usage = piece.usage ?? attempt.usage;
+    finish = piece.finish ?? finish;
+    view.drawSoon();
+  }
+  attempt.finish = finish;
 }
 
 // The oldest turns are left out, one by one, when the conversation outgrows the model's context.
-async function startAnswer(signal) {
+async function* withRoom(thread, at, pane, attempt, signal) {
+  const place = thread.turns[at].tries[pane].indexOf(attempt);
   for (;;) {
-    const body = JSON.stringify({
-      model: state.model,
-      messages: state.messages,
-      stream: true,
-      stream_options: { include_usage: true },
-    });
+    const messages = thread.messages(at, pane, settings.system());
+    const body = { model: attempt.model, messages, ...settings.sampling(place) };
     try {
-      return await request("v1/chat/completions", { method: "POST", body, signal });
+      yield* server.answer(body, signal);
+      return;
     } catch (error) {
-      if (error.code !== "context_length_exceeded" || state.messages.length < 3) throw error;
-      state.messages.splice(0, 2);
+      const full = error.code === "context_length_exceeded";
+      if (!full || !thread.forget(at, pane)) throw error;
     }
   }
 }
 
-function explain(error) {
-  if (error.status === 429) {
-    return `The server is busy. Try again in ${error.retryAfter ?? "a few"} seconds.`;
-  }
-  if (error.status === 401) askForKey();
-  return error instanceof TypeError ? "The server cannot be reached." : error.message;
-}
-
-class AnswerView {
-  constructor() {
-    this.text = "";
-    this.tokens = 0;
-    this.cut = false;
-    this.began = performance.now();
-    this.box = addMessage("assistant");
-    this.box.classList.add("writing");
-    this.box.setAttribute("aria-busy", "true");
-    this.body = child(this.box, "div", "text");
-    this.pending = false;
-  }
-
-  add(text) {
-    this.text += text;
-    if (!text || this.pending) return;
-    this.pending = true;
-    requestAnimationFrame(() => this.draw());
-  }
-
-  draw() {
-    this.pending = false;
-    const following = atBottom();
-    this.body.replaceChildren(...renderMarkdown(this.text));
-    if (following) toBottom();
-  }
-
-  finish(stopped) {
-    this.draw();
-    this.box.classList.remove("writing");
-    this.box.removeAttribute("aria-busy");
-    if (!this.text && !stopped) this.box.remove();
-    const seconds = (performance.now() - this.began) / 1000;
-    const notes = [];
-    if (this.tokens) notes.push(`${this.tokens} tokens in ${seconds.toFixed(1)} s`);
-    if (stopped) notes.push("stopped");
-    else if (this.cut) notes.push("cut at the length limit");
-    const following = atBottom();
-    if (notes.length) child(this.box, "div", "meta").textContent = notes.join(" · ");
-    if (following) toBottom();
-  }
-}
-
-// ---------------------------------------------------------------- markdown, as DOM nodes
-
-function renderMarkdown(source) {
-  const blocks = [];
-  const lines = source.split("\n");
-  for (let at = 0; at < lines.length; ) {
-    const [node, next] = codeBlock(lines, at) ?? list(lines, at) ?? heading(lines, at) ?? paragraph(lines, at);
-    if (node) blocks.push(node);
-    at = next;
-  }
-  return blocks;
-}
-
-function codeBlock(lines, at) {
-  if (!/^\s*```/.test(lines[at])) return null;
-  let end = at + 1;
-  while (end < lines.length && !/^\s*```\s*$/.test(lines[end])) end += 1;
-  const block = document.createElement("pre");
-  block.tabIndex = 0; // so that a long line can be scrolled by keyboard
-  child(block, "code").textContent = lines.slice(at + 1, end).join("\n");
-  return [block, end + 1];
-}
-
-const BULLET = /^\s*[-*+]\s+(?=\S)/;
-const NUMBER = /^\s*(\d{1,9})[.)]\s+(?=\S)/;
-
-function list(lines, at) {
-  const mark = [BULLET, NUMBER].find((pattern) => pattern.test(lines[at]));
-  if (!mark) return null;
-  const block = document.createElement(mark === BULLET ? "ul" : "ol");
-  if (mark === NUMBER) block.start = Number(lines[at].match(NUMBER)[1]);
-  let end = at;
-  for (; end < lines.length && mark.test(lines[end]); end += 1) {
-    child(block, "li").append(...inline(lines[end].replace(mark, "")));
-  }
-  return [block, end];
-}
-
-function heading(lines, at) {
-  const match = lines[at].match(/^#{1,6}\s+(.+)$/);
-  if (!match) return null;
-  const block = document.createElement("h3");
-  block.append(...inline(match[1]));
-  return [block, at + 1];
-}
-
-function paragraph(lines, at) {
-  let end = at;
-  const starts = (line) => /^\s*```|^#{1,6}\s+\S/.test(line) || BULLET.test(line) || NUMBER.test(line);
-  while (end < lines.length && lines[end].trim() && (end === at || !starts(lines[end]))) end += 1;
-  if (end === at) return [null, at + 1];
-  const block = document.createElement("p");
-  block.append(...inline(lines.slice(at, end).join("\n")));
-  return [block, end];
-}
-
-function inline(text) {
-  return text.split(/(`[^`\n]+`|\*\*[^*\n]+\*\*)/).filter(Boolean).map((part) => {
-    const bold = /^\*\*[^*\n]+\*\*$/.test(part);
-    if (!bold && !/^`[^`\n]+`$/.test(part)) return document.createTextNode(part);
-    const node = document.createElement(bold ? "strong" : "code");
-    node.textContent = bold ? part.slice(2, -2) : part.slice(1, -1);
-    return node;
-  });
-}
-
 // ---------------------------------------------------------------- the page
-
-function child(parent, tag, className = "") {
-  const node = document.createElement(tag);
-  if (className) node.className = className;
-  parent.append(node);
-  return node;
-}
-
-function addMessage(role) {
-  const box = child(log, "article", `message ${role}`);
-  box.setAttribute("aria-label", role === "user" ? "You" : "Answer");
-  toBottom();
-  return box;
-}
 
 function showProblem(text) {
   const box = child(log, "div", "problem");
@@ -266,55 +164,86 @@ function showStatus(className, label) {
   element("status").setAttribute("aria-label", label);
 }
 
-const scroller = element("scroller");
-const atBottom = () => scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < 80;
-const toBottom = () => { scroller.scrollTop = scroller.scrollHeight; };
-
 function refresh() {
   const running = state.running !== null;
   send.hidden = running;
   stop.hidden = !running;
-  send.disabled = !state.model || !input.value.trim();
+  send.disabled = !state.models.length || !input.value.trim();
+  for (const picker of pickers) picker.disabled = running;
+  log.classList.toggle("busy", running);
   input.style.height = "auto";
   input.style.height = `${input.scrollHeight + 2}px`;
 }
 
 function submit() {
   const text = input.value.trim();
-  if (!text || !state.model || state.running) return;
+  if (!text || !state.models.length || state.running) return;
   input.value = "";
   ask(text);
+}
+
+function cut(at) {
+  state.thread.cut(at);
+  for (const view of state.views.splice(at)) view.remove();
 }
 
 function newChat() {
   state.running?.abort();
   state.running = null;
-  state.messages = [];
+  state.thread = new Thread();
+  state.views = [];
   log.replaceChildren();
   element("welcome").hidden = false;
   refresh();
   input.focus();
 }
 
+function editLast() {
+  if (!state.running && state.views.length) state.views.at(-1).edit();
+}
+
+// by the key's place: with Alt a Mac's keys write other letters
+const SHORTCUTS = {
+  KeyN: newChat,
+  KeyS: settings.open,
+  KeyR: () => { if (state.views.length) acts.retry(state.thread.last); },
+};
+
 for (const text of SUGGESTIONS) {
   const button = child(element("suggestions"), "button", "quiet");
   button.type = "button";
   button.textContent = text;
-  button.addEventListener("click", () => state.model && !state.running && ask(text));
+  button.addEventListener("click", () => state.models.length && !state.running && ask(text));
 }
 element("new-chat").addEventListener("click", newChat);
+element("open-settings").addEventListener("click", settings.open);
+element("compare").addEventListener("click", compare);
+for (const picker of pickers) picker.addEventListener("change", showModels);
 element("composer").addEventListener("submit", (event) => { event.preventDefault(); submit(); });
 stop.addEventListener("click", () => state.running?.abort());
 input.addEventListener("input", refresh);
 input.addEventListener("keydown", (event) => {
-  // while an input method composes (Chinese, Japanese), Enter belongs to it
-  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  // while an input method composes (Chinese, Japanese), keys belong to it
+  if (event.isComposing || event.shiftKey) return;
+  if (event.key === "ArrowUp" && !input.value) {
+    event.preventDefault();
+    editLast();
+  }
+  if (event.key !== "Enter") return;
   event.preventDefault();
   submit();
 });
+document.addEventListener("keydown", (event) => {
+  if (settings.isOpen()) return;
+  if (event.key === "Escape" && !event.isComposing) state.running?.abort();
+  const act = event.altKey && !event.ctrlKey && !event.metaKey && SHORTCUTS[event.code];
+  if (!act) return;
+  event.preventDefault();
+  act();
+});
 element("key-form").addEventListener("submit", (event) => {
   event.preventDefault();
-  state.key = element("key").value.trim();
+  server.useKey(element("key").value.trim());
   connect();
 });
 
