@@ -5,7 +5,7 @@ Messages become ids by `data.encode.encode_prompt`, the same function that train
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,7 +14,8 @@ import torch
 from raytune_ft.chat.history import Message, trim_turns
 from raytune_ft.chat.source import ChatSource, find_source
 from raytune_ft.chat.text import Detokenizer, StopStrings
-from raytune_ft.data.encode import encode_prompt
+from raytune_ft.data.encode import encode_prompt, encode_segments
+from raytune_ft.data.segments import text_segments
 from raytune_ft.data.templating.templates import Template, get_template
 from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
 from raytune_ft.model.decoding import Graphs
@@ -41,6 +42,27 @@ class Sampling:
     max_new_tokens: int = 512
     seed: int = 0
     stop: tuple[str, ...] = ()
+    frequency_penalty: float = 0.0
+    """Taken off a token's logit each time that the answer has it already (OpenAI's meaning)."""
+    presence_penalty: float = 0.0
+    """Taken off once a token is in the answer."""
+    logprobs: int | None = None
+    """None: no `Piece.chances`; k: the k likeliest tokens beside each one chosen, 0 to 20."""
+
+
+@dataclass(frozen=True)
+class Chance:
+    """How likely a token was: natural logarithms, of the model's own distribution.
+
+    That is before temperature, penalties and cuts.
+    """
+
+    text: str
+    """The token alone; with a replacement sign where it is part of a character."""
+    bytes: bytes
+    logprob: float
+    top: tuple[tuple[str, bytes, float], ...] = ()
+    """Text, bytes and logarithm of the likeliest tokens, the likeliest first."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +74,10 @@ class Piece:
     """Tokens generated so far, without the stop token."""
     finish: Finish | None = None
     """Set on the last piece only."""
+    chances: tuple[Chance, ...] = ()
+    """Of the tokens since the piece before, where `Sampling.logprobs` asks for them."""
+    n_cached: int = 0
+    """Tokens of the prompt whose keys and values were there from another request."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +94,20 @@ class ChatModel:
     graphs: Graphs = field(default_factory=Graphs, repr=False, compare=False)
     """What was captured for one answer serves the next."""
 
-    def encode(self, messages: Sequence[Message]) -> list[int]:
-        """Return the prompt's ids; conversations without a system text get the trained one."""
-        return encode_prompt(self.with_system(messages), self.template, self.tokenizer)
+    def encode(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()
+    ) -> list[int]:
+        """Return the prompt's ids; conversations without a system text get the trained one.
+
+        `tools` are what the answer may call, JSON schemas in OpenAI's form.
+        """
+        return encode_prompt(self.with_system(messages), self.template, self.tokenizer, tools)
+
+    def encode_text(self, text: str) -> list[int]:
+        """Return a plain text's ids as pre-training has them: one BOS in front, no template."""
+        segments = text_segments(text, self.tokenizer.bos_ids, self.tokenizer.eos_id)
+        ids: list[int] = encode_segments(segments[:-1], self.tokenizer).input_ids.tolist()
+        return ids
 
     def with_system(self, messages: Sequence[Message]) -> list[Message]:
         """Return `messages` with the system text of training in front, if they bring none."""

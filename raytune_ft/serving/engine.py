@@ -12,8 +12,9 @@ import logging
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from raytune_ft.chat.history import Message
 from raytune_ft.chat.model import ChatModel, Piece, Sampling
@@ -58,29 +59,77 @@ class PieceStream:
         self._cancel()
 
 
+@dataclass(frozen=True)
+class Load:
+    """What an engine has to do at a moment."""
+
+    running: int
+    """Requests that are being answered."""
+    waiting: int
+    slots: int
+    """Requests that can be answered at a time."""
+    cached_tokens: int = 0
+    """Tokens of prompts since the start whose keys and values were there already."""
+    kv_used: float = 0.0
+    """Share of the memory for keys and values that is taken, 0 to 1."""
+
+
 class ChatEngine(ABC):
     """What the endpoint needs of whatever generates the text."""
 
     name: str
-    """The model's id."""
+    """The id of the first model."""
     context: int
     """Tokens of prompt and answer together."""
 
-    @abstractmethod
-    def encode(self, messages: Sequence[Message]) -> list[int]:
-        """Return the prompt's ids; DataError if the template cannot render the messages."""
+    def models(self) -> tuple[str, ...]:
+        """Return the ids that requests may name, the default one first.
+
+        Adapters are among them whether they are loaded or could be.
+        """
+        return (self.name,)
 
     @abstractmethod
-    def submit(self, prompt_ids: Sequence[int], sampling: Sampling) -> PieceStream:
-        """Take a request, or raise EngineBusyError at once; needs a running event loop."""
+    def encode(
+        self,
+        messages: Sequence[Message],
+        *,
+        model: str | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> list[int]:
+        """Return the prompt's ids; DataError if the template cannot render the messages."""
+
+    def encode_text(self, text: str) -> list[int]:
+        """Return a plain text's ids as training on plain text has them: one BOS in front."""
+        raise ServeError(f"{self.name}: this engine continues conversations, not plain text")
+
+    @abstractmethod
+    def submit(
+        self, prompt_ids: Sequence[int], sampling: Sampling, *, model: str | None = None
+    ) -> PieceStream:
+        """Take a request, or raise EngineBusyError at once; needs a running event loop.
+
+        Args:
+            prompt_ids: what `encode` or `encode_text` gave.
+            sampling: how the answer is drawn.
+            model: one of `models()`; none: the first.
+        """
 
     @abstractmethod
     def healthy(self) -> bool:
         """Whether requests are still being answered."""
 
+    def ready(self) -> bool:
+        """Whether the weights are there, so that a request would be answered now."""
+        return self.healthy()
+
+    def load(self) -> Load:
+        """Return what there is to do now."""
+        return Load(running=0, waiting=0, slots=1)
+
     @abstractmethod
     def close(self) -> None:
-        """Stop answering; waiting requests end with ServeError."""
+        """Stop answering; running and waiting requests end with ServeError."""
 
 
 @dataclass(eq=False)
@@ -119,11 +168,23 @@ class EmbeddedEngine(ChatEngine):
         self._worker = threading.Thread(target=self._work, name="generate", daemon=True)
         self._worker.start()
 
-    def encode(self, messages: Sequence[Message]) -> list[int]:
+    def encode(
+        self,
+        messages: Sequence[Message],
+        *,
+        model: str | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> list[int]:
         """Return the prompt's ids, by the function that training used."""
-        return self._chat.encode(messages)
+        return self._chat.encode(messages, tools or ())
 
-    def submit(self, prompt_ids: Sequence[int], sampling: Sampling) -> PieceStream:
+    def encode_text(self, text: str) -> list[int]:
+        """Return a plain text's ids."""
+        return self._chat.encode_text(text)
+
+    def submit(
+        self, prompt_ids: Sequence[int], sampling: Sampling, *, model: str | None = None
+    ) -> PieceStream:
         """Put a request at the end of the queue."""
         loop = asyncio.get_running_loop()
         job = Job(list(prompt_ids), sampling, loop, asyncio.Queue(), threading.Event())
@@ -139,6 +200,11 @@ class EmbeddedEngine(ChatEngine):
     def healthy(self) -> bool:
         """Whether the worker thread lives."""
         return self._worker.is_alive() and not self._closed
+
+    def load(self) -> Load:
+        """Return what there is to do now."""
+        with self._changed:
+            return Load(int(self._current is not None), len(self._waiting), slots=1)
 
     @property
     def in_use(self) -> int:
