@@ -5,6 +5,7 @@ Messages become ids by `data.encode.encode_prompt`, the same function that train
 
 from __future__ import annotations
 
+import builtins
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -59,9 +60,9 @@ class Chance:
 
     text: str
     """The token alone; with a replacement sign where it is part of a character."""
-    bytes: bytes
+    bytes: builtins.bytes
     logprob: float
-    top: tuple[tuple[str, bytes, float], ...] = ()
+    top: tuple[tuple[str, builtins.bytes, float], ...] = ()
     """Text, bytes and logarithm of the likeliest tokens, the likeliest first."""
 
 
