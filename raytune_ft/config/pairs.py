@@ -22,6 +22,7 @@ def problem(recipe: Recipe) -> str | None:
 
 def _problems(recipe: Recipe) -> Iterator[str]:
     yield from _of_method(recipe)
+    yield from _of_compute(recipe)
     yield from _of_adapter(recipe)
     yield from _of_optimizer(recipe)
     yield from _of_objective(recipe)
@@ -40,6 +41,29 @@ def _of_method(recipe: Recipe) -> Iterator[str]:
         yield f"train.deepspeed '{zero}' cannot shard {model.quantization} weights; use zero2"
     if recipe.train.min_lr > recipe.train.lr:
         yield "train.min_lr is above train.lr; lower train.min_lr"
+
+
+def _of_compute(recipe: Recipe) -> Iterator[str]:
+    """Yield what would leave `fp8` without a product: it is the fast path's, of frozen weights."""
+    model, zero = recipe.model, recipe.train.deepspeed
+    if model.compute == "auto":
+        return
+    what = f"model.compute '{model.compute}'"
+    if model.method == "full":
+        yield (
+            f"{what} multiplies frozen weights, and model.method 'full' trains them all; leave it "
+            "out, or set model.method: lora"
+        )
+    if model.fast_path is False:
+        yield f"{what} is a way of the fast path; leave model.fast_path out, or model.compute"
+    if model.quantization == "int8":
+        yield f"{what} does not multiply int8 weights; set model.quantization: nf4, or none"
+    if model.dtype == "float16":
+        yield f"{what} goes with model.dtype bfloat16 or float32, not float16; use auto"
+    if recipe.lora.use_dora:
+        yield f"{what} has no form of lora.use_dora, which is not on the fast path; leave one out"
+    if asked(zero)[0] == 3:
+        yield f"train.deepspeed '{zero}' parts the weights that {what} multiplies; use zero2"
 
 
 def _of_adapter(recipe: Recipe) -> Iterator[str]:

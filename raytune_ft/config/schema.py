@@ -50,6 +50,9 @@ class ModelSection(Section):
     so many; `auto`: only on a GPU with long packs. `train.layout: auto` decides it on a GPU."""
     fast_path: bool | Literal["auto"] = "auto"
     """Compute by fused kernels where that is the same mathematics; `auto`: on a GPU."""
+    compute: Literal["auto", "fp8"] = "auto"
+    """How frozen weights are multiplied: `auto` in `dtype`; `fp8` in float8, faster on a GPU that
+    has it and less exact."""
     load_from: str | None = None
     """Run, checkpoint or adapter whose trained weights this run begins with [load_from]."""
     new_tokens: list[str] = []

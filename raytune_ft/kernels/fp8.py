@@ -1,16 +1,21 @@
 """Frozen weights multiplied in float8: products at nearly twice the rate, numbers of three bits.
 
-Weights and activations are e4m3 with a float32 scale for each row, so that each row's largest
-number is e4m3's largest. NF4 weights stay packed and become e4m3 at each use, in one launch; the
-adapters beside them compute as ever. Only products with frozen weights are meant: forward, and the
-gradient of the input, where weights are transposed and their scales move into the gradient.
+Weights, activations and gradients are e4m3 with a float32 scale for each row, so that each row's
+largest number is e4m3's largest. Weights stay as they are stored and become e4m3 at each use, in
+one launch, or once where memory allows; the adapters beside them compute as ever. Only products
+with frozen weights are meant: forward, and the gradient of the input, where weights are transposed
+and their scales move into the gradient. A GPU's float8 products read both factors along the sum,
+so the two passes need the weight in two orders: kept, that is a byte for each, 2 per weight.
+
+Nothing here waits for the device: scales stay there, so passes run again and in CUDA graphs.
+A CPU rounds as a GPU does and multiplies what is rounded in float32.
 
 Shapes: T tokens, a weight is (out, in). torch wants both a multiple of 16.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -25,6 +30,19 @@ SMALLEST = 1e-12
 """A row's largest number counts as at least this, so that rows of zeros have a scale."""
 UNIT = 16
 """What torch wants widths to be a multiple of."""
+CAPABILITY = (8, 9)
+"""Of the first GPUs that multiply in float8."""
+
+
+def refusal(device: torch.device) -> str | None:
+    """Return why a device cannot multiply in float8; None if it can, or emulates it."""
+    if device.type != "cuda":
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) >= CAPABILITY:
+        return None
+    name = torch.cuda.get_device_name(device)
+    return f"{name} has compute capability {major}.{minor}, float8 needs 8.9 or more"
 
 
 @dataclass(frozen=True)
@@ -46,6 +64,8 @@ class Fp8Weight:
     """(out,) float32."""
     ones: Tensor
     """(1, in) float32: scales that have moved elsewhere."""
+    kept: dict[bool, Tensor] = field(default_factory=dict)
+    """In e4m3: False -> (out, in), True -> (in, out); empty: made at each use."""
 
     @classmethod
     def of(cls, source: Nf4Weight | Tensor, matrix: Tensor) -> Fp8Weight:
@@ -54,14 +74,30 @@ class Fp8Weight:
         ones = torch.ones(1, matrix.shape[1], device=matrix.device)
         return cls(source, highest / LARGEST, ones)
 
+    def keep(self) -> None:
+        """Hold the weight in e4m3 from now on, in both orders: 2 bytes a weight.
+
+        On a CPU one order serves both passes.
+        """
+        values = eighth(self.source, self.scales, transposed=False)
+        turned = values.t()
+        if values.is_cuda:
+            turned = eighth(self.source, self.scales, transposed=True)
+        self.kept.update({False: values, True: turned})
+
+    def values(self, *, transposed: bool) -> Tensor:
+        """Return the weight in e4m3: (out, in), or (in, out)."""
+        found = self.kept.get(transposed)
+        return eighth(self.source, self.scales, transposed=transposed) if found is None else found
+
     def times(self, x: Rows, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Return `x W^T + bias`: (T, out)."""
-        weight = eighth(self.source, self.scales, transposed=False)
+        weight = self.values(transposed=False)
         return _product(x, weight, self.scales.unsqueeze(0), dtype, bias)
 
     def back(self, gradient: Tensor) -> Tensor:
         """Return `gradient W`: (T, in), of the gradient's dtype."""
-        weight = eighth(self.source, self.scales, transposed=True)
+        weight = self.values(transposed=True)
         return _product(quantize_rows(gradient, self.scales), weight, self.ones, gradient.dtype)
 
 
@@ -84,11 +120,11 @@ def eighth(source: Nf4Weight | Tensor, scales: Tensor, *, transposed: bool) -> T
         scales: (out,) float32.
         transposed: give (in, out) instead of (out, in).
     """
-    if isinstance(source, Nf4Weight):
-        if has_triton(source.packed) and fits(source.shape):
-            from raytune_ft.kernels import fp8_triton
+    if has_triton(scales) and fits(source.shape):
+        from raytune_ft.kernels import fp8_triton
 
-            return fp8_triton.eighth(source, scales, transposed=transposed)
+        return fp8_triton.eighth(source, scales, transposed=transposed)
+    if isinstance(source, Nf4Weight):
         source = dequantize_reference(source)
     values = (source.float() / scales.unsqueeze(1)).to(E4M3)
     return values.t().contiguous() if transposed else values
@@ -107,6 +143,7 @@ def _product(
         exact = (x.values.float() @ weight.float().t()) * x.scales * scales
         return (exact if bias is None else exact + bias.float()).to(dtype)
     half = torch.bfloat16
+    # fast sums have some 14 bits on Hopper; the factors' own rounding is what decides (tests/gpu)
     out = torch._scaled_mm(
         x.values, weight.t(), x.scales, scales, bias=None if bias is None else bias.to(half),
         out_dtype=half, use_fast_accum=True,

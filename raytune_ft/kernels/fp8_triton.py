@@ -32,15 +32,22 @@ def quantize_rows(x: Tensor, factors: Tensor | None) -> tuple[Tensor, Tensor]:
     return values, scales
 
 
-def eighth(weight: Nf4Weight, scales: Tensor, *, transposed: bool) -> Tensor:
-    """Return a packed weight, of a width by `fp8.fits`, in e4m3: (out, in), or (in, out)."""
+def eighth(weight: Nf4Weight | Tensor, scales: Tensor, *, transposed: bool) -> Tensor:
+    """Return a weight, of a width by `fp8.fits`, in e4m3: (out, in), or (in, out)."""
     rows, columns = weight.shape
     shape = (columns, rows) if transposed else (rows, columns)
-    out = torch.empty(shape, dtype=E4M3, device=weight.packed.device)
+    out = torch.empty(shape, dtype=E4M3, device=scales.device)
+    grid = ceil_div(rows, ROWS), ceil_div(columns, COLUMNS)
+    if isinstance(weight, Tensor):
+        _eighth_of_plain[grid](
+            weight, scales, out, rows, columns, *weight.stride(),
+            TRANSPOSED=transposed, ROWS=ROWS, COLUMNS=COLUMNS,
+        )  # fmt: skip
+        return out
     nested = weight.nested
     # without double quantisation three arguments are placeholders that nothing reads
     inner = nested or weight
-    _eighth[(ceil_div(rows, ROWS), ceil_div(columns, COLUMNS))](
+    _eighth[grid](
         weight.packed.view(torch.int32), weight.code, weight.absmax, inner.absmax, inner.code,
         weight.code if nested is None else nested.offset, scales, out, rows, columns,
         BLOCK=weight.blocksize, OUTER=1 if nested is None else nested.blocksize,
@@ -86,6 +93,25 @@ def _eighth(
     half = (bits[:, :, None] >> ((tl.arange(0, 8) ^ 1) * 4)[None, None, :]) & 15
     value = (tl.load(code + half) * scale[:, :, None]).reshape(ROWS, COLUMNS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    _write(out, value, row, column, rows, columns, TRANSPOSED)
+
+
+@triton.jit
+def _eighth_of_plain(
+    weight, scales, out, rows, columns, row_stride, column_stride,
+    TRANSPOSED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    at = row.to(tl.int64)[:, None] * row_stride + column.to(tl.int64)[None, :] * column_stride
+    scale = tl.load(scales + row, mask=row < rows, other=1.0)[:, None]
+    value = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32) / scale
+    _write(out, value, row, column, rows, columns, TRANSPOSED)
+
+
+@triton.jit
+def _write(out, value, row, column, rows, columns, TRANSPOSED: tl.constexpr):
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     if TRANSPOSED:
         at = column.to(tl.int64)[None, :] * rows + row[:, None]

@@ -16,8 +16,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from raytune_ft.kernels.linear import reserve
-from raytune_ft.model.fastpath import attention, blocks, linears
+from raytune_ft.errors import ModelError
+from raytune_ft.kernels.linear import Base, reserve
+from raytune_ft.model.fastpath import attention, blocks, eighths, linears
 from raytune_ft.model.fastpath.lane import turn_back, turn_into
 from raytune_ft.model.fastpath.proof import differing, make_of
 from raytune_ft.model.loss import causal_model
@@ -38,6 +39,8 @@ class Report:
     """All attention takes the bounds of segments, so that no mask is needed."""
     drops: bool = False
     """Adapters have dropout, which one seed per batch serves."""
+    eighths: tuple[str, ...] = ()
+    """Lines about what multiplies in float8."""
 
     @property
     def is_on(self) -> bool:
@@ -53,7 +56,7 @@ class Report:
         """Return the report for a log; nothing if the fast path is off."""
         known = ", ".join(f"{count} {kind}" for kind, count in self.counts.items() if count)
         first = [f"fast path: {known}"] if known else []
-        return [*first, *(f"fast path: not {line}" for line in self.plain)]
+        return [*first, *self.eighths, *(f"fast path: not {line}" for line in self.plain)]
 
 
 OFF = Report()
@@ -72,6 +75,7 @@ def install(
     *,
     sharded: bool = False,
     resident: bool = False,
+    compute: str = "auto",
 ) -> Report:
     """Let a model's modules compute in their fast form where that is the same mathematics.
 
@@ -81,16 +85,28 @@ def install(
         wanted: `model.fast_path` of the recipe.
         sharded: ZeRO-3 will part its weights.
         resident: keep NF4 weights unpacked beside the packed ones.
+        compute: `model.compute` of the recipe; `fp8` wants the fast path on a CPU as well.
+
+    Raises:
+        ModelError: float8 is asked for and nothing of this model would multiply so.
     """
-    if not (device.type == "cuda" if wanted == "auto" else wanted):
+    in_fp8 = compute == "fp8"
+    if not in_fp8 and not (device.type == "cuda" if wanted == "auto" else wanted):
         return OFF
     network = causal_model(model)
     refused = _refusal(network, sharded=sharded)
+    if refused is not None and in_fp8:
+        raise ModelError(f"model.compute 'fp8' does nothing here: {refused}; leave it out")
     if refused is not None:
         return Report(plain=(f"this model: {refused}",))
-    installer = _Installer(network, resident=resident)
+    installer = _Installer(network, resident=resident and not in_fp8)
     installer.run()
-    return installer.report()
+    bases = installer.bases()
+    said: tuple[str, ...] = ()
+    if in_fp8:  # behind the proof, whose bounds are those of the same mathematics
+        said = eighths.into_fp8(bases, resident=resident)
+    reserve([base for base in bases if base.eighths is None])
+    return installer.report(said)
 
 
 def _refusal(network: Any, *, sharded: bool) -> str | None:
@@ -138,15 +154,18 @@ class _Installer:
             self._layer(layer)
         self._lone_linears()
         self._prove()
-        reserve([module.__dict__[linears.PART].base for module in self._linears()])
 
-    def report(self) -> Report:
+    def bases(self) -> list[Base]:
+        """Return the frozen weights that compute in their fast form."""
+        return [module.__dict__[linears.PART].base for module in self._linears()]
+
+    def report(self, in_fp8: tuple[str, ...] = ()) -> Report:
         counts = Counter(self.fast.values())
         kinds = ("layers", "attention", "mlp", "norms", "linear")
         packed = counts["attention"] == len(self.layers)
         drops = any(linears.has_dropout(module) for module in self._linears())
         found = {kind: counts[kind] for kind in kinds}
-        return Report(found, tuple(self._plain_lines()), packed, drops)
+        return Report(found, tuple(self._plain_lines()), packed, drops, in_fp8)
 
     def _take(self, module: nn.Module, kind: str, form: type | None, **attributes: Any) -> None:
         for name, value in attributes.items():

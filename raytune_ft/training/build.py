@@ -13,6 +13,7 @@ from raytune_ft.config.schema import Recipe
 from raytune_ft.config.zero import stage_of
 from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
 from raytune_ft.model import adapter, beginnings, fast, loading, new_tokens, noise
+from raytune_ft.model.fastpath import eighths
 from raytune_ft.model.preference import build_loss
 from raytune_ft.training import presets
 from raytune_ft.training.batching import TensorBatch
@@ -44,7 +45,11 @@ def build_engine(
         run: folder in which an adapter's beginning is kept, and looked for.
         begin: trained weights, as `load_from.prepare` found them.
         resident: whether the fast path keeps NF4 weights unpacked beside the packed ones.
+
+    Raises:
+        ModelError: `model.compute: fp8` where the device or every layer refuses it.
     """
+    eighths.check(recipe.model.compute, device)
     head_trained = recipe.model.method == "full" or adapter.trains_head(recipe.lora)
     folder = Path(begin.path) if begin and begin.kind == "model" else model_folder
     model: Any = loading.load_model(folder, recipe.model, device, head_trained=head_trained)
@@ -65,7 +70,10 @@ def build_engine(
     dtype = loading.compute_dtype(recipe.model, device)
     config = presets.resolve(recipe, dtype, on_gpu=device.type == "cuda")
     sharded = config is not None and stage_of(config) == 3
-    report = fast.install(model, device, recipe.model.fast_path, sharded=sharded, resident=resident)
+    report = fast.install(
+        model, device, recipe.model.fast_path, sharded=sharded, resident=resident,
+        compute=recipe.model.compute,
+    )  # fmt: skip
     module, ratio = build_loss(model, recipe.train, report), recipe.lora.loraplus_lr_ratio
     if recipe.train.neftune_noise_alpha is not None:
         noise.install(module, model, recipe.train.neftune_noise_alpha)

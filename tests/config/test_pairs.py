@@ -58,6 +58,30 @@ REFUSED: dict[str, tuple[list[str], str, list[str]]] = {
         ["lora.use_dora=true", "train.deepspeed=zero3"], "use zero2",
         ["lora.use_dora=true", "train.deepspeed=zero2"],
     ),
+    "float8 of trained weights": (
+        ["model.compute=fp8", "model.method=full"], "or set model.method: lora",
+        ["model.compute=fp8", "model.method=lora"],
+    ),
+    "float8 off the fast path": (
+        ["model.compute=fp8", "model.fast_path=false"], "leave model.fast_path out",
+        ["model.compute=fp8", "model.fast_path=true"],
+    ),
+    "float8 of int8": (
+        ["model.compute=fp8", "model.quantization=int8"], "set model.quantization: nf4, or none",
+        ["model.compute=fp8", "model.quantization=nf4"],
+    ),
+    "float8 beside float16": (
+        ["model.compute=fp8", "model.dtype=float16"], "use auto",
+        ["model.compute=fp8", "model.dtype=bfloat16"],
+    ),
+    "float8 and DoRA": (
+        ["model.compute=fp8", "lora.use_dora=true"], "leave one out",
+        ["model.compute=fp8", "lora.use_rslora=true"],
+    ),
+    "float8 under stage 3": (
+        ["model.compute=fp8", "train.deepspeed=zero3"], "use zero2",
+        ["model.compute=fp8", "train.deepspeed=zero2_offload"],
+    ),
     "new tokens under stage 3": (
         ["model.new_tokens=['<|note|>']", "train.deepspeed=zero3"], "use zero2",
         ["model.new_tokens=['<|note|>']", "train.deepspeed=zero2"],

@@ -16,7 +16,7 @@ from raytune_ft.training.saving import identity
 
 FIXED_BY_SECTION = {
     "model": (
-        "path dtype quantization double_quant template eos_token method fast_path load_from "
+        "path dtype quantization double_quant template eos_token method fast_path compute load_from "
         "new_tokens"
     ),
     "lora": (

@@ -51,7 +51,7 @@ FIELDS: dict[Effect, frozenset[str]] = {
         | {"chat_eval.temperature", "chat_eval.top_p", "run.collective_timeout"}
         | {"lora.init_lora_weights", "lora.loraplus_lr_ratio", "model.load_from"}
         | {"train." + name for name in ("beta", "loss_spike", "neftune_noise_alpha", "on_oom")}
-        | {"model." + name for name in ("double_quant", "dtype", "fast_path")}
+        | {"model." + name for name in ("compute", "double_quant", "dtype", "fast_path")}
         | {"model.gradient_checkpointing"}
         | {"model.method", "model.quantization"}
         | {"lora." + name for name in ("alpha", "bias", "dropout", "modules_to_save", "r")}

@@ -36,6 +36,7 @@ ADDED_LATER: dict[str, object] = {
     "model.load_from": None,
     "model.new_tokens": [],
     "model.fast_path": "auto",
+    "model.compute": "auto",
     "lora.init_lora_weights": True,
     "lora.loraplus_lr_ratio": None,
     "train.objective": "sft",
