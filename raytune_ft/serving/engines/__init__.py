@@ -1,0 +1,46 @@
+"""The engines behind the endpoint: options in, one ChatEngine out.
+
+`build` is the only way to one, so that the endpoint knows none of them by name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from raytune_ft.serving.engine import ChatEngine, EmbeddedEngine
+
+EngineName = Literal["auto", "embedded", "vllm"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """What decides how a model is served."""
+
+    path: str
+    """Run folder, adapter, model folder, or `smollm2-135m-instruct`."""
+    bits: int | None = None
+    """4, 8, 16 or 32; none: the precision that training saw."""
+    engine: EngineName = "auto"
+    max_waiting: int = 16
+    """Requests that may wait beside those being answered."""
+    slots: int | None = None
+    """Requests that are answered at a time; none: by the device."""
+    kv_gib: float | None = None
+    """GiB for keys and values; none: by the device."""
+    adapters: str | None = None
+    """A folder of run folders or adapter folders, served by their names."""
+    max_adapters: int = 4
+    """Adapters of that folder in memory at once."""
+
+
+def build(options: EngineOptions) -> ChatEngine:
+    """Load a model and return the engine that answers with it.
+
+    Raises:
+        CheckpointError, ModelError, RecipeError: one line that names the path.
+        ServeError: an engine that is asked for is not installed.
+    """
+    from raytune_ft.chat.model import open_chat
+
+    return EmbeddedEngine(open_chat(options.path, options.bits), options.max_waiting)
