@@ -37,6 +37,7 @@ def attend(
     window: int | None = None,
     alibi_slopes: Tensor | None = None,
     mask: Tensor | None = None,
+    dropout: float = 0.0,
 ) -> Tensor:
     """Let each token attend to the earlier tokens of its own segment, itself included.
 
@@ -55,6 +56,8 @@ def attend(
         alibi_slopes: (H,), added to the scores times (key index - query index).
         mask: what `mask_of` makes of the same arguments, for the ways that need one; None makes
             it anew.
+        dropout: probability with which a weight of a key is dropped, drawn from torch's own
+            generator; 0 while evaluating.
 
     Returns:
         (B, L, H, D), contiguous, as transformers' attention functions do.
@@ -65,10 +68,10 @@ def attend(
             mask = mask_of(
                 rows, length, cu_seqlens, q.dtype, window=window, alibi_slopes=alibi_slopes
             )
-        return reference_attend(q, k, v, mask, scale=scale)
+        return reference_attend(q, k, v, mask, scale=scale, dropout=dropout)
     if _are_whole(rows, cu_seqlens, max_seqlen, window):
-        return _whole_rows(q, k, v, scale)
-    return _by_bounds(q, k, v, cu_seqlens, max_seqlen, scale, window)
+        return _whole_rows(q, k, v, scale, dropout)
+    return _by_bounds(q, k, v, cu_seqlens, max_seqlen, scale, window, dropout)
 
 
 def needs_mask(
@@ -141,23 +144,27 @@ def mask_of(
     return mask
 
 
-def reference_attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, scale: float) -> Tensor:
+def reference_attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, scale: float, dropout: float = 0.0
+) -> Tensor:
     """Do what `attend` does by torch's scaled dot products with a mask (B, 1 or H, L, L)."""
     k, v = _for_every_query(q, k, v)
-    found = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    found = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, scale=scale, dropout_p=dropout
+    )
     return found.transpose(1, 2).contiguous()
 
 
-def _whole_rows(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def _whole_rows(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float) -> Tensor:
     kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    if q.shape[2] % CUDNN_STEP == 0:
+    if q.shape[2] % CUDNN_STEP == 0 and not dropout:
         kernels.insert(0, SDPBackend.CUDNN_ATTENTION)
     if not _takes_bounds(q):  # nor groups: torch would write the scores down
         k, v = _for_every_query(q, k, v)
     arguments: dict[str, Any] = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
     with sdpa_kernel(kernels, set_priority=True):
         found = torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=scale, **arguments
+            q, k, v, is_causal=True, scale=scale, dropout_p=dropout, **arguments
         )
     return found.transpose(1, 2).contiguous()
 
@@ -170,6 +177,7 @@ def _by_bounds(
     max_seqlen: int,
     scale: float,
     window: int | None,
+    dropout: float,
 ) -> Tensor:
     rows, heads, length, width = q.shape
     ends = (x.transpose(1, 2).reshape(rows * length, x.shape[1], width) for x in (q, k, v))
@@ -181,7 +189,7 @@ def _by_bounds(
         cu_seqlens,
         max_seqlen,
         max_seqlen,
-        0.0,
+        dropout,
         True,
         False,
         scale=scale,

@@ -105,7 +105,7 @@ class RmsNorm(torch.autograd.Function):
         dtype = x.dtype if offset else torch.promote_types(x.dtype, weight.dtype)
         y = torch.empty_like(x, dtype=dtype)
         scale = torch.empty(n_rows, dtype=torch.float32, device=x.device)
-        shape = _shape(width)
+        shape = shape_of(width)
         _forward_kernel[(triton.cdiv(n_rows, shape["ROWS"]),)](
             x, x if added is None else added, weight, y, total, scale, n_rows, width, eps, offset,
             ADDS=added is not None, OFFSETS=offset != 0, **shape,
@@ -124,7 +124,7 @@ class RmsNorm(torch.autograd.Function):
         dy = dy.contiguous()
         dtotal = None if dtotal is None else dtotal.contiguous()
         dx = torch.empty_like(total)
-        shape = _shape(total.shape[-1])
+        shape = shape_of(total.shape[-1])
         trains = ctx.needs_input_grad[2]
         n_rows = len(scale)
         programs = triton.cdiv(n_rows, shape["ROWS"])
@@ -139,7 +139,8 @@ class RmsNorm(torch.autograd.Function):
         return dx, dx if ctx.adds else None, dweight, None, None
 
 
-def _shape(width: int) -> dict[str, int]:
+def shape_of(width: int) -> dict[str, int]:
+    """Return how programs are laid out for rows of some width."""
     block = triton.next_power_of_2(width)
     rows = max(1, TILE // block)
     return {"ROWS": rows, "BLOCK": block, "num_warps": min(16, max(4, rows * block // 512))}

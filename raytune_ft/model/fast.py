@@ -147,7 +147,9 @@ class _Installer:
         for norm in self.network.modules():
             form = blocks.norm_form(norm)
             if form is not None:
-                self._take(norm, "norms", blocks.FastNorm, **{blocks.NORM: form})
+                self._take(
+                    norm, "norms", None if form.centred else blocks.FastNorm, **{blocks.NORM: form}
+                )
         for layer in self.layers:
             self._attention(layer)
             self._mlp(layer)
@@ -240,11 +242,9 @@ class _Installer:
 
     def _put_back(self, module: nn.Module) -> None:
         names = (attention.FORM, blocks.LAYER, blocks.MLP, blocks.NORM, linears.PART)
-        has_form = linears.PART not in module.__dict__ or linears.is_lora(module)
         for name in names:
             module.__dict__.pop(name, None)
-        if has_form:
-            turn_back(module)
+        turn_back(module)
 
     def _plain_lines(self) -> Iterator[str]:
         """Yield a line for each reason, with the names that have it."""

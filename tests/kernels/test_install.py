@@ -34,7 +34,6 @@ BIG = ("baichuan2-7b", "qwen-aug")
 """Of the same network as another family here."""
 KINDS = ("layers", "attention", "mlp", "norms", "linear")
 PARTLY = {
-    "starcoder": ("norms", "layers", "attention", "mlp"),
     "Mixtral": ("mlp",),
 }
 """What has no fast form in a family."""
@@ -75,6 +74,25 @@ def test_nf4_bases_compute_the_same(family: str, folder: Path) -> None:
         model = with_adapter(network(family, folder, quantization="nf4"))
         found.append(train(finish(model, fast), 4))
     assert found[1] == pytest.approx(found[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("which", [0, 2])
+@pytest.mark.parametrize("family", ["Llama", "starcoder"])
+def test_weights_of_keys_drop_the_same(family: str, which: int, folder: Path) -> None:
+    """Torch's generator gives both ways the same numbers, with and without a mask."""
+    found = []
+    for fast in (False, True):
+        model = with_adapter(network(family, folder))
+        for block in (m for m in model.modules() if type(m).__name__.endswith("Attention")):
+            block.attention_dropout = block.attn_dropout = 0.4
+        one = finish(model, fast)
+        torch.manual_seed(0)
+        value = batches()[which].loss(one[1])
+        value.backward()
+        found.append((value.item(), gradients(model)))
+    assert one[2].packed
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-5)
+    assert least_cosine(found[1][1], found[0][1]) > 0.99999
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

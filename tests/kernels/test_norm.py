@@ -9,6 +9,7 @@ import torch
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from raytune_ft.kernels.layer_norm import add_layer_norm
 from raytune_ft.kernels.norm import add_rms_norm, rms_norm
 from tests.kernels.gradients import (
     Tensor,
@@ -113,3 +114,26 @@ def test_rounds_where_transformers_does(
 
     assert got.dtype == expected.dtype
     assert relative_error(got, expected) <= PLACE[way]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("shape", [(3, 2, 37), (67, 100)])
+def test_layer_norm_of_a_sum_and_its_gradients(
+    shape: tuple[int, ...], biased: bool, dtype: torch.dtype
+) -> None:
+    """Far from 0, where a variance of mean squares would cancel; nothing of the rows' ends."""
+    x, residual, weight = _numbers(*shape, dtype=dtype)
+    inputs = [x + 3, residual, weight, *([weight.flip(0)] if biased else [])]
+
+    def ours(x: Tensor, r: Tensor, w: Tensor, b: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return add_layer_norm(x, r, w, b, EPS)
+
+    def exact(x: Tensor, r: Tensor, w: Tensor, b: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        total = x + r
+        centred = total - total.mean(-1, keepdim=True)
+        y = centred / (centred.square().mean(-1, keepdim=True) + EPS).sqrt() * w
+        return y if b is None else y + b, total
+
+    got = outputs_and_gradients(ours, inputs)
+    assert_near(got, outputs_and_gradients(exact, inputs, torch.float64), TOLERANCES[dtype] * 2)

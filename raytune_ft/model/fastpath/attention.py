@@ -65,6 +65,8 @@ class Form:
     """Tokens that one sees, itself included."""
     slopes: torch.Tensor | None
     """(H,): biases by distance instead of rotary positions."""
+    dropout: float
+    """Of the weights of keys, in training."""
 
 
 class FastAttention:
@@ -85,6 +87,7 @@ class FastAttention:
         found = attend(
             q, k, v, packed.cu_seqlens, packed.max_seqlen, scale=form.scale, window=form.window,
             alibi_slopes=form.slopes, mask=packed.mask(q, form.window, form.slopes),
+            dropout=form.dropout if self.training else 0.0,
         )  # fmt: skip
         together = found.reshape(*hidden_states.shape[:-1], -1)
         result = outputs([getattr(self, form.kind.output)], together)[0]
@@ -124,13 +127,11 @@ def form_of(block: Any, config: Any, slopes: list[float] | None) -> Form | str:
     if slopes is not None:
         device = getattr(block, kind.output).weight.device
         biases = torch.tensor(slopes, dtype=torch.float32, device=device)
-    return Form(kind, [queries, keys, keys], block.scaling, window_of(block, config), biases)
+    window, dropout = window_of(block, config), _dropout(block)
+    return Form(kind, [queries, keys, keys], block.scaling, window, biases, dropout)
 
 
 def _refusal(block: Any, config: Any) -> str | None:
-    dropout = getattr(block, "attention_dropout", getattr(block, "attn_dropout", 0.0))
-    if dropout:
-        return f"dropout {dropout} of attention weights"
     if getattr(block, "attn_logit_softcapping", None) is not None:
         return "capped attention scores"
     if not block.is_causal or getattr(block, "is_cross_attention", False):
@@ -138,6 +139,11 @@ def _refusal(block: Any, config: Any) -> str | None:
     if type(block).__name__ == "GPTBigCodeAttention" and not block.multi_query:
         return "queries, keys and values are interleaved"
     return None
+
+
+def _dropout(block: Any) -> float:
+    found = getattr(block, "attention_dropout", getattr(block, "attn_dropout", 0.0))
+    return float(found or 0.0)
 
 
 def _key_heads(block: Any, config: Any) -> int:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from raytune_ft.kernels.layer_norm import add_layer_norm
 from raytune_ft.kernels.norm import add_rms_norm, rms_norm
 from raytune_ft.kernels.swiglu import Activation, fused_swiglu, swiglu
 from raytune_ft.model.fastpath.lane import LANE, Packed
@@ -44,8 +45,10 @@ class NormForm:
     """Numbers of a norm."""
 
     eps: float
-    offset: float
+    offset: float = 0.0
     """That its weights lack."""
+    centred: bool = False
+    """A LayerNorm; alone it keeps torch's own form, which is one launch."""
 
 
 class FastNorm:
@@ -60,28 +63,42 @@ class FastNorm:
 
 
 def norm_form(norm: Any) -> NormForm | None:
-    """Return the numbers of an RMSNorm of a known class."""
+    """Return the numbers of a norm of a known class."""
     if type(norm).__name__ in LLAMA_NORMS:
-        return NormForm(norm.variance_epsilon, 0.0)
+        return NormForm(norm.variance_epsilon)
     if type(norm).__name__ in GEMMA_NORMS:
         return NormForm(norm.eps, 1.0)
+    if type(norm) is nn.LayerNorm and norm.weight is not None and norm.weight.ndim == 1:
+        return NormForm(norm.eps, centred=True)
     return None
+
+
+def _add_norm(
+    norm: Any, x: torch.Tensor, residual: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the normed sum, and the sum."""
+    form: NormForm = getattr(norm, NORM)
+    if form.centred:
+        return add_layer_norm(x, residual, norm.weight, norm.bias, form.eps)
+    return add_rms_norm(x, residual, norm.weight, form.eps, offset=form.offset)
 
 
 @dataclass(frozen=True)
 class MlpForm:
-    """Layers of a gated MLP."""
+    """Layers of an MLP."""
 
     inputs: tuple[str, ...]
-    """Gate and up, or both in one."""
-    activation: Activation
+    """Gate and up, or both in one, or the first of two without a gate."""
+    activation: Activation | None
+    """Of the gate; None where there is none: its own module is one launch."""
+    output: str = "down_proj"
 
 
 class FastMlp:
-    """Form of a gated MLP."""
+    """Form of an MLP."""
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-        """Return down(act(gate(x)) * up(x))."""
+        """Return down(act(gate(x)) * up(x)), or down(act(up(x))) and its dropout."""
         if not LANE.is_fast:
             return super().forward(x)  # type: ignore[misc, no-any-return]
         if x.shape[:-1].numel() > LONG and torch.is_grad_enabled():
@@ -91,11 +108,13 @@ class FastMlp:
     def _fast_forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         form: MlpForm = getattr(self, MLP)
         found = outputs([getattr(self, name) for name in form.inputs], x)
+        if form.activation is None:
+            return self.dropout(outputs([getattr(self, form.output)], self.act(found[0]))[0])  # type: ignore[no-any-return]
         if len(found) == 1:
             middle = fused_swiglu(found[0], activation=form.activation)
         else:
             middle = swiglu(found[0], found[1], activation=form.activation)
-        return outputs([self.down_proj], middle)[0]
+        return outputs([getattr(self, form.output)], middle)[0]
 
 
 def _tiled(mlp: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
@@ -116,7 +135,9 @@ def _tiled(mlp: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torc
 
 
 def mlp_form(mlp: Any) -> MlpForm | str:
-    """Return a gated MLP's fast form, or why it has none."""
+    """Return an MLP's fast form, or why it has none."""
+    if type(mlp).__name__ == "GPTBigCodeMLP":
+        return MlpForm(("c_fc",), None, "c_proj")
     if type(mlp).__name__ not in MLPS:
         return f"{type(mlp).__name__} has no fast form"
     act = getattr(mlp, "act_fn", None) or mlp.activation_fn
@@ -129,16 +150,18 @@ def mlp_form(mlp: Any) -> MlpForm | str:
 
 def mlp_linears(mlp: nn.Module, form: MlpForm) -> list[nn.Module]:
     """Return an MLP's linear layers."""
-    return [getattr(mlp, name) for name in (*form.inputs, "down_proj")]
+    return [getattr(mlp, name) for name in (*form.inputs, form.output)]
 
 
 @dataclass(frozen=True)
 class LayerForm:
-    """Names of a decoder layer's norms beside the one in front of attention."""
+    """Names of a decoder layer's attention and norms."""
 
     before_mlp: str = "post_attention_layernorm"
     after_attention: str | None = None
     after_mlp: str | None = None
+    attention: str = "self_attn"
+    before_attention: str = "input_layernorm"
 
 
 LAYERS = {
@@ -153,6 +176,7 @@ LAYERS = {
 LAYERS["Glm4DecoderLayer"] = LayerForm(
     "post_attention_layernorm", "post_self_attn_layernorm", "post_mlp_layernorm"
 )
+LAYERS["GPTBigCodeBlock"] = LayerForm("ln_2", attention="attn", before_attention="ln_1")
 
 
 class FastLayer:
@@ -161,7 +185,7 @@ class FastLayer:
     def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return the layer's output (B, L, width)."""
         packed: Packed | None = kwargs.get("packed")
-        if packed is None or args:
+        if packed is None or any(one is not None for one in (*args, kwargs.get("layer_past"))):
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc, no-any-return]
         with LANE.within(packed):
             return self._fast_forward(hidden_states, kwargs)  # type: ignore[no-any-return]
@@ -170,12 +194,11 @@ class FastLayer:
         self: Any, hidden_states: torch.Tensor, kwargs: dict[str, Any]
     ) -> torch.Tensor:
         form: LayerForm = getattr(self, LAYER)
-        found, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+        normed = getattr(self, form.before_attention)(hidden_states)
+        found, _ = getattr(self, form.attention)(hidden_states=normed, **kwargs)
         if form.after_attention is not None:
             found = getattr(self, form.after_attention)(found)
-        norm = getattr(self, form.before_mlp)
-        of: NormForm = getattr(norm, NORM)
-        normed, total = add_rms_norm(found, hidden_states, norm.weight, of.eps, offset=of.offset)
+        normed, total = _add_norm(getattr(self, form.before_mlp), found, hidden_states)
         found = self.mlp(normed)
         if form.after_mlp is not None:
             found = getattr(self, form.after_mlp)(found)
@@ -191,4 +214,6 @@ def layer_form(layer: Any) -> LayerForm | str:
         p = getattr(getattr(layer, name, None), "p", 0.0)
         if p:
             return f"dropout {p} of the residual stream"
+    if hasattr(layer, "crossattention"):
+        return "attention to another sequence"
     return form if hasattr(getattr(layer, form.before_mlp), NORM) else "norms without a fast form"

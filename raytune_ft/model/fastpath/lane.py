@@ -101,5 +101,6 @@ def turn_into(module: nn.Module, form: type) -> None:
 
 
 def turn_back(module: nn.Module) -> None:
-    """Give a module that `turn_into` changed its own class again."""
-    module.__class__ = type(module).__mro__[2]
+    """Give a module its own class again, if `turn_into` changed it."""
+    if type(module) in _joined.values():
+        module.__class__ = type(module).__mro__[2]
