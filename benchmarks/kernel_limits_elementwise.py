@@ -28,7 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from raytune_ft.kernels import attention
-from raytune_ft.kernels.cross_entropy import losses_and_gradient
+from raytune_ft.kernels.cross_entropy import losses_and_gradient, write_hidden_gradient
 from raytune_ft.kernels.launch import has_triton
 from raytune_ft.kernels.norm import add_rms_norm, rms_norm
 from raytune_ft.kernels.rope import rope
@@ -215,7 +215,7 @@ def heads(shape: Shape, moved: float) -> None:
         for block, warps in PROGRAMS if has_triton(logits) else ():
             from raytune_ft.kernels import cross_entropy_triton as loss
 
-            call = partial(loss.losses_and_gradient, *given, block, warps)
+            call = partial(loss.losses_and_gradient, *given, None, block, warps)
             measure("loss", f"{block} words, {warps} warps", call, shape, ideal, rows=chunk)
 
         def whole(chunk: int = chunk, products_only: bool = False) -> None:
@@ -224,7 +224,7 @@ def heads(shape: Shape, moved: float) -> None:
                 logits = nn.functional.linear(hidden[part], weight)
                 if not products_only:
                     losses_and_gradient(logits, targets[part])
-                torch.mm(logits, weight, out=gradient[part])
+                write_hidden_gradient(logits, weight, gradient[part])
 
         told = {"tokens": tokens, "rows": chunk}
         few = Shape(repeats=max(1, shape.repeats // 4))

@@ -16,13 +16,14 @@ from raytune_ft.kernels.launch import accumulator, has_triton
 Tensor = torch.Tensor
 
 
-def losses_and_gradient(logits: Tensor, targets: Tensor) -> Tensor:
+def losses_and_gradient(logits: Tensor, targets: Tensor, cap: float | None = None) -> Tensor:
     """Return the losses, and write each loss's gradient over its row of logits.
 
     Args:
         logits: (T, V), contiguous rows, bfloat16, float16, float32 or float64; overwritten. Must
             not be part of an autograd graph.
         targets: (T,), int64, each in 0..V-1.
+        cap: softmax reads `capped(logits, cap)`; the gradient is still that of the logits.
 
     Returns:
         (T,) in float32, in float64 for float64 logits.
@@ -30,19 +31,28 @@ def losses_and_gradient(logits: Tensor, targets: Tensor) -> Tensor:
     if has_triton(logits) and logits.dtype is not torch.float64:
         from raytune_ft.kernels import cross_entropy_triton
 
-        return cross_entropy_triton.losses_and_gradient(logits, targets)
-    return reference_losses_and_gradient(logits, targets)
+        return cross_entropy_triton.losses_and_gradient(logits, targets, cap)
+    return reference_losses_and_gradient(logits, targets, cap)
+
+
+def capped(logits: Tensor, cap: float | None) -> Tensor:
+    """Return logits squeezed into -cap..cap by cap * tanh(logits / cap), as Gemma 2 has them."""
+    return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
 @torch.no_grad()
-def reference_losses_and_gradient(logits: Tensor, targets: Tensor) -> Tensor:
+def reference_losses_and_gradient(
+    logits: Tensor, targets: Tensor, cap: float | None = None
+) -> Tensor:
     """Do what `losses_and_gradient` does by torch's own operators."""
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    wide = capped(logits.to(torch.promote_types(logits.dtype, torch.float32)), cap)
     normaliser = wide.logsumexp(-1, keepdim=True)
     index = targets.unsqueeze(1)
     losses = (normaliser - wide.gather(1, index)).squeeze(1)
     gradient = (wide - normaliser).exp()
     gradient.scatter_add_(1, index, gradient.new_full(index.shape, -1.0))
+    if cap is not None:
+        gradient *= 1 - (wide / cap).square()
     logits.copy_(gradient)
     return losses
 

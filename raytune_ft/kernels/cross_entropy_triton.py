@@ -22,20 +22,29 @@ WARPS = 8
 
 
 @triton.jit
+def _bent(x, cap, CAPS: tl.constexpr):
+    if CAPS:
+        x = cap * (2 * tl.sigmoid(2 * x / cap) - 1)
+    return x
+
+
+@triton.jit
 def _cross_entropy_kernel(
-    logits_ptr, targets_ptr, losses_ptr, row_stride, words: tl.constexpr, BLOCK: tl.constexpr
+    logits_ptr, targets_ptr, losses_ptr, row_stride, cap, words: tl.constexpr,
+    CAPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * row_stride
     target = tl.load(targets_ptr + row)
     # read before the loops: the second one writes over it
-    wanted = tl.load(logits_ptr + target).to(tl.float32)
+    wanted = _bent(tl.load(logits_ptr + target).to(tl.float32), cap, CAPS)
     highest = -float("inf")
     total = 0.0
     for start in range(0, words, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         x = tl.load(logits_ptr + columns, mask=columns < words, other=-float("inf"))
-        x = x.to(tl.float32)
+        # a capped -inf would be a number
+        x = tl.where(columns < words, _bent(x.to(tl.float32), cap, CAPS), -float("inf"))
         higher = tl.maximum(highest, tl.max(x, axis=0))
         total = total * tl.exp(highest - higher) + tl.sum(tl.exp(x - higher), axis=0)
         highest = higher
@@ -45,12 +54,19 @@ def _cross_entropy_kernel(
         columns = start + tl.arange(0, BLOCK)
         inside = columns < words
         x = tl.load(logits_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+        x = _bent(x, cap, CAPS)
         gradient = tl.exp(x - normaliser) - tl.where(columns == target, 1.0, 0.0)
+        if CAPS:
+            gradient *= 1 - (x / cap) * (x / cap)
         tl.store(logits_ptr + columns, gradient.to(logits_ptr.dtype.element_ty), mask=inside)
 
 
 def losses_and_gradient(
-    logits: Tensor, targets: Tensor, largest_block: int = LARGEST_BLOCK, warps: int = WARPS
+    logits: Tensor,
+    targets: Tensor,
+    cap: float | None = None,
+    largest_block: int = LARGEST_BLOCK,
+    warps: int = WARPS,
 ) -> Tensor:
     """Launch one program per row of logits (T, V); see `cross_entropy.losses_and_gradient`.
 
@@ -61,6 +77,7 @@ def losses_and_gradient(
     if n_rows:
         block = min(largest_block, triton.next_power_of_2(words))
         _cross_entropy_kernel[(n_rows,)](
-            logits, targets, losses, logits.stride(0), words=words, BLOCK=block, num_warps=warps
-        )
+            logits, targets, losses, logits.stride(0), cap or 1.0,
+            words=words, CAPS=cap is not None, BLOCK=block, num_warps=warps,
+        )  # fmt: skip
     return losses

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from raytune_ft.config.estimates.footprint import LOGIT_ROWS
 from raytune_ft.errors import ModelError
-from raytune_ft.kernels.cross_entropy import losses_and_gradient, write_hidden_gradient
+from raytune_ft.kernels.cross_entropy import capped, losses_and_gradient, write_hidden_gradient
 from raytune_ft.kernels.dropout import draw_seed
 from raytune_ft.model.fastpath.lane import LANE, Packed
 
@@ -34,6 +34,9 @@ FUSED_ROWS = 2 * LOGIT_ROWS
 # Configuration values by which families change their logits after the head.
 CAPS = ("final_logit_softcapping", "output_logit_soft_cap", "logits_soft_cap")
 SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
+
+CAPPED_HEADS = ("Gemma2ForCausalLM", "Gemma3ForCausalLM")
+"""Networks whose logits are the head's output, capped by the first of these values alone."""
 
 KINDS = ("full_attention", "sliding_attention")
 """What transformers calls layers that attend to all of a segment, or to its last tokens."""
@@ -51,6 +54,7 @@ class TokenLoss(nn.Module):
         self.fast = fast
         config = causal_model(model).config.get_text_config()
         self._plain_head = has_plain_head(config)
+        self._cap = head_cap(causal_model(model))
         self._attention = Attention(config)
 
     def forward(
@@ -108,11 +112,12 @@ class TokenLoss(nn.Module):
         }
         model = causal_model(self.model)
         with LANE.entered():
-            if self._plain_head:
+            if self._plain_head or (self._fused and self._cap is not None):
                 hidden = model.base_model(**inputs).last_hidden_state
                 hidden = hidden.flatten(0, 1).index_select(0, places)
                 head = model.get_output_embeddings()
-                return head_losses(head, hidden, targets, fused=self._fused), keep
+                fused, cap = self._fused, self._cap
+                return head_losses(head, hidden, targets, fused=fused, cap=cap), keep
             return cross_entropies(model(**inputs, logits_to_keep=at).logits, targets), keep
 
     @property
@@ -219,6 +224,13 @@ def has_plain_head(config: Any) -> bool:
     return not (capped or scaled)
 
 
+def head_cap(network: Any) -> float | None:
+    """Return the bound of logits of a network that does nothing else to them; None without."""
+    cap: float | None = getattr(network.config.get_text_config(), CAPS[0], None)
+    known = type(network).__name__ in CAPPED_HEADS
+    return cap if known and type(network).__module__.startswith("transformers.models.") else None
+
+
 def predicted(labels: torch.Tensor, segment_ids: torch.Tensor) -> torch.Tensor:
     """Mark positions (B, L - 1) whose next token is labelled and of the same segment."""
     inside = (segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, 1:] >= 0)
@@ -234,20 +246,26 @@ def bounds_of(segment_ids: torch.Tensor) -> torch.Tensor:
 
 
 def head_losses(
-    head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor, *, fused: bool = False
+    head: nn.Module,
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    fused: bool = False,
+    cap: float | None = None,
 ) -> torch.Tensor:
     """Return the cross entropies (T,) of `head(hidden)`, hidden (T, H), against `targets` (T,).
 
-    `fused` makes the gradient of a plain frozen head without autograd, in the logits' memory.
+    `fused` makes the gradient of a plain frozen head without autograd, in the logits' memory;
+    `cap` bounds the logits.
     """
     differentiable = torch.is_grad_enabled() and hidden.requires_grad
     if differentiable and not any(p.requires_grad for p in head.parameters()):
         if fused and _is_matrix(head):
-            return _FusedHeadLosses.apply(hidden, targets, head)  # type: ignore[no-any-return, no-untyped-call]
-        return _FrozenHeadLosses.apply(hidden, targets, head)  # type: ignore[no-any-return, no-untyped-call]
+            return _FusedHeadLosses.apply(hidden, targets, head, cap)  # type: ignore[no-any-return, no-untyped-call]
+        return _FrozenHeadLosses.apply(hidden, targets, head, cap)  # type: ignore[no-any-return, no-untyped-call]
 
     def chunk_losses(part: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-        return cross_entropies(head(part), wanted)
+        return cross_entropies(head(part), wanted, cap)
 
     chunks = []
     for rows in _chunks(len(targets)):
@@ -261,9 +279,12 @@ def head_losses(
     return torch.cat(chunks)
 
 
-def cross_entropies(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def cross_entropies(
+    logits: torch.Tensor, targets: torch.Tensor, cap: float | None = None
+) -> torch.Tensor:
     """Return the cross entropies of logits (T, V) in float32, in float64 for a float64 model."""
-    return nn.functional.cross_entropy(logits.to(_loss_dtype(logits)), targets, reduction="none")
+    wide = capped(logits.to(_loss_dtype(logits)), cap)
+    return nn.functional.cross_entropy(wide, targets, reduction="none")
 
 
 class _FrozenHeadLosses(torch.autograd.Function):
@@ -275,23 +296,23 @@ class _FrozenHeadLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, head: nn.Module
+        ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, head: nn.Module, cap: float | None
     ) -> torch.Tensor:
         losses = torch.empty(len(targets), dtype=_loss_dtype(hidden), device=hidden.device)
         gradient = torch.empty_like(hidden)
         for rows in _chunks(len(targets)):
             with torch.enable_grad():
                 part = hidden[rows].detach().requires_grad_()
-                found = cross_entropies(head(part), targets[rows])
+                found = cross_entropies(head(part), targets[rows], cap)
                 gradient[rows] = torch.autograd.grad(found.sum(), part)[0]
             losses[rows] = found.detach()
         ctx.save_for_backward(gradient)
         return losses
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return (gradient * grad_outputs[0].unsqueeze(1)).to(gradient.dtype), None, None
+        return (gradient * grad_outputs[0].unsqueeze(1)).to(gradient.dtype), None, None, None
 
 
 class _FusedHeadLosses(_FrozenHeadLosses):
@@ -299,7 +320,7 @@ class _FusedHeadLosses(_FrozenHeadLosses):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, head: nn.Module
+        ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, head: nn.Module, cap: float | None
     ) -> torch.Tensor:
         weight, bias = cast(Any, head).weight, cast(Any, head).bias
         losses = torch.empty(len(targets), dtype=_loss_dtype(hidden), device=hidden.device)
@@ -314,7 +335,7 @@ class _FusedHeadLosses(_FrozenHeadLosses):
                 torch.mm(part, weight.T, out=logits)
             else:
                 torch.addmm(bias, part, weight.T, out=logits)
-            losses[rows] = losses_and_gradient(logits, targets[rows])
+            losses[rows] = losses_and_gradient(logits, targets[rows], cap)
             write_hidden_gradient(logits, weight, gradient[rows])
         ctx.save_for_backward(gradient)
         return losses

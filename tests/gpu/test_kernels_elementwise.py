@@ -20,7 +20,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb as phi3
 
 from raytune_ft.kernels.attention import attend, mask_of, needs_mask, reference_attend
-from raytune_ft.kernels.cross_entropy import losses_and_gradient, write_hidden_gradient
+from raytune_ft.kernels.cross_entropy import capped, losses_and_gradient, write_hidden_gradient
+from raytune_ft.kernels.layer_norm import add_layer_norm
 from raytune_ft.kernels.norm import add_rms_norm, rms_norm
 from raytune_ft.kernels.rope import rope
 from raytune_ft.kernels.swiglu import fused_swiglu, swiglu
@@ -116,6 +117,21 @@ def test_sum_and_norm(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3, 65, 6144), (1031, 768), (7, 100)])
+def test_sum_and_layer_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    inputs = [_random(*shape, dtype=dtype, seed=seed) for seed in range(2)]
+    inputs += [_random(shape[-1], dtype=dtype, seed=seed) for seed in (2, 3)]
+
+    def theirs(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        total = x + residual
+        return nn.functional.layer_norm(total, weight.shape, weight, bias, EPS), total
+
+    assert_as_exact(
+        lambda x, r, w, b: add_layer_norm(x, r, w, b, EPS), theirs, theirs, inputs, dtype
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("theirs", [phi3, glm])
 @pytest.mark.parametrize("sizes", [(32, 8, 128, 128), (3, 1, 80, 32), (16, 2, 128, 64)])
 def test_rotation(sizes: tuple[int, ...], theirs: Any, dtype: torch.dtype) -> None:
@@ -156,17 +172,18 @@ def test_gate(fused: bool, activation: Any, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("cap", [None, 30.0])
 @pytest.mark.parametrize("words", [32000, 103168, 151937])
-def test_loss_and_gradient_in_place(words: int, dtype: torch.dtype) -> None:
+def test_loss_and_gradient_in_place(words: int, cap: float | None, dtype: torch.dtype) -> None:
     logits = 4 * _random(37, words, dtype=dtype)
     targets = torch.randint(0, words, (37,), device="cuda")
     targets[0], targets[1] = 0, words - 1
     wide = logits.double().requires_grad_()
-    exact = nn.functional.cross_entropy(wide, targets, reduction="none")
+    exact = nn.functional.cross_entropy(capped(wide, cap), targets, reduction="none")
     gradient = torch.autograd.grad(exact.sum(), wide)[0]
 
     with no_waiting():
-        losses = losses_and_gradient(logits, targets)
+        losses = losses_and_gradient(logits, targets, cap)
 
     assert_near([losses], [exact], 2e-6)
     assert_near([logits], [gradient], 4e-6 if dtype is torch.float32 else 2**-8)
@@ -258,6 +275,28 @@ def test_packed_samples_are_as_each_alone(
     assert_near(got, outputs_and_gradients(exact, inputs, torch.float64), tolerance)
     if dtype is torch.bfloat16 and sizes[2] != 36:
         assert not needs_mask(inputs[0], bounds, longest, window=window)
+
+
+@pytest.mark.parametrize("documents", ["one to a row", "few"])
+def test_weights_of_keys_drop_at_their_rate(documents: str) -> None:
+    """Values of 1 give each query the sum of its weights: 1 on average, other draws each time.
+
+    The same state of the generator gives the same numbers, so layers can be computed again.
+    """
+    ends = DOCUMENTS[documents]
+    bounds = torch.tensor(ends, dtype=torch.int32, device="cuda")
+    q, k, v = _qkv(8, 1, 64, torch.bfloat16)
+    v = torch.ones_like(v)
+
+    def sums() -> Tensor:
+        return attend(q, k, v, bounds, 384, scale=0.1, dropout=0.25).float()
+
+    torch.manual_seed(1)
+    first, second = sums(), sums()
+    torch.manual_seed(1)
+    assert torch.equal(sums(), first)
+    assert not torch.equal(first, second)
+    assert abs(float(first.mean()) - 1) < 0.02
 
 
 def test_samples_know_nothing_of_each_other() -> None:

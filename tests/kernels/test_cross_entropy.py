@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from raytune_ft.kernels.cross_entropy import losses_and_gradient, write_hidden_gradient
+from raytune_ft.kernels.cross_entropy import capped, losses_and_gradient, write_hidden_gradient
 from raytune_ft.model.loss import head_losses
 from tests.kernels.gradients import Tensor, assert_near, root_mean_square
 
@@ -15,9 +15,9 @@ WORDS = 5003
 """More than a block of the program, and no multiple of anything."""
 
 
-def _exact(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def _exact(logits: Tensor, targets: Tensor, cap: float | None = None) -> tuple[Tensor, Tensor]:
     wide = logits.double().requires_grad_()
-    losses = nn.functional.cross_entropy(wide, targets, reduction="none")
+    losses = nn.functional.cross_entropy(capped(wide, cap), targets, reduction="none")
     return losses.detach(), torch.autograd.grad(losses.sum(), wide)[0]
 
 
@@ -45,6 +45,18 @@ def test_losses_and_gradient_in_place(rows: int, words: int, scale: float) -> No
     assert_near([losses, logits], exact, 1e-6 * max(1.0, scale / 10))
 
 
+@pytest.mark.parametrize(("words", "scale"), [(WORDS, 1.0), (WORDS, 40.0), (2, 500.0)])
+def test_capped_logits(words: int, scale: float) -> None:
+    """Whatever a row holds, its loss is below twice the cap and the logarithm of the words."""
+    logits, targets = _case(3, words, scale)
+    exact = _exact(logits, targets, 30.0)
+
+    losses = losses_and_gradient(logits, targets, 30.0)
+
+    assert_near([losses, logits], exact, 2e-6)
+    assert losses.max() < 60 + 9
+
+
 def test_bfloat16_logits_are_reckoned_in_float32() -> None:
     logits, targets = _case(4, WORDS, 4.0, torch.bfloat16)
     losses, gradient = _exact(logits, targets)
@@ -69,8 +81,12 @@ def test_rows_of_a_wider_buffer_and_no_rows_at_all() -> None:
     assert losses_and_gradient(buffer[:0], targets[:0]).shape == (0,)
 
 
+@pytest.mark.parametrize("cap", [None, 0.5])
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-def test_frozen_head_gives_the_gradient_of_hidden_states(bias: bool) -> None:
+def test_frozen_head_gives_the_gradient_of_hidden_states(
+    bias: bool, fused: bool, cap: float | None
+) -> None:
     random = torch.Generator().manual_seed(0)
     head = nn.Linear(16, 77, bias=bias).requires_grad_(False)
     hidden = torch.randn(9, 16, generator=random)
@@ -78,9 +94,10 @@ def test_frozen_head_gives_the_gradient_of_hidden_states(bias: bool) -> None:
     factors = torch.rand(9, generator=random)
 
     mine, exact = hidden.clone().requires_grad_(), hidden.double().requires_grad_()
-    losses = head_losses(head, mine, targets, fused=True)
+    losses = head_losses(head, mine, targets, fused=fused, cap=cap)
     (losses * factors).sum().backward()
-    right = nn.functional.cross_entropy(head.double()(exact), targets, reduction="none")
+    logits = capped(head.double()(exact), cap)
+    right = nn.functional.cross_entropy(logits, targets, reduction="none")
     (right * factors.double()).sum().backward()
 
     assert mine.grad is not None and exact.grad is not None
