@@ -1,102 +1,185 @@
-"""OpenAI's chat completions as types: what a request may say, and what is answered.
+"""OpenAI's requests as types: what a chat or a plain completion may ask for.
 
 Every field is bounded. Fields of OpenAI's that cannot change an answer here are ignored; those
 that would change it and are not built are refused by name, as are unknown ones. The body's size
-is limited before it gets here (`serving.app`).
+is limited before it gets here (`serving.intake`). `serving.answers` has what is answered.
 """
 
 from __future__ import annotations
 
-import time
-import uuid
-from typing import Annotated, Any, Literal
+import json
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from raytune_ft.serving.refusal import RequestError, refusal
 
 IGNORED = frozenset(
     {
         "user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key",
-        "prompt_cache_retention", "verbosity", "parallel_tool_calls",
+        "prompt_cache_options", "prompt_cache_retention", "verbosity", "parallel_tool_calls",
     }
 )  # fmt: skip
 """Fields without influence on the answer."""
 
-NOT_BUILT: dict[str, tuple[Any, ...]] = {
-    "n": (None, 1),
-    "frequency_penalty": (None, 0),
-    "presence_penalty": (None, 0),
-    "logit_bias": (None, {}),
-    "logprobs": (None, False),
-    "top_logprobs": (None, 0),
+NEITHER: dict[str, tuple[Any, ...]] = {"n": (None, 1), "logit_bias": (None, {})}
+CHAT_ONLY: dict[str, tuple[Any, ...]] = {
     "response_format": (None, {"type": "text"}),
-    "tools": (None, []),
-    "tool_choice": (None, "none", "auto"),
     "functions": (None, []),
     "function_call": (None, "none", "auto"),
     "modalities": (None, ["text"]),
     "audio": (None,),
     "prediction": (None,),
     "reasoning_effort": (None,),
+    "moderation": (None,),
     "web_search_options": (None,),
 }
+COMPLETION_ONLY: dict[str, tuple[Any, ...]] = {
+    "echo": (None, False), "suffix": (None, ""), "best_of": (None, 1),
+}  # fmt: skip
 """Fields that would change the answer, with the values that ask for nothing."""
+
+ADVICE = {
+    "response_format": "ask for JSON in the messages and parse the answer's content",
+    "functions": "use 'tools'",
+    "function_call": "use 'tools'",
+    "n": "send the request as often as you want answers",
+    "best_of": "send the request as often as you want answers",
+}
+"""What to do instead, where leaving a field out is not all there is to say."""
 
 MAX_MESSAGES = 400
 MAX_CHARS = 1_000_000
 MAX_TOKENS = 1_000_000
+MAX_TOOLS = 128
 SEED_BOUND = 2**63
+NAME = r"^[A-Za-z0-9_-]{1,64}$"
 
 Text = Annotated[str, Field(max_length=MAX_CHARS)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 TokenCount = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
+Penalty = Annotated[float, Field(ge=-2.0, le=2.0)]
 
 
-class _Request(BaseModel):
+class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-class TextPart(_Request):
+class TextPart(_Strict):
     """One part of a message's content; only text can be read."""
 
     type: Literal["text"]
     text: Text
 
 
-class ChatMessage(_Request):
+class CalledFunction(_Strict):
+    """What an earlier answer called."""
+
+    name: Annotated[str, Field(min_length=1, max_length=64)]
+    arguments: Text
+    """JSON, as the model wrote it."""
+
+
+class ToolCall(_Strict):
+    """A call in an earlier answer."""
+
+    id: Annotated[str, Field(min_length=1, max_length=64)]
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class ChatMessage(_Strict):
     """One message; `developer` is OpenAI's newer name of `system`."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[TextPart], Field(min_length=1, max_length=100)]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Text | Annotated[list[TextPart], Field(min_length=1, max_length=100)] | None = None
     name: Annotated[str, Field(max_length=64)] | None = None
+    reasoning_content: Text | None = None
+    """Not OpenAI's: what an answer thought, as other servers call it and training's rows do."""
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS)] | None = None
+    tool_call_id: Annotated[str, Field(min_length=1, max_length=64)] | None = None
+    refusal: None = None
+    """Clients send an answer back as they got it, this and the next two with it."""
+    audio: None = None
+    function_call: None = None
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
 
-    def plain(self) -> dict[str, str]:
+    def problem(self) -> tuple[str, str] | None:
+        """Return the field that does not go with the role, and why; None if all do."""
+        answers = self.role == "assistant"
+        for field in ("tool_calls", "reasoning_content"):
+            if getattr(self, field) and not answers:
+                return field, "only a message of role 'assistant' has it"
+        if self.role == "tool" and self.tool_call_id is None:
+            return "tool_call_id", "a message of role 'tool' names the call that it answers"
+        if self.content is None and not (answers and self.tool_calls):
+            return "content", "a text is missing"
+        return None
+
+    def plain(self) -> dict[str, Any]:
         """Return the message as the data stage knows it."""
-        role = "system" if self.role == "developer" else self.role
-        parts = self.content
+        parts = self.content or ""
         text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
-        return {"role": role, "content": text}
+        message: dict[str, Any] = {
+            "role": "system" if self.role == "developer" else self.role,
+            "content": text,
+        }
+        if self.reasoning_content:
+            message["reasoning_content"] = self.reasoning_content
+        if self.tool_calls:
+            message["tool_calls"] = [call.model_dump() for call in self.tool_calls]
+        if self.role == "tool":
+            message |= {
+                "tool_call_id": self.tool_call_id,
+                **({"name": self.name} if self.name else {}),
+            }
+        return message
 
 
-class StreamOptions(_Request):
+class ToolFunction(_Strict):
+    """A function that the answer may call."""
+
+    name: Annotated[str, Field(pattern=NAME)]
+    description: Text | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+    """Taken, since OpenAI's helpers send it; arguments are the model's own, not held to it."""
+
+
+class Tool(_Strict):
+    """A tool in a request."""
+
+    type: Literal["function"]
+    function: ToolFunction
+
+    def plain(self) -> dict[str, Any]:
+        """Return the tool as the data stage knows it: without what was not said."""
+        shown = self.function.model_dump(exclude_none=True, exclude={"strict"})
+        return {"type": self.type, "function": shown}
+
+
+class StreamOptions(_Strict):
     """How a stream is told."""
 
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
 
 
-class ChatRequest(_Request):
-    """Body of POST /v1/chat/completions."""
+class Asked(_Strict):
+    """What chats and plain texts have in common."""
+
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = NEITHER
 
     model: Annotated[str, Field(min_length=1, max_length=256)]
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: TokenCount | None = None
-    max_completion_tokens: TokenCount | None = None
     temperature: Annotated[float, Field(ge=0.0, le=2.0)] | None = None
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     top_k: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
     """Not OpenAI's, but sent by clients of other servers; 0: all tokens."""
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
     seed: Annotated[int, Field(ge=-SEED_BOUND, lt=SEED_BOUND)] | None = None
     stop: (
         Annotated[str, Field(max_length=256)] | Annotated[list[Stop], Field(max_length=4)] | None
@@ -107,15 +190,15 @@ class ChatRequest(_Request):
     def _only_what_is_built(cls, fields: Any) -> Any:
         if not isinstance(fields, dict):
             return fields
-        for key, neutral in NOT_BUILT.items():
-            if fields.get(key) not in neutral:
-                raise RequestError(f"'{key}' is not supported by this endpoint; leave it out", key)
-        return {k: v for k, v in fields.items() if k not in IGNORED and k not in NOT_BUILT}
+        for key, neutral in cls.neutral.items():
+            if not _is_one_of(fields.get(key), neutral):
+                instead = ADVICE.get(key)
+                advice = f"leave it out, and {instead}" if instead else "leave it out"
+                raise RequestError(f"'{key}' is not supported by this endpoint; {advice}", key)
+        return {k: v for k, v in fields.items() if k not in IGNORED and k not in cls.neutral}
 
     @model_validator(mode="after")
-    def _fields_that_fit(self) -> ChatRequest:
-        if self.messages[-1].role != "user":
-            raise RequestError("the last message must have role 'user'", "messages")
+    def _options_of_streams_only(self) -> Asked:
         if self.stream_options is not None and not self.stream:
             raise RequestError(
                 "'stream_options' is only allowed when 'stream' is true", "stream_options"
@@ -125,7 +208,12 @@ class ChatRequest(_Request):
     @property
     def limit(self) -> int | None:
         """Tokens of the answer that the request asks for at most."""
-        return self.max_completion_tokens or self.max_tokens
+        return self.max_tokens
+
+    @property
+    def chances(self) -> int | None:
+        """Most likely tokens whose log probabilities are asked for; None: none, no chosen one's."""
+        return None
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -139,134 +227,106 @@ class ChatRequest(_Request):
         return bool(self.stream_options and self.stream_options.include_usage)
 
 
-class RequestError(Exception):
-    """A request cannot be served; carries what OpenAI's error object holds.
+class ChatRequest(Asked):
+    """Body of POST /v1/chat/completions."""
 
-    No ValueError, so that pydantic lets it through with its fields.
-    """
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = NEITHER | CHAT_ONLY
 
-    def __init__(
-        self,
-        message: str,
-        param: str | None = None,
-        *,
-        status: int = 400,
-        code: str | None = None,
-        retry_after_s: int | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.message, self.param, self.status = message, param, status
-        self.code, self.retry_after_s = code, retry_after_s
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+    max_completion_tokens: TokenCount | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Any = None
 
-    def body(self) -> dict[str, Any]:
-        """Return OpenAI's error object."""
-        return error_body(self.message, self.status, self.param, self.code)
+    @model_validator(mode="after")
+    def _fields_that_fit(self) -> ChatRequest:
+        for place, message in enumerate(self.messages):
+            if found := message.problem():
+                param = f"messages[{place}].{found[0]}"
+                raise RequestError(f"invalid '{param}': {found[1]}", param)
+        if self.messages[-1].role not in ("user", "tool"):
+            raise RequestError("the last message must have role 'user' or 'tool'", "messages")
+        if self.top_logprobs and not self.logprobs:
+            raise RequestError("'top_logprobs' needs 'logprobs': true", "top_logprobs")
+        if self.tool_choice not in (None, "none", "auto"):
+            raise RequestError(
+                "'tool_choice' is 'auto' or 'none' here: an answer cannot be made to call a tool",
+                "tool_choice",
+            )
+        names = [tool.function.name for tool in self.tools or []]
+        if len(set(names)) < len(names):
+            raise RequestError("two of the tools have the same name", "tools")
+        return self
+
+    @property
+    def limit(self) -> int | None:
+        """Tokens of the answer that the request asks for at most."""
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def chances(self) -> int | None:
+        """Most likely tokens whose log probabilities are asked for; 0: the chosen one's alone."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def offered(self) -> list[dict[str, Any]]:
+        """Tools that the answer may call."""
+        return [] if self.tool_choice == "none" else [tool.plain() for tool in self.tools or []]
 
 
-ERROR_TYPES = {
-    401: "authentication_error",
-    403: "permission_error",
-    429: "rate_limit_error",
-    500: "server_error",
-    503: "server_error",
-}
+class CompletionRequest(Asked):
+    """Body of POST /v1/completions: a text that the model goes on with."""
+
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = NEITHER | COMPLETION_ONLY
+
+    prompt: Any
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+
+    @model_validator(mode="after")
+    def _one_text(self) -> CompletionRequest:
+        prompts = self.prompt if isinstance(self.prompt, list) else [self.prompt]
+        if len(prompts) != 1 or not isinstance(prompts[0], str):
+            raise RequestError(
+                "'prompt' is one text, or a list of one: token ids and several texts are not "
+                "taken; send a request for each text",
+                "prompt",
+            )
+        if not 1 <= len(prompts[0]) <= MAX_CHARS:
+            raise RequestError(f"'prompt' has 1 to {MAX_CHARS} characters", "prompt")
+        return self
+
+    @property
+    def text(self) -> str:
+        """What the model goes on with."""
+        return str(self.prompt[0] if isinstance(self.prompt, list) else self.prompt)
+
+    @property
+    def chances(self) -> int | None:
+        """Most likely tokens whose log probabilities are asked for; 0: the chosen one's alone."""
+        return self.logprobs
 
 
-def error_body(
-    message: str, status: int, param: str | None = None, code: str | None = None
-) -> dict[str, Any]:
-    """Return the JSON object of an error."""
-    kind = ERROR_TYPES.get(status, "invalid_request_error")
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+Request = TypeVar("Request", ChatRequest, CompletionRequest)
 
 
 def parse_request(body: bytes) -> ChatRequest:
-    """Parse and check a request body; RequestError names the first field that is wrong."""
+    """Parse a chat's body; RequestError names the first field that is wrong."""
+    return _parsed(ChatRequest, body)
+
+
+def parse_completion(body: bytes) -> CompletionRequest:
+    """Parse a plain text's body; RequestError names the first field that is wrong."""
+    return _parsed(CompletionRequest, body)
+
+
+def _parsed(kind: type[Request], body: bytes) -> Request:
     try:
-        return ChatRequest.model_validate_json(body)
+        return kind.model_validate_json(body)
     except ValidationError as error:
-        raise _refusal(error) from None
+        raise refusal(error) from None
 
 
-def _refusal(error: ValidationError) -> RequestError:
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    param = _dotted(first["loc"])
-    if first["type"] == "json_invalid":
-        return RequestError(f"the body is no valid JSON: {first['msg']}")
-    if first["type"] == "missing":
-        return RequestError(f"missing required parameter: '{param}'", param)
-    if first["type"] == "extra_forbidden":
-        return RequestError(f"unrecognized request argument supplied: {param}", param)
-    return RequestError(f"invalid '{param}': {first['msg']}" if param else first["msg"], param)
-
-
-def _dotted(location: tuple[int | str, ...]) -> str | None:
-    """Return `messages[0].content` for a pydantic location, without the names of union arms."""
-    name = ""
-    for part in location:
-        if isinstance(part, int):
-            name += f"[{part}]"
-        elif part.isidentifier() and part not in ("str", "float", "int"):
-            name += f".{part}" if name else part
-    return name[:200] or None
-
-
-class Usage(BaseModel):
-    """Tokens of a request."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-
-    @classmethod
-    def of(cls, prompt: int, completion: int) -> Usage:
-        """Build from the two counts."""
-        return cls(
-            prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion
-        )
-
-
-class Answer:
-    """Builds the response objects of one request, which share an id and a time."""
-
-    def __init__(self, model: str) -> None:
-        self._head = {
-            "id": f"chatcmpl-{uuid.uuid4().hex}",
-            "created": int(time.time()),
-            "model": model,
-        }
-
-    def whole(self, text: str, finish: str, usage: Usage) -> dict[str, Any]:
-        """Return a chat.completion."""
-        message = {"role": "assistant", "content": text, "refusal": None}
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish}
-        return {
-            **self._head,
-            "object": "chat.completion",
-            "choices": [choice],
-            "usage": usage.model_dump(),
-        }
-
-    def chunk(self, delta: dict[str, str], finish: str | None = None) -> dict[str, Any]:
-        """Return a chat.completion.chunk with one delta."""
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
-        return {**self._head, "object": "chat.completion.chunk", "choices": [choice]}
-
-    def usage_chunk(self, usage: Usage) -> dict[str, Any]:
-        """Return the chunk without choices that `include_usage` asks for."""
-        return {
-            **self._head,
-            "object": "chat.completion.chunk",
-            "choices": [],
-            "usage": usage.model_dump(),
-        }
-
-
-def model_list(name: str, created: int) -> dict[str, Any]:
-    """Return the body of GET /v1/models."""
-    return {"object": "list", "data": [model_card(name, created)]}
-
-
-def model_card(name: str, created: int) -> dict[str, Any]:
-    """Return one model of GET /v1/models."""
-    return {"id": name, "object": "model", "created": created, "owned_by": "raytune_ft"}
+def _is_one_of(value: Any, neutral: tuple[Any, ...]) -> bool:
+    """Whether a value asks for nothing; True is not 1, nor 0 False."""
+    return json.dumps(value) in {json.dumps(one) for one in neutral}

@@ -15,9 +15,10 @@ import raytune_ft.chat.model as chat_model
 from raytune_ft.chat import Sampling
 from raytune_ft.data.encode import encode_conversation
 from raytune_ft.data.segments import Conversation
-from raytune_ft.serving.api import MAX_BODY_BYTES, build_api
+from raytune_ft.serving.api import build_api
 from raytune_ft.serving.engine import EmbeddedEngine
 from raytune_ft.serving.guard import GuardRules
+from raytune_ft.serving.intake import MAX_BODY_BYTES
 
 ASK: dict[str, Any] = {
     "model": "tiny",
@@ -84,6 +85,7 @@ def test_a_whole_answer(ask: Callable[..., httpx.Response], engine: EmbeddedEngi
         "prompt_tokens": n_prompt,
         "completion_tokens": 8,
         "total_tokens": n_prompt + 8,
+        "prompt_tokens_details": {"cached_tokens": 0},
     }
 
 

@@ -9,9 +9,25 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytune_ft.serving.protocol import ChatRequest, RequestError, parse_request
+from raytune_ft.serving.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    parse_completion,
+    parse_request,
+)
+from raytune_ft.serving.refusal import RequestError
 
 ASK: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+
+TOOL: dict[str, Any] = {
+    "type": "function",
+    "function": {"name": "weather", "parameters": {"type": "object"}, "strict": True},
+}
+CALL: dict[str, Any] = {
+    "id": "call00001",
+    "type": "function",
+    "function": {"name": "weather", "arguments": "{}"},
+}
 
 
 def parse(**fields: Any) -> ChatRequest:
@@ -63,8 +79,24 @@ def test_fields_without_influence_are_ignored() -> None:
         ({"n": 2}, "n"),
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"frequency_penalty": 0.5}, "frequency_penalty"),
-        ({"logprobs": True}, "logprobs"),
+        ({"n": True}, "n"),
+        ({"functions": [{"name": "f"}]}, "functions"),
+        ({"frequency_penalty": 2.1}, "frequency_penalty"),
+        ({"presence_penalty": -3}, "presence_penalty"),
+        ({"logprobs": 3}, "logprobs"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"tools": [TOOL, TOOL]}, "tools"),
+        ({"tools": [{**TOOL, "type": "custom"}]}, "tools[0].type"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
+        ({"tools": [TOOL], "tool_choice": "required"}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": {"type": "function"}}, "tool_choice"),
+        ({"messages": [{"role": "user", "content": "x", "tool_calls": [CALL]}]},
+         "messages[0].tool_calls"),
+        ({"messages": [{"role": "user", "content": "x", "reasoning_content": "y"}]},
+         "messages[0].reasoning_content"),
+        ({"messages": [{"role": "assistant", "content": None}]}, "messages[0].content"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
         ({"temprature": 1}, "temprature"),
         ({"temperature": 2.1}, "temperature"),
         ({"temperature": "hot"}, "temperature"),
@@ -77,7 +109,7 @@ def test_fields_without_influence_are_ignored() -> None:
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"messages": []}, "messages"),
         ({"messages": [ASK["messages"][0]] * 401}, "messages"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id"),
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": 7}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
@@ -105,6 +137,62 @@ def test_an_image_part_is_refused() -> None:
     )
 
 
+def test_a_conversation_with_tools_is_what_training_has() -> None:
+    answer = {"role": "assistant", "content": None, "tool_calls": [CALL], "refusal": None}
+    result = {"role": "tool", "tool_call_id": "call00001", "content": "rain"}
+    request = parse(
+        messages=[{"role": "user", "content": "x", "name": "ada"}, answer, result],
+        tools=[TOOL],
+        parallel_tool_calls=True,
+    )
+    assert [m.plain() for m in request.messages] == [
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "tool", "content": "rain", "tool_call_id": "call00001"},
+    ]
+    function = {"name": "weather", "parameters": {"type": "object"}}
+    assert request.offered == [{"type": "function", "function": function}]
+    assert parse(tools=[TOOL], tool_choice="none").offered == []
+
+
+def test_chances_are_asked_for_in_two_ways() -> None:
+    assert [parse(logprobs=True).chances, parse().chances] == [0, None]
+    assert parse(logprobs=True, top_logprobs=5).chances == 5
+    assert text(logprobs=5).chances == 5
+    assert [text(logprobs=0).chances, text().chances] == [0, None]
+
+
+def text(**fields: Any) -> CompletionRequest:
+    return parse_completion(json.dumps({"model": "m", "prompt": "hi", **fields}).encode())
+
+
+@pytest.mark.parametrize("prompt", ["hi", ["hi"]])
+def test_a_plain_text(prompt: Any) -> None:
+    request = text(prompt=prompt, echo=False, suffix=None, best_of=1, max_tokens=3)
+    assert (request.text, request.limit) == ("hi", 3)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"prompt": [1, 2]}, "prompt"),
+        ({"prompt": [[1, 2]]}, "prompt"),
+        ({"prompt": ["a", "b"]}, "prompt"),
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": None}, "prompt"),
+        ({"echo": True}, "echo"),
+        ({"suffix": "x"}, "suffix"),
+        ({"best_of": 2}, "best_of"),
+        ({"logprobs": 6}, "logprobs"),
+        ({"messages": []}, "messages"),
+    ],
+)
+def test_a_plain_text_with_a_wrong_field_is_refused(fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        text(**fields)
+    assert (caught.value.status, caught.value.param) == (400, param)
+
+
 @pytest.mark.parametrize(
     "body",
     [b"", b"{", b"[]", b"null", b'"x"', b"\xff", b"[" * 5000, b'{"model": "\\ud800"}', b"{}",
@@ -122,7 +210,7 @@ JSON = st.recursive(
 )
 
 
-@given(field=st.sampled_from([*ChatRequest.model_fields, "n", "tools", "x"]), value=JSON)
+@given(field=st.sampled_from([*ChatRequest.model_fields, "n", "functions", "x"]), value=JSON)
 def test_any_value_is_taken_or_refused_by_name(field: str, value: Any) -> None:
     try:
         parse(**{field: value})
