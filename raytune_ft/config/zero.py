@@ -101,20 +101,20 @@ def asked(name: str) -> tuple[int, list[str]]:
     return stage_of(content), offloads(content)
 
 
-def sums_once(name: str, trained: int, accumulation: int, ranks: int) -> bool:
+def sums_once(name: str, trained: int, accumulation: int) -> bool:
     """Tell whether the preset `zero2` sums gradients over ranks once a step, as stage 1 does.
 
     DeepSpeed's stage 2 does it behind every micro-step, so that no rank has to keep the gradients
     of weights that others step. An adapter's are small enough to be kept, and the network then
-    carries one sum per step instead of `accumulation` of them. A user's own file is followed.
+    carries one sum per step instead of `accumulation` of them; one rank, which sends nothing, is
+    spared the copies of each micro-step. A user's own file is followed.
 
     Args:
         name: `train.deepspeed`.
         trained: number of trained weights.
         accumulation: micro-steps per step.
-        ranks: that train together.
     """
-    return name == "zero2" and ranks > 1 and accumulation > 1 and trained <= WHOLE_GRADIENTS
+    return name == "zero2" and accumulation > 1 and trained <= WHOLE_GRADIENTS
 
 
 def unsharded(optimizer: str) -> str | None:

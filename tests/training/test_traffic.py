@@ -136,20 +136,19 @@ def test_one_rank_sends_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "trained", "accumulation", "ranks", "once"),
+    ("name", "trained", "accumulation", "once"),
     [
-        ("zero2", WHOLE_GRADIENTS, 2, 2, True),
-        ("zero2", WHOLE_GRADIENTS + 1, 2, 2, False),
-        ("zero2", 1000, 1, 2, False),
-        ("zero2", 1000, 2, 1, False),
-        ("zero2_offload", 1000, 2, 2, False),
-        ("my_zero2.json", 1000, 2, 2, False),
+        ("zero2", WHOLE_GRADIENTS, 2, True),
+        ("zero2", WHOLE_GRADIENTS + 1, 2, False),
+        ("zero2", 1000, 1, False),
+        ("zero2_offload", 1000, 2, False),
+        ("my_zero2.json", 1000, 2, False),
     ],
 )
 def test_when_zero2_keeps_gradients_whole(
-    name: str, trained: int, accumulation: int, ranks: int, once: bool
+    name: str, trained: int, accumulation: int, once: bool
 ) -> None:
-    assert sums_once(name, trained, accumulation, ranks) is once
+    assert sums_once(name, trained, accumulation) is once
 
 
 def test_memory_is_predicted_for_what_the_engine_does() -> None:

@@ -96,8 +96,7 @@ class Setting:
         from raytune_ft.config.zero import sums_once
 
         train, found = self.recipe.train, zero_of(self.recipe.train.deepspeed)
-        workers = self.recipe.run.workers
-        if sums_once(train.deepspeed, self.counts.trained, train.accumulation, workers):
+        if sums_once(train.deepspeed, self.counts.trained, train.accumulation):
             return replace(found, stage=1)
         return found
 
@@ -298,8 +297,8 @@ def _training_state(setting: Setting) -> dict[str, float]:
     """Adapter, gradients and optimizer; gradients of 16-bit weights are summed in float32."""
     recipe, zero, n = setting.recipe, setting.zero, setting.counts.trained
     spread = setting.ranks if zero.stage >= 2 else 1
-    # stage 1 keeps 16-bit gradients beside the float32 sums until the step
-    gradient = 6 if zero.stage == 1 and setting.width == 2 else 4
+    # stage 1's go into float32 sums one at a time; all weights' were measured where they did not
+    gradient = 6 if zero.stage == 1 and setting.width == 2 and setting.is_full else 4
     has_master = zero.stage > 0 or (setting.is_full and setting.width == 2)
     on_host = zero.optimizer_on_host and setting.on_gpu
     paged = setting.on_gpu and recipe.train.optimizer in PAGED

@@ -27,6 +27,7 @@ from raytune_ft.training.batching import TensorBatch
 from raytune_ft.training.engine.base import Engine, State, rank, world_size
 from raytune_ft.training.engine.scaling import LossScale
 from raytune_ft.training.engine.shards import Flat, flats_of
+from raytune_ft.training.engine.sums import BorderSums
 from raytune_ft.training.optim import build_optimizer, restore, set_lr
 
 
@@ -52,7 +53,7 @@ class ZeroEngine(Engine):
         os.environ["LOCAL_RANK"] = str(device.index or 0)
         count = sum(p.numel() for p in self.trained.values())
         config["zero_optimization"].setdefault("reduce_bucket_size", bucket_elements(count))
-        if sums_once(train.deepspeed, count, train.accumulation, world_size()):
+        if sums_once(train.deepspeed, count, train.accumulation):
             config["zero_optimization"]["stage"] = 1
         _check_half(config)
         with redirect_stdout(io.StringIO()):  # its bfloat16 stage 1 prints memory tables
@@ -72,8 +73,15 @@ class ZeroEngine(Engine):
         self.micro_batches = 0
         names = {id(p): name for name, p in self.trained.items()}
         self.flats = list(flats_of(self.zero, names))
+        self.sums: BorderSums | None = None
+        if BorderSums.are_kept(self.zero):
+            self.sums = BorderSums(self.engine, self.trained)
 
     def forward_backward(self, batch: TensorBatch, n_targets: int) -> torch.Tensor:
+        if self.sums is not None:
+            loss_sum, _ = self.module(**self.put(batch))
+            (loss_sum * (world_size() / n_targets)).backward()
+            return loss_sum.detach()  # type: ignore[no-any-return]
         self.micro_batches += 1
         self.engine.set_gradient_accumulation_boundary(self.micro_batches == self.accumulation)
         loss_sum, _ = self.engine(**self.put(batch))
@@ -84,6 +92,9 @@ class ZeroEngine(Engine):
 
     def step(self, lr: float) -> float | None:
         self.micro_batches = 0
+        if self.sums is not None:
+            self.engine.set_gradient_accumulation_boundary(True)
+            self.sums.finish()
         set_lr(self.zero, lr)
         skipped = self.engine.skipped_steps
         self.engine.step()
