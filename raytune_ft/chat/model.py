@@ -5,27 +5,28 @@ Messages become ids by `data.encode.encode_prompt`, the same function that train
 
 from __future__ import annotations
 
-import builtins
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from raytune_ft.chat.history import Message, trim_turns
 from raytune_ft.chat.source import ChatSource, find_source
-from raytune_ft.chat.text import Detokenizer, StopStrings
+from raytune_ft.chat.writing import Chance, Piece, Writing
 from raytune_ft.data.encode import encode_prompt, encode_segments
 from raytune_ft.data.segments import text_segments
 from raytune_ft.data.templating.templates import Template, get_template
 from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
 from raytune_ft.model.decoding import Graphs
-from raytune_ft.model.generate import stream_ids
+from raytune_ft.model.generate import device_of, stream_ids
+from raytune_ft.model.sampling import Chooser, Draw, Told
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Finish = Literal["stop", "length"]
+__all__ = ["Cancelled", "Chance", "ChatModel", "Piece", "Sampling", "load_source", "open_chat"]
+
 Cancelled = Callable[[], bool]
 
 FALLBACK_CONTEXT = 2048
@@ -49,36 +50,6 @@ class Sampling:
     """Taken off once a token is in the answer."""
     logprobs: int | None = None
     """None: no `Piece.chances`; k: the k likeliest tokens beside each one chosen, 0 to 20."""
-
-
-@dataclass(frozen=True)
-class Chance:
-    """How likely a token was: natural logarithms, of the model's own distribution.
-
-    That is before temperature, penalties and cuts.
-    """
-
-    text: str
-    """The token alone; with a replacement sign where it is part of a character."""
-    bytes: builtins.bytes
-    logprob: float
-    top: tuple[tuple[str, builtins.bytes, float], ...] = ()
-    """Text, bytes and logarithm of the likeliest tokens, the likeliest first."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A part of an answer: whole characters, and where the answer stands."""
-
-    text: str
-    n_tokens: int
-    """Tokens generated so far, without the stop token."""
-    finish: Finish | None = None
-    """Set on the last piece only."""
-    chances: tuple[Chance, ...] = ()
-    """Of the tokens since the piece before, where `Sampling.logprobs` asks for them."""
-    n_cached: int = 0
-    """Tokens of the prompt whose keys and values were there from another request."""
 
 
 @dataclass(frozen=True)
@@ -130,21 +101,15 @@ class ChatModel:
         A cancelled answer ends without a last piece.
         """
         limit = min(sampling.max_new_tokens, self.context - len(prompt_ids))
-        detokenizer, stops = Detokenizer(self.tokenizer.decode), StopStrings(sampling.stop)
-        n_tokens, finish = 0, "stop" if limit > 0 else "length"
-        for token in self._ids(prompt_ids, sampling, limit, cancelled):
-            if token in self.stop_ids:
-                break
-            n_tokens += 1
-            text = stops.push(detokenizer.push(token))
-            if stops.found:
-                yield Piece(text, n_tokens, "stop")
+        writing = Writing(self.tokenizer, sampling.stop)
+        drawing = _Drawing(sampling, self.model)
+        for token in self._ids(prompt_ids, drawing, limit, cancelled):
+            piece = writing.push(token, drawing.told)
+            yield piece
+            if piece.finish is not None:
                 return
-            if n_tokens == limit:
-                finish = "length"
-            yield Piece(text, n_tokens)
         if cancelled is None or not cancelled():
-            yield Piece(stops.flush(), n_tokens, "length" if finish == "length" else "stop")
+            yield writing.end("length" if writing.n_tokens >= limit else "stop")
 
     def reply(
         self,
@@ -171,7 +136,7 @@ class ChatModel:
     def _ids(
         self,
         prompt_ids: Sequence[int],
-        sampling: Sampling,
+        drawing: _Drawing,
         limit: int,
         cancelled: Cancelled | None,
     ) -> Iterator[int]:
@@ -182,13 +147,24 @@ class ChatModel:
             list(prompt_ids),
             stop_ids=self.stop_ids,
             max_new_tokens=limit,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            seed=sampling.seed,
             cancelled=cancelled,
             graphs=self.graphs,
+            choose=drawing,
         )
+
+
+class _Drawing:
+    """Chooses the ids of one answer as the engines of an endpoint do."""
+
+    def __init__(self, sampling: Sampling, model: PreTrainedModel) -> None:
+        self._chooser = Chooser([Draw(sampling)], device_of(model))
+        self.told: Told | None = None
+
+    def __call__(self, logits: torch.Tensor) -> int:
+        """Return the next id for float32 `logits` (1, V)."""
+        chosen = self._chooser.choose(logits)
+        self.told = chosen.told.get(0)
+        return int(chosen.ids)
 
 
 def open_chat(

@@ -16,8 +16,8 @@ the fixed cache has room for, R = rows of it, ended ones included.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -263,13 +263,8 @@ class _Step:
         """Run as it is, on the stream that a capture will use, and watch the first time."""
         if self.stream is None:
             return self._watched()
-        current = torch.cuda.current_stream(self.stream.device)
-        self.stream.wait_stream(current)
-        try:
-            with torch.cuda.stream(self.stream):
-                return self._watched()
-        finally:  # also before a cache that did not work out is given back
-            current.wait_stream(self.stream)
+        with aside(self.stream.device):
+            return self._watched()
 
     def _watched(self) -> torch.Tensor:
         if self.graphs.seen_safe:
@@ -300,33 +295,63 @@ class _Step:
         if self.stream is None:
             return
         device = self.stream.device
-        torch.cuda.empty_cache()
-        if torch.cuda.mem_get_info(device)[0] < HEADROOM:
-            self.graphs.may_capture = False
-            return
-        pool, graph = torch.cuda.graph_pool_handle(), torch.cuda.CUDAGraph()
-        generator = torch.cuda.default_generators[device.index]
-        state = generator.clone_state()
         try:
-            # cuBLAS takes its workspace anew, so that it lies in the graph's own memory
-            torch._C._cuda_clearCublasWorkspaces()
-            # other threads, such as the one that watches collectives, may ask the device meanwhile
-            capture = torch.cuda.graph(graph, pool, self.stream, "thread_local")
-            with _one_capture, torch.cuda.stream(self.stream), capture:
-                output = self._forward()
+            self.graph, self.output = captured(
+                device, torch.cuda.graph_pool_handle(), self._forward
+            )
+        except NotFixedError:
+            self.graphs.may_capture = False
         except RuntimeError as why:
-            # an end that fails leaves both as they are in the middle of a capture
-            generator.graphsafe_set_state(state)
-            with suppress(RuntimeError):
-                torch._C._cuda_endAllocateToPool(device.index, pool)
-                torch._C._cuda_releasePool(device.index, pool)
             self.graphs.may_capture = False
             log.warning("decoding is not captured and slower: %s", str(why).partition("\n")[0])
         else:
-            self.graph, self.output = graph, output
             self.graphs.captured += 1
-        finally:
-            torch._C._cuda_clearCublasWorkspaces()
+
+
+@contextmanager
+def aside(device: torch.device) -> Iterator[None]:
+    """Run on the stream that captures of a device use."""
+    stream, current = _stream(device), torch.cuda.current_stream(device)
+    stream.wait_stream(current)
+    try:
+        with torch.cuda.stream(stream):
+            yield
+    finally:  # also before a cache that did not work out is given back
+        current.wait_stream(stream)
+
+
+def captured(
+    device: torch.device, pool: Any, forward: Callable[[], torch.Tensor]
+) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+    """Capture a pass that ran before on the same stream; return its graph and what it writes.
+
+    Raises:
+        NotFixedError: memory is too short to try.
+        RuntimeError: it did not work out; allocator and random state are as before.
+    """
+    torch.cuda.empty_cache()
+    if torch.cuda.mem_get_info(device)[0] < HEADROOM:
+        raise NotFixedError("too little memory is free")
+    graph = torch.cuda.CUDAGraph()
+    generator = torch.cuda.default_generators[device.index]
+    state = generator.clone_state()
+    try:
+        # cuBLAS takes its workspace anew, so that it lies in the graph's own memory
+        torch._C._cuda_clearCublasWorkspaces()
+        # other threads, such as the one that watches collectives, may ask the device meanwhile
+        stream = _stream(device)
+        capture = torch.cuda.graph(graph, pool, stream, "thread_local")
+        with _one_capture, torch.cuda.stream(stream), capture:
+            return graph, forward()
+    except RuntimeError:
+        # an end that fails leaves both as they are in the middle of a capture
+        generator.graphsafe_set_state(state)
+        with suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(device.index, pool)
+            torch._C._cuda_releasePool(device.index, pool)
+        raise
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()
 
 
 def _stream(device: torch.device) -> torch.cuda.Stream:

@@ -17,6 +17,8 @@ from raytune_ft.errors import RecipeError
 from raytune_ft.model.decoding import Decoder, Graphs
 from raytune_ft.model.loss import causal_model
 
+Choose = Callable[[torch.Tensor], int]
+
 
 def stream_ids(
     model: nn.Module,
@@ -31,6 +33,7 @@ def stream_ids(
     cancelled: Callable[[], bool] | None = None,
     repetition_penalty: float = 1.0,
     graphs: Graphs | None = None,
+    choose: Choose | None = None,
 ) -> Iterator[int]:
     """Yield new token ids; a stop id ends the answer and is not yielded.
 
@@ -46,6 +49,7 @@ def stream_ids(
         cancelled: asked before each token.
         repetition_penalty: above 1 makes tokens that occurred less likely.
         graphs: of this model, which the caller keeps from answer to answer; none: of this one.
+        choose: takes float32 logits (1, V) and returns the id, instead of all rules above.
 
     Raises:
         RecipeError: the prompt is empty or longer than the model's context.
@@ -57,7 +61,8 @@ def stream_ids(
         list(prompt_ids),
         frozenset(stop_ids),
         min(max_new_tokens, room),
-        _Sampler(device_of(model), temperature, top_p, top_k, seed, repetition_penalty),
+        _by_logits(choose)
+        or _Sampler(device_of(model), temperature, top_p, top_k, seed, repetition_penalty).choose,
         cancelled or _never,
         graphs,
     )
@@ -135,12 +140,16 @@ class _Sampler:
         return int(torch.multinomial(probabilities, 1, generator=self.generator))
 
 
+def _by_logits(choose: Choose | None) -> Callable[[torch.Tensor, torch.Tensor], int] | None:
+    return None if choose is None else lambda _seen, logits: choose(logits)
+
+
 def _stream(
     model: nn.Module,
     prompt_ids: list[int],
     stop_ids: frozenset[int],
     limit: int,
-    sampler: _Sampler,
+    choose: Callable[[torch.Tensor, torch.Tensor], int],
     cancelled: Callable[[], bool],
     graphs: Graphs | None,
 ) -> Iterator[int]:
@@ -156,7 +165,7 @@ def _stream(
                 model.eval()
             # not inference_mode: bitsandbytes keeps what it makes, and training needs it later
             with torch.no_grad():
-                chosen = sampler.choose(seen, decoder.logits())
+                chosen = choose(seen, decoder.logits())
             if chosen in stop_ids:
                 return
             decoder.append([chosen])

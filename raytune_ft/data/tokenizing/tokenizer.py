@@ -172,6 +172,10 @@ class TextTokenizer:
         id_: int | None = self._backend.token_to_id(text)
         return id_
 
+    def written(self, token: int) -> str:
+        """Return a token as the vocabulary writes it; empty if there is no such token."""
+        return self._backend.id_to_token(token) or ""
+
     def _found(self, text: str, encoding: Encoding) -> list[tuple[Span, int]]:
         """List the special tokens that the library recognised: where they are written, id."""
         found = []
