@@ -12,7 +12,12 @@ import copy
 from typing import Any
 
 import torch
-from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from bitsandbytes.functional import (
+    dequantize_4bit,
+    int8_vectorwise_dequant,
+    int8_vectorwise_quant,
+    quantize_4bit,
+)
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
 from raytune_ft.errors import RecipeError
@@ -27,6 +32,13 @@ def through_nf4(weight: torch.Tensor, *, double_quant: bool) -> torch.Tensor:
         weight.contiguous(), quant_type="nf4", compress_statistics=double_quant
     )
     return dequantized(packed, state)
+
+
+def through_int8(weight: torch.Tensor) -> torch.Tensor:
+    """Quantise a weight (out, in) to int8 and back, as LLM.int8 stores it: a scale per row."""
+    packed, scales, _ = int8_vectorwise_quant(weight.half())
+    seen: torch.Tensor = int8_vectorwise_dequant(packed, scales).to(weight.dtype)
+    return seen
 
 
 def dequantized(packed: torch.Tensor, state: Any) -> torch.Tensor:

@@ -1,22 +1,35 @@
-"""Tensor files: one at a time in, shards of a bounded size out."""
+"""Tensor files: one tensor at a time in, shards of a bounded size out, one tensor in memory.
+
+Files are read and written by plain calls, not mapped: pages of a mapped file count as memory of
+the process, and a model's files are larger than what there is.
+"""
 
 from __future__ import annotations
 
 import json
 import re
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import IO, Any
 
 import torch
 
 from raytune_ft.errors import ModelError, RecipeError
+from raytune_ft.model.tensor_file import ALIGNMENT, NAMES
 
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?i?B)", re.IGNORECASE)
 FOREIGN = re.compile(r"GLOBAL ([\w.]+)")
 """What torch's restricted unpickler says about a class that it does not build."""
 UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+NAME_OF = {**NAMES, torch.float8_e4m3fn: "F8_E4M3"}
+DTYPES = {name: dtype for dtype, name in NAME_OF.items()}
+"""Types of tensors by their names in safetensors files."""
+HEAD_BYTES = range(4096, 256 << 10)
+"""Kept free for a file's head while its tensors are written: a thousandth of the file."""
+COPY_BYTES = 16 << 20
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
@@ -39,18 +52,62 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def stream_tensors(files: Iterable[Path]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (name, tensor) of weight files, one tensor in memory at a time."""
-    from safetensors import safe_open
+def stream_tensors(files: Sequence[Path]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (name, tensor) of weight files, one tensor in memory at a time.
 
-    for file in files:
-        if file.suffix == ".safetensors":
-            with safe_open(file, framework="pt") as content:
-                for name in content.keys():  # noqa: SIM118  not a mapping
-                    yield name, content.get_tensor(name)
-        else:
-            for name, tensor in load_pickled(file).items():
-                yield name, tensor.clone()
+    Tensors of safetensors files come in the order of their names.
+    """
+    pickled = [file for file in files if file.suffix != ".safetensors"]
+    yield from _read_safetensors([file for file in files if file not in pickled])
+    for file in pickled:
+        for name, tensor in load_pickled(file).items():
+            yield name, tensor.clone()
+
+
+def _read_safetensors(files: Sequence[Path]) -> Iterator[tuple[str, torch.Tensor]]:
+    with ExitStack() as stack:
+        places: dict[str, tuple[IO[bytes], int, dict[str, Any]]] = {}
+        for file in files:
+            content: IO[bytes] = stack.enter_context(file.open("rb", buffering=0))
+            head = _head_of(content, file)
+            places |= {name: (content, content.tell(), entry) for name, entry in head.items()}
+        for name, (source, start, entry) in sorted(places.items()):
+            begin, end = entry["data_offsets"]
+            tensor = torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]])
+            room = tensor.reshape(-1).view(torch.uint8).numpy().data
+            source.seek(start + begin)
+            if len(room) != end - begin or _fill(source, room) != len(room):
+                raise ModelError(f"{source.name}: '{name}' is cut off; copy the file again")
+            yield name, tensor
+
+
+def _head_of(content: IO[bytes], file: Path) -> dict[str, Any]:
+    size = int.from_bytes(content.read(8), "little")
+    try:
+        if size > file.stat().st_size:
+            raise ValueError("a head longer than the file")
+        head: dict[str, Any] = json.loads(content.read(size))
+        head.pop("__metadata__", None)
+        wrong = {entry["dtype"] for entry in head.values()} - set(DTYPES)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ModelError(f"{file}: cannot be read ({error}); copy the file again") from None
+    if wrong:
+        raise ModelError(
+            f"{file}: holds tensors of type {min(wrong)}, which are not readable; take the model "
+            "in float32, float16 or bfloat16"
+        )
+    return head
+
+
+def _fill(content: Any, room: memoryview) -> int:
+    """Read until `room` is full or the file ends; return what was read."""
+    done = 0
+    while done < len(room):
+        count = content.readinto(room[done : done + COPY_BYTES])
+        if not count:
+            break
+        done += count
+    return done
 
 
 def tensor_names(files: Iterable[Path]) -> dict[str, torch.Size]:
@@ -107,30 +164,45 @@ def size_bytes(text: str) -> int:
 
 
 class ShardWriter:
-    """Write tensors into numbered safetensors files of bounded size, with their index."""
+    """Write tensors into numbered safetensors files of bounded size, with their index.
+
+    Each tensor goes to its file at once; a file's head is put in front of them when it is full.
+    """
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
         self.folder = folder
         self.max_bytes = max_bytes
         self.total_bytes = 0
         self.names: set[str] = set()
-        self._held: dict[str, torch.Tensor] = {}
-        self._held_bytes = 0
+        self._room = min(max(max_bytes // 1000, HEAD_BYTES.start), HEAD_BYTES.stop)
+        self._room -= self._room % ALIGNMENT
+        self._file: IO[bytes] | None = None
+        self._head: dict[str, Any] = {}
+        self._bytes = 0
         self._shards: list[list[str]] = []
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Take a tensor; a shard is written when the next tensor would not fit into it."""
+        """Write a tensor, into a new file where it would not fit into this one."""
         size = tensor.numel() * tensor.element_size()
-        if self._held and self._held_bytes + size > self.max_bytes:
-            self._flush()
-        self._held[name] = tensor.contiguous()
-        self._held_bytes += size
+        if self._head and self._bytes + size > self.max_bytes:
+            self._finish()
+        if self._file is None:
+            self._file = self._part(len(self._shards)).open("w+b", buffering=0)
+            self._file.seek(self._room)
+        flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        _write_all(self._file, flat.numpy().data)
+        self._head[name] = {
+            "dtype": NAME_OF[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [self._bytes, self._bytes + size],
+        }
+        self._bytes += size
         self.total_bytes += size
         self.names.add(name)
 
     def close(self) -> int:
-        """Write what is held, give the files their names, and return their number."""
-        self._flush()
+        """Give the files their heads and names, and return their number."""
+        self._finish()
         count = len(self._shards)
         if count == 1:
             self._part(0).rename(self.folder / "model.safetensors")
@@ -145,10 +217,36 @@ class ShardWriter:
         (self.folder / "model.safetensors.index.json").write_text(text + "\n", encoding="utf-8")
         return count
 
-    def _flush(self) -> None:
-        save_tensors(self._held, self._part(len(self._shards)))
-        self._shards.append(list(self._held))
-        self._held, self._held_bytes = {}, 0
+    def _finish(self) -> None:
+        if self._file is None:
+            return
+        text = json.dumps({"__metadata__": {"format": "pt"}, **self._head}).encode()
+        room = max(self._room, -(-(8 + len(text)) // ALIGNMENT) * ALIGNMENT)
+        with self._file as file:
+            _move(file, self._room, self._bytes, room)
+            file.seek(0)
+            # blanks behind the head are the format's own way to keep tensors in their places
+            _write_all(file, memoryview((room - 8).to_bytes(8, "little") + text.ljust(room - 8)))
+        self._shards.append(list(self._head))
+        self._file, self._head, self._bytes = None, {}, 0
 
     def _part(self, number: int) -> Path:
         return self.folder / f"part-{number:05d}.safetensors"
+
+
+def _move(file: IO[bytes], start: int, size: int, to: int) -> None:
+    """Move `size` bytes of a file from `start` to a later place, last block first."""
+    if to == start or not size:
+        return
+    last = (size - 1) - (size - 1) % COPY_BYTES
+    for begin in range(last, -1, -COPY_BYTES):
+        room = memoryview(bytearray(min(COPY_BYTES, size - begin)))
+        file.seek(start + begin)
+        _fill(file, room)
+        file.seek(to + begin)
+        _write_all(file, room)
+
+
+def _write_all(file: IO[bytes], content: memoryview) -> None:
+    while content:
+        content = content[file.write(content[:COPY_BYTES]) :]
