@@ -11,7 +11,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from raytune_ft.config.schema import DataSection, Source
-from raytune_ft.data.rows.chat_rows import from_conversation, from_messages, from_senders
+from raytune_ft.data.rows.chat_rows import (
+    from_conversation,
+    from_messages,
+    from_senders,
+    read_messages,
+)
 from raytune_ft.data.rows.columns import (
     OR_SKIP,
     Row,
@@ -43,7 +48,7 @@ from raytune_ft.data.rows.preference import (
 )
 from raytune_ft.data.rows.recognition import Recognition, recognise
 from raytune_ft.data.rows.tool_rows import tools_of
-from raytune_ft.data.segments import Conversation, Message
+from raytune_ft.data.segments import Conversation, Loss, Message
 from raytune_ft.errors import DataError, RecipeError
 
 MOSS, PREFERENCE = "moss", "preference"
@@ -75,7 +80,7 @@ def _pair(question: str, answer: str) -> Format:
         system = text_if_any(row, "system", where) or text_if_any(row, "system_prompt", where)
         return turn(text_of(row, question, where), text_of(row, answer, where), system)
 
-    return Format(read, (question, answer), ("system", "system_prompt", "tools"))
+    return Format(read, (question, answer), ("system", "system_prompt", "tools"), question)
 
 
 def _openai(row: Row, where: str) -> list[Message]:
@@ -158,7 +163,25 @@ def to_conversation(
     if not messages or not (data.compat or any(map(_answers, messages))):
         return None
     tools = _tools(row, where) if "tools" in format_.optional else ()
-    return Conversation(_with_system(messages, source, data), tools, source.loss)
+    loss = _loss(row, format_, source, where)
+    return Conversation(_with_system(messages, source, data), tools, loss)
+
+
+def _loss(row: Row, format_: Format, source: Source, where: str) -> Loss:
+    """Return what is learned: of a prompt nothing, as in TRL's prompt and completion."""
+    prompt = row.get(format_.prompt)
+    if source.loss != "assistant" or not isinstance(prompt, list):
+        return source.loss
+    if not any(map(_answers, read_messages(prompt, where))):
+        return source.loss
+    completion = row.get(format_.columns[1])
+    if isinstance(completion, list) and sum(map(_answers, read_messages(completion, where))) > 1:
+        raise DataError(
+            f"{where}: several answers in '{format_.columns[1]}' behind answers in "
+            f"'{format_.prompt}': learned are all of them or the last; "
+            f"set data.sources[].loss, or write a row for each, {OR_SKIP}"
+        )
+    return "last"
 
 
 def to_pair(

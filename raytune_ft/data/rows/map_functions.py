@@ -33,6 +33,8 @@ class Format:
     """Columns that a row must have."""
     optional: tuple[str, ...] = ()
     """Columns that are read where a row has them."""
+    prompt: str = ""
+    """Column of what an answer answers; answers in it were given before and are not learned."""
 
 
 def turn(user: str, assistant: str, system: str = "") -> list[Message]:
