@@ -1,4 +1,4 @@
-"""`raytune-ft chat`: talk to a model in the terminal.
+"""`raytune-ft chat`: talk to a model in the terminal, or to two beside each other.
 
 Answers go to stdout, everything else to stderr. Ctrl-C stops an answer, not the program.
 """
@@ -8,21 +8,25 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, TextIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from raytune_ft.chat.feedback import Feedback
 from raytune_ft.chat.source import find_source, with_adapter
-from raytune_ft.chat.text import printable
+from raytune_ft.errors import RaytuneError, RecipeError
 
 if TYPE_CHECKING:
     from raytune_ft.chat.history import Message
     from raytune_ft.chat.model import ChatModel, Sampling
+    from raytune_ft.chat.reading import Read
+    from raytune_ft.chat.sides import Side
 
-HELP = """\
-/reset   forget the conversation        /exit, Ctrl-D   leave
-/help    show this                      Ctrl-C          stop the answer"""
+ROWS = "chat_rows"
+"""Folder of what /good and /bad keep."""
 
 
 def run_chat(
@@ -38,6 +42,9 @@ def run_chat(
     seed: int = 0,
     adapter: str | None = None,
     template: str | None = None,
+    compare: str | None = None,
+    rows: str = ROWS,
+    plain: bool = False,
 ) -> int:
     """Chat with the model at `path` until the user leaves; return the exit code.
 
@@ -53,6 +60,9 @@ def run_chat(
         seed: of the first answer; each later one takes the next number.
         adapter: an adapter folder, put onto the model at `path`.
         template: prompt template; none: that of the training rows.
+        compare: `base`: the model without its adapter answers as well; or another path.
+        rows: folder of the training rows that /good and /bad write.
+        plain: text as it comes instead of markdown.
 
     Raises:
         RaytuneError: the path or an option cannot be used; one line, before torch is loaded.
@@ -60,90 +70,192 @@ def run_chat(
     source = with_adapter(path, adapter, bits) if adapter else find_source(path, bits)
     if template is not None:
         source = replace(source, template=template)
+    _check_comparison(compare, has_adapter=source.adapter is not None, bits=bits)
     from raytune_ft.chat.model import Sampling, load_source
+    from raytune_ft.chat.sides import Side
 
     chat = load_source(source, log=_say)
+    sides = [Side(chat.name, chat)]
+    if compare is not None:
+        other = _compared(compare, chat, bits)
+        sides.append(Side(other.name, other))
+    talk = Conversation(
+        sides, Sampling(temperature, top_p, top_k, max_new_tokens, seed),
+        Feedback(Path(rows).expanduser()), plain=plain,
+    )  # fmt: skip
     if system is not None:
-        chat = replace(chat, system=system)
-    sampling = Sampling(temperature, top_p, top_k, max_new_tokens, seed)
+        talk.set_system(system)
     if ask:
-        return _answer_all(chat, ask, sampling)
-    return Conversation(chat, sampling).run(_reader())
+        return _answer_all(talk, ask)
+    from raytune_ft.chat.commands import COMMANDS, LEAVE
+    from raytune_ft.chat.reading import reader
+
+    return talk.run(reader([*COMMANDS, *LEAVE]))
 
 
-def _answer_all(chat: ChatModel, questions: Sequence[str], sampling: Sampling) -> int:
+def _check_comparison(compare: str | None, *, has_adapter: bool, bits: int | None) -> None:
+    if compare == "base" and not has_adapter:
+        raise RecipeError(
+            "--compare base: there is no adapter that could be taken off; "
+            "name the model to compare with: --compare PATH"
+        )
+    if compare not in (None, "base"):
+        find_source(compare or "", bits)
+
+
+def _compared(compare: str, chat: ChatModel, bits: int | None) -> ChatModel:
+    from raytune_ft.chat.model import load_source
+    from raytune_ft.chat.sides import BASE, without_adapter
+
+    if compare == BASE:
+        return without_adapter(chat)
+    return load_source(find_source(compare, bits), log=_say)
+
+
+def _answer_all(talk: Conversation, questions: Sequence[str]) -> int:
     for question in questions:
         print(f"> {question}")
-        stopped = _stream(chat, [{"role": "user", "content": question}], sampling, sys.stdout)[1]
-        print(flush=True)
-        if stopped:
+        for side in talk.sides:
+            side.messages = []
+        talk.turns = 0
+        talk.answer(question)
+        if talk.stopped:
             return 130
     return 0
 
 
 @dataclass
 class Conversation:
-    """One interactive conversation."""
+    """One conversation with one side, or with two that are asked the same."""
 
-    chat: ChatModel
+    sides: list[Side]
     sampling: Sampling
-    messages: list[Message] = field(default_factory=list)
+    feedback: Feedback = field(default_factory=lambda: Feedback(Path(ROWS)))
+    plain: bool = False
     turns: int = 0
+    """Answers given so far; the next one's seed is that much higher."""
+    stopped: bool = field(default=False, init=False)
+    """Whether the last answer was stopped."""
 
-    def run(self, read: Callable[[], str]) -> int:
+    def run(self, read: Read) -> int:
         """Answer what `read` returns until it raises EOFError or the user leaves."""
-        _say(f"{self.chat.name} is ready. /help lists commands, Ctrl-D leaves.")
+        from raytune_ft.chat.commands import LEAVE
+
+        names = " and ".join(side.label for side in self.sides)
+        _say(f"{names} {'is' if len(self.sides) == 1 else 'are'} ready. "
+             "/help lists commands, Ctrl-D leaves.")  # fmt: skip
         while True:
             try:
-                line = read().strip()
+                text = read()
             except EOFError:
                 return 0
             except KeyboardInterrupt:
                 _say("Ctrl-D or /exit leaves.")
                 continue
-            if line in ("/exit", "/quit"):
+            if text in LEAVE:
                 return 0
-            if line.startswith("/"):
-                self._command(line)
-            elif line:
-                self._answer(line)
+            if text.startswith("/"):
+                self._command(text)
+            elif text:
+                self.answer(text)
 
-    def _command(self, line: str) -> None:
-        if line == "/reset":
-            self.messages.clear()
-            _say("The conversation is forgotten.")
-        elif line == "/help":
-            _say(HELP)
-        else:
-            _say(f"no command '{line}'\n{HELP}")
+    @property
+    def messages(self) -> list[Message]:
+        """The conversation with the first side."""
+        return self.sides[0].messages
 
-    def _answer(self, line: str) -> None:
-        asked: list[Message] = [*self.messages, {"role": "user", "content": line}]
-        kept = self.chat.trim(asked, self.sampling.max_new_tokens)
+    def set_system(self, system: str) -> None:
+        """Start every conversation with this text; empty: with none."""
+        for side in self.sides:
+            side.chat = replace(side.chat, system=system)
+
+    def last_question(self) -> str:
+        """Return the last question; RecipeError if nothing was asked."""
+        asked = [one["content"] for one in self.messages if one["role"] == "user"]
+        if not asked:
+            raise RecipeError("nothing was asked yet")
+        return asked[-1]
+
+    def last_answers(self) -> list[tuple[list[Message], str]]:
+        """Return for each side the messages that its last answer answers, and that answer."""
+        self.last_question()
+        return [
+            (side.chat.with_system(side.messages[:-1]), side.messages[-1]["content"])
+            for side in self.sides
+        ]
+
+    def replace_answers(self, answer: str) -> None:
+        """Let all sides go on as if they had said this."""
+        for side in self.sides:
+            side.messages[-1] = {"role": "assistant", "content": answer}
+
+    def answer(self, question: str) -> bool:
+        """Ask all sides; return whether it could be asked."""
+        asked = [self._fitted(side, question) for side in self.sides]
+        fitting = [messages for messages in asked if messages is not None]
+        if len(fitting) < len(self.sides):
+            return False
+        answers = self._show(fitting)
+        self.turns += 1
+        for side, messages, answer in zip(self.sides, fitting, answers, strict=True):
+            side.messages = [*messages, {"role": "assistant", "content": answer}]
+        return True
+
+    def _fitted(self, side: Side, question: str) -> list[Message] | None:
+        """Return the messages to ask, without turns that no longer fit; None if nothing does."""
+        asked: list[Message] = [*side.messages, {"role": "user", "content": question}]
+        kept = side.chat.trim(asked, self.sampling.max_new_tokens)
         if len(kept) < len(asked):
             _say(f"({len(asked) - len(kept)} oldest messages no longer fit and are forgotten)")
-        if len(self.chat.encode(kept)) >= self.chat.context:
-            _say(f"too long: the model reads {self.chat.context} tokens at most; ask in parts")
-            return
+        if len(side.chat.encode(kept)) >= side.chat.context:
+            _say(f"too long: the model reads {side.chat.context} tokens at most; ask in parts")
+            return None
+        return kept
+
+    def _show(self, asked: Sequence[list[Message]]) -> list[str]:
+        """Write the answers while they are generated; Ctrl-C ends all of them."""
+        from raytune_ft.chat.rendering import writer_for
+        from raytune_ft.chat.sides import in_turn
+
         sampling = replace(self.sampling, seed=self.sampling.seed + self.turns)
-        answer, stopped = _stream(self.chat, kept, sampling, sys.stdout)
-        self.turns += 1
-        self.messages = [*kept, {"role": "assistant", "content": answer}]
-        print(" [stopped]\n" if stopped else "\n", flush=True)
+        labels = [side.label for side in self.sides]
+        texts, counts, began = [""] * len(labels), [0] * len(labels), time.monotonic()
+        with _interruptible() as stopped:
+            streams = [
+                side.chat.pieces(side.chat.encode(messages), sampling, stopped.is_set)
+                for side, messages in zip(self.sides, asked, strict=True)
+            ]
+            writer = writer_for(sys.stdout, labels, plain=self.plain)
+            try:
+                for number, piece in in_turn(streams):
+                    texts[number] += piece.text
+                    counts[number] = piece.n_tokens
+                    writer.push(number, piece.text)
+            finally:
+                self.stopped = stopped.is_set()
+                writer.end("stopped" if self.stopped else "")
+        if sys.stdout.isatty():
+            _say(_speed(sum(counts), time.monotonic() - began))
+        return texts
+
+    def _command(self, line: str) -> None:
+        from raytune_ft.chat.commands import COMMANDS, HELP
+
+        name, _, rest = line.partition(" ")
+        command = COMMANDS.get(name)
+        if command is None:
+            _say(f"no command '{name}'\n{HELP}")
+            return
+        try:
+            said = command.run(self, rest.strip())
+        except RaytuneError as error:
+            said = str(error)
+        if said:
+            _say(said)
 
 
-def _stream(
-    chat: ChatModel, messages: list[Message], sampling: Sampling, out: TextIO
-) -> tuple[str, bool]:
-    """Write an answer while it is generated; return it and whether Ctrl-C stopped it."""
-    answer = ""
-    with _interruptible() as stopped:
-        for piece in chat.pieces(chat.encode(messages), sampling, stopped.is_set):
-            answer += piece.text
-            out.write(printable(piece.text))
-            out.flush()
-        out.write("\n")
-    return answer, stopped.is_set()
+def _speed(n_tokens: int, seconds: float) -> str:
+    return f"({n_tokens} tokens, {n_tokens / max(seconds, 1e-6):.1f} tokens/s)"
 
 
 @contextmanager
@@ -153,28 +265,15 @@ def _interruptible() -> Iterator[threading.Event]:
     if threading.current_thread() is not threading.main_thread():
         yield event
         return
-    before = signal.signal(signal.SIGINT, lambda *_: event.set())
+
+    def stop(*_: Any) -> None:
+        event.set()
+
+    before = signal.signal(signal.SIGINT, stop)
     try:
         yield event
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def _reader() -> Callable[[], str]:
-    """Return a function that reads one line, with editing and history on a terminal."""
-    if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        return _read_plain
-    from prompt_toolkit import PromptSession
-
-    session: PromptSession[str] = PromptSession()
-    return lambda: session.prompt("you> ")
-
-
-def _read_plain() -> str:
-    line = sys.stdin.readline()
-    if not line:
-        raise EOFError
-    return line
 
 
 def _say(text: str) -> None:

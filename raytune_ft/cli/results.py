@@ -91,8 +91,20 @@ def chat(
     bot_name: Annotated[
         str, typer.Option("--bot-name", help="Stands for {bot_name} in the system text.")
     ] = "BOT",
+    compare: Annotated[
+        str | None,
+        typer.Option(
+            "--compare", help="A second model beside it: base (without the adapter) or a path."
+        ),
+    ] = None,
+    rows: Annotated[
+        str, typer.Option("--rows", help="Folder of the training rows that /good and /bad write.")
+    ] = "chat_rows",
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Text as it comes instead of markdown.")
+    ] = False,
 ) -> int:
-    """Talk to a trained model."""
+    """Talk to a trained model, or to two beside each other."""
     from raytune_ft.chat import run_chat
 
     if system_template is not None:
@@ -114,6 +126,9 @@ def chat(
         seed=seed,
         adapter=adapter,
         template=template,
+        compare=compare,
+        rows=rows,
+        plain=plain,
     )
 
 

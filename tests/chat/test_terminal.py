@@ -1,4 +1,4 @@
-"""The terminal program: one-shot questions, commands, Ctrl-C."""
+"""The terminal program: one-shot questions, turns, Ctrl-C."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from raytune_ft.chat import ChatModel, Piece, Sampling, open_chat, run_chat
+from raytune_ft.chat.sides import Side
 from raytune_ft.chat.terminal import Conversation
 from raytune_ft.errors import CheckpointError
 
@@ -29,13 +30,13 @@ def lines(*typed: str) -> Iterator[str]:
 def talk(chat: ChatModel, *typed: str) -> Conversation:
     """Type lines, then Ctrl-D."""
     typing = lines(*typed)
-    conversation = Conversation(chat, SAMPLING)
+    conversation = Conversation([Side(chat.name, chat)], SAMPLING)
 
     def read() -> str:
         line = next(typing, None)
         if line is None:
             raise EOFError
-        return line
+        return line.strip()
 
     assert conversation.run(read) == 0
     return conversation
@@ -115,7 +116,7 @@ def test_ctrl_c_at_the_prompt_does_not_leave(
     def read() -> str:
         raise next(actions)
 
-    assert Conversation(chat, SAMPLING).run(read) == 0
+    assert Conversation([Side(chat.name, chat)], SAMPLING).run(read) == 0
     assert "Ctrl-D or /exit leaves" in capsys.readouterr().err
 
 
