@@ -130,6 +130,23 @@ def test_gradients_of_a_7b_are_those_of_float32(which: int, shape_of_7b: Path) -
     assert cosines["fast"] > cosines["plain"] - 5e-4
 
 
+def test_float16_of_a_7b_is_as_near_to_float32(shape_of_7b: Path) -> None:
+    """Gradients under a loss scale, A and B of each layer, beside PEFT's updates in float32."""
+    found = {}
+    for name, fast, dtype in (
+        ("float32", False, "float32"), ("plain", False, "float16"), ("fast", True, "float16"),
+    ):  # fmt: skip
+        one = of_7b(shape_of_7b, fast, dtype=dtype)
+        (given()[0].loss(one[1]) * 2.0**12).backward()
+        found[name] = {key: value.cpu() for key, value in gradients(one[0]).items()}
+        del one
+        torch.cuda.empty_cache()
+    cosines = {way: least_cosine(found[way], found["float32"]) for way in ("plain", "fast")}
+    print(f"least cosine of float16 to float32: {cosines}")
+    assert cosines["fast"] >= 0.999
+    assert cosines["fast"] > cosines["plain"] - 5e-4
+
+
 def test_dropout_is_the_same_where_layers_are_computed_again(shape_of_7b: Path) -> None:
     found: list[dict[str, Tensor]] = []
     for again in (False, True):

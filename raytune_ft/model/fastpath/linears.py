@@ -160,8 +160,7 @@ def _base_refusal(linear: Any) -> str | None:
 
 
 def _dtype_refusal(dtype: torch.dtype) -> str | None:
-    # float16: PEFT computes updates in float32, whose range float16 has not
-    fine = dtype in (torch.float32, torch.bfloat16)
+    fine = dtype in (torch.float32, torch.bfloat16, torch.float16)
     return None if fine else f"{str(dtype).removeprefix('torch.')} weights"
 
 
