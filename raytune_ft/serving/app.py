@@ -14,66 +14,88 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
 from raytune_ft.chat.source import ChatSource, find_source
+from raytune_ft.cluster import ray_session
 from raytune_ft.errors import ServeError
-from raytune_ft.serving.guard import GuardRules, hash_key, is_loopback
+from raytune_ft.serving.arguments import ServeArgs, checked
+from raytune_ft.serving.front import CALLBACK, IMPORT_PATH
+from raytune_ft.serving.guard import GuardRules, is_loopback
+from raytune_ft.serving.keys import ApiKey, hash_key, read_keys
+from raytune_ft.serving.options import ApiOptions
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
     from ray.serve import Application
 
+    from raytune_ft.serving.engine import ChatEngine
+
 KEY_VARIABLE = "RAYTUNE_API_KEY"
 APP_NAME = "raytune_ft"
-MAX_ONGOING = 512
-"""Requests that Ray lets through to the replica, which answers 429 long before."""
-
-
-class ServeArgs(BaseModel):
-    """Arguments of the application, in `serve/chat.yaml` under `args`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    path: str = Field(min_length=1)
-    """Run folder, adapter, model folder, or `smollm2-135m-instruct`; on the replica's machine."""
-    bits: int | None = None
-    """4, 8, 16 or 32; null: the precision that training saw."""
-    hosts: list[str] = []
-    """Host names, beside localhost, under which the endpoint is reached."""
-    max_waiting: int = Field(default=16, ge=0, le=400)
-    """Requests that wait at most; more are answered 429."""
-    threads: int | None = Field(default=None, ge=1)
-    """CPU threads of the replica; null: all cores that it may use."""
-    gpus: float | None = Field(default=None, ge=0)
-    """GPUs of the replica; null: one if the cluster has one."""
+MAX_ONGOING = 2048
+"""Requests that Ray lets through to a replica, which answers 429 long before: Ray's own queue
+would keep the rest waiting, or drop them with 503."""
+GATHER_S = 5.0
+"""For all replicas to tell their metrics."""
+DRAIN_S = 5.0
+"""For answers under way behind Ctrl-C, on this machine."""
 
 
 class ChatEndpoint:
-    """The replica: one model, one engine, one HTTP application."""
+    """The replica: one engine, one HTTP application."""
 
-    def __init__(self, args: dict[str, Any], key_hash: str | None) -> None:
+    def __init__(
+        self, args: dict[str, Any], key_hash: str | None, keys: Sequence[dict[str, Any]] = ()
+    ) -> None:
         import torch
+        from ray import serve as ray_serve
 
-        from raytune_ft.chat.model import open_chat
-        from raytune_ft.serving.engine import EmbeddedEngine
+        from raytune_ft.serving.metrics import Metrics
 
-        wanted = ServeArgs.model_validate(args)
+        self._args = wanted = ServeArgs.model_validate(args)
         # Ray sets OMP_NUM_THREADS=1 for an actor with one CPU: a tenth of the speed
         torch.set_num_threads(wanted.threads or len(os.sched_getaffinity(0)))
-        self._rules = GuardRules(frozenset(h.lower() for h in wanted.hosts), key_hash)
-        self._engine = EmbeddedEngine(open_chat(wanted.path, wanted.bits), wanted.max_waiting)
+        self._rules = GuardRules(
+            hosts=frozenset(host.lower() for host in wanted.hosts),
+            key_hash=key_hash,
+            keys=tuple(ApiKey.model_validate(key) for key in keys),
+            origins=frozenset(wanted.origins),
+        )
+        self._context = ray_serve.get_replica_context()
+        self._engine = _open_engine(wanted)
+        self._metrics = Metrics(self._engine, self._context.replica_id.unique_id)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Build the HTTP application; Ray calls this once, after the constructor."""
         from raytune_ft.serving.api import build_api
 
-        return build_api(self._engine, self._rules)
+        wanted = self._args
+        options = ApiOptions(
+            max_waiting=wanted.max_waiting,
+            deadline_seconds=wanted.deadline_seconds,
+            access_log=wanted.access_log,
+            log_prompts=wanted.log_prompts,
+        )
+        gather = self._gather if wanted.several else None
+        return build_api(self._engine, self._rules, options, metrics=self._metrics, gather=gather)
+
+    def families(self) -> list[Any]:
+        """Return this replica's metrics to the one that was asked for all."""
+        return self._metrics.families()
+
+    async def _gather(self) -> list[Any]:
+        """Return the metrics of all replicas; of one that dies meanwhile, none."""
+        from ray import serve as ray_serve
+
+        handle = ray_serve.get_deployment_handle(self._context.deployment, self._context.app_name)
+        answers = await handle.broadcast("families").results_async(
+            timeout_s=GATHER_S, return_exceptions=True
+        )
+        return [answer for answer in answers if not isinstance(answer, BaseException)]
 
     def check_health(self) -> None:
         """Let Ray replace a replica that no longer answers."""
@@ -85,16 +107,24 @@ class ChatEndpoint:
             self._engine.close()
 
 
+def _open_engine(wanted: ServeArgs) -> ChatEngine:
+    from raytune_ft.chat.model import open_chat
+    from raytune_ft.serving.engine import EmbeddedEngine
+
+    return EmbeddedEngine(open_chat(wanted.path, wanted.bits), wanted.max_waiting)
+
+
 def build(args: dict[str, Any]) -> Application:
-    """Build the application for `serve deploy`; the API key comes from RAYTUNE_API_KEY.
+    """Build the application for `serve deploy`; the owner's key comes from RAYTUNE_API_KEY.
 
     Raises:
-        ServeError: an argument is unknown or out of bounds.
+        ServeError: an argument is unknown or out of bounds, or the file of keys cannot be used.
     """
     import ray
     from ray import serve as ray_serve
 
-    wanted = _checked(args)
+    wanted = checked(args)
+    keys = read_keys(wanted.keys) if wanted.keys else ()
     gpus = wanted.gpus
     if gpus is None:
         gpus = min(1.0, ray.cluster_resources().get("GPU", 0.0))
@@ -102,62 +132,85 @@ def build(args: dict[str, Any]) -> Application:
     deployment = ray_serve.deployment(
         ray_serve.ingress()(ChatEndpoint),
         name="ChatEndpoint",
+        **wanted.scale(),
         max_ongoing_requests=MAX_ONGOING,
+        max_queued_requests=-1,
         max_constructor_retry_count=1,
-        graceful_shutdown_timeout_s=5,
-        ray_actor_options={"num_cpus": 1, "num_gpus": gpus},
+        graceful_shutdown_wait_loop_s=0.5,
+        graceful_shutdown_timeout_s=wanted.drain_seconds,
+        health_check_period_s=5,
+        ray_actor_options={"num_cpus": wanted.cpus, "num_gpus": gpus},
         logging_config={"enable_access_log": False, "log_level": "WARNING"},
     )
-    return deployment.bind(wanted.model_dump(), hash_key(key) if key else None)
+    return deployment.bind(
+        wanted.model_dump(), hash_key(key) if key else None, [one.model_dump() for one in keys]
+    )
 
 
-def serve(path: str, *, host: str = "127.0.0.1", port: int = 8000, bits: int | None = None) -> int:
+def serve(
+    path: str,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    bits: int | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> int:
     """Serve the model at `path` on this machine until Ctrl-C or SIGTERM; return the exit code.
 
     Args:
         path: a run folder, adapter, model folder, or `smollm2-135m-instruct`.
-        host: address to listen on; others than loopback need RAYTUNE_API_KEY.
+        host: address to listen on; others than loopback need a key.
         port: TCP port.
         bits: 4, 8, 16 or 32; none: the precision that training saw.
+        options: further ServeArgs, by name.
 
     Raises:
         CheckpointError, ModelError, RecipeError: the path cannot be used; before Ray starts.
         ServeError: host or port cannot be used, or the model does not load.
     """
     source = find_source(path, bits)
-    _check_host(host)
+    args = _arguments(path, host, bits, dict(options or {}))
+    _check_host(host, keys=bool(args.keys))
     _check_port(host, port)
     _prepare(source)
-    place = Path(path).expanduser()
-    args = ServeArgs(
-        path=str(place.resolve()) if place.is_dir() else path,
-        bits=bits,
-        hosts=[] if is_loopback(host) else [host],
-    )
-    try:
-        _start(args, host, port)
-        with _stop_signal() as stopped:
-            print(_greeting(source.name, host, port), flush=True)
-            stopped.wait()
-    finally:
-        _shut_down()
+    with _ray():
+        try:
+            _start(args, host, port)
+            with _stop_signal() as stopped:
+                print(_greeting(source.name, host, port, keys=bool(args.keys)), flush=True)
+                stopped.wait()
+        finally:
+            _shut_down()
     return 0
 
 
-def _checked(args: dict[str, Any]) -> ServeArgs:
-    try:
-        return ServeArgs.model_validate(args)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise ServeError(f"args.{key}: {first['msg']}; see serve/chat.yaml") from None
+def _arguments(path: str, host: str, bits: int | None, options: dict[str, Any]) -> ServeArgs:
+    """Return the application's arguments, with places as absolute paths: replicas run elsewhere."""
+    if Path(path).expanduser().is_dir():
+        path = str(Path(path).expanduser().resolve())
+    for name in ("adapters", "keys", "access_log"):
+        if options.get(name):
+            options[name] = str(Path(options[name]).expanduser().resolve())
+    hosts = [] if is_loopback(host) else [host]
+    fixed = {"path": path, "bits": bits, "hosts": [*hosts, *options.pop("hosts", [])]}
+    args = checked({"drain_seconds": DRAIN_S, **options, **fixed})
+    if args.keys:
+        read_keys(args.keys)
+    return args
 
 
-def _check_host(host: str) -> None:
-    if not is_loopback(host) and not os.environ.get(KEY_VARIABLE):
+def _check_host(host: str, *, keys: bool) -> None:
+    if is_loopback(host):
+        return
+    if not keys and not os.environ.get(KEY_VARIABLE):
         raise ServeError(
             f"--host {host}: others could use the model; set {KEY_VARIABLE} to a key that they "
-            "must send, or keep 127.0.0.1"
+            "must send, or name a file of keys, or keep 127.0.0.1"
+        )
+    if os.environ.get("RAY_AUTH_MODE", "token") != "token":
+        raise ServeError(
+            f"--host {host}: RAY_AUTH_MODE={os.environ['RAY_AUTH_MODE']} opens Ray itself to "
+            "whoever reaches this machine; unset it, or keep 127.0.0.1"
         )
 
 
@@ -185,17 +238,24 @@ def _prepare(source: ChatSource) -> None:
         prepare_folder(source.base, lambda line: print(line, file=sys.stderr, flush=True))
 
 
+@contextmanager
+def _ray() -> Iterator[None]:
+    """Start Ray on this machine as training does, with its token, without a dashboard."""
+    if os.environ.get("RAY_ADDRESS"):
+        raise ServeError(
+            "RAY_ADDRESS is set, and raytune-ft serve starts a Ray of its own on this machine; "
+            "unset it, or use `serve deploy serve/chat.yaml` on that cluster"
+        )
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault(CALLBACK, IMPORT_PATH)
+    print("starting Ray and loading the model (about 20 seconds) ...", file=sys.stderr, flush=True)
+    with ray_session():
+        yield
+
+
 def _start(args: ServeArgs, host: str, port: int) -> None:
-    import ray
     from ray import serve as ray_serve
 
-    print("starting Ray and loading the model (about 20 seconds) ...", file=sys.stderr, flush=True)
-    ray.init(
-        address="local",
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
     for logger in ("ray", "ray.serve", "ray.data"):
         logging.getLogger(logger).setLevel(logging.ERROR)
     quiet = {"enable_access_log": False, "log_level": "ERROR"}
@@ -232,7 +292,6 @@ def _shut_down() -> None:
     if ray.is_initialized():
         # not serve.shutdown(): it kills its controller with a line of alarm on the screen
         ray_serve.delete(APP_NAME)
-        ray.shutdown()
 
 
 @contextmanager
@@ -250,10 +309,11 @@ def _stop_signal() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def _greeting(name: str, host: str, port: int) -> str:
+def _greeting(name: str, host: str, port: int, *, keys: bool) -> str:
     shown = "127.0.0.1" if host in ("0.0.0.0", "127.0.0.1") else host  # noqa: S104
     url = f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"
-    key = f' -H "Authorization: Bearer ${KEY_VARIABLE}"' if os.environ.get(KEY_VARIABLE) else ""
+    asked = keys or os.environ.get(KEY_VARIABLE)
+    key = f' -H "Authorization: Bearer ${KEY_VARIABLE}"' if asked else ""
     question = {"model": name, "messages": [{"role": "user", "content": "Who are you?"}]}
     return (
         f"{name} answers at {url}\n"

@@ -7,7 +7,6 @@ answer, and an answer of ours where the layers below raise.
 from __future__ import annotations
 
 import logging
-import re
 import uuid
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -18,11 +17,10 @@ from raytune_ft.serving.metrics import Metrics
 from raytune_ft.serving.options import ApiOptions
 from raytune_ft.serving.record import RECORD, Record, Write
 from raytune_ft.serving.refusal import error_body
-from raytune_ft.serving.sending import send_json
+from raytune_ft.serving.sending import REQUEST_ID, send_json
 
 logger = logging.getLogger(__name__)
 
-REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 UNWATCHED = frozenset({"/healthz", "/readyz"})
 """Asked every second by machines: counted, but not logged."""

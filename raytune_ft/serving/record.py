@@ -14,12 +14,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from starlette.types import Scope
 
-from raytune_ft.chat.model import Piece
 from raytune_ft.errors import ServeError
+
+if TYPE_CHECKING:
+    from raytune_ft.chat.model import Piece
 
 RECORD = "raytune_ft.record"
 """The scope's key of the request's Record."""

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from starlette.types import Send
+
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+"""What an id that a client gives its request must be, before it is logged and sent back."""
 
 
 async def send_json(
