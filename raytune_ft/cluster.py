@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import sys
 import tempfile
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -70,12 +72,7 @@ def ray_session(*, dashboard: bool = False) -> Iterator[None]:
     Raises:
         TrainingError: Ray does not start, or there is none at RAY_ADDRESS.
     """
-    for key, value in QUIET.items():
-        os.environ.setdefault(key, value)
-    chosen = any(key in os.environ for key in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"))
-    allocation = {} if chosen else ALLOCATION
-    os.environ.update(allocation)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="ray.*")
+    allocation = _prepare_environment()
     import ray
 
     if ray.is_initialized():
@@ -93,6 +90,69 @@ def ray_session(*, dashboard: bool = False) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+class RayBeside(threading.Thread):
+    """A `ray_session` that starts while others import and read.
+
+    The thread that starts Ray keeps it and shuts it down: the kernel kills the processes of a
+    private Ray when the thread that made them ends, not when the process does.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(name="ray", daemon=True)
+        self._tried, self._over = threading.Event(), threading.Event()
+        self._error: BaseException | None = None
+
+    def run(self) -> None:
+        """Start Ray, keep it until `end`, shut it down."""
+        try:
+            with ray_session():
+                self._tried.set()
+                self._over.wait()
+        except BaseException as error:  # the one who waits raises it
+            self._error = error
+        finally:
+            self._tried.set()
+
+    def wait(self) -> None:
+        """Return when Ray is there; TrainingError if it does not start."""
+        self._tried.wait()
+        if self._error is not None:
+            raise self._error
+
+    def end(self) -> None:
+        """Have Ray shut down, behind its start if that is not over."""
+        self._over.set()
+        self.join()
+
+
+@contextmanager
+def ray_beside() -> Iterator[RayBeside]:
+    """Start Ray while the block runs on; behind the block nothing of it is left.
+
+    To be entered before `ray` is imported elsewhere: what it reads at import is set here.
+    """
+    _prepare_environment()
+    importlib.import_module("ray")  # here, so that no two threads import it at once
+    beside = RayBeside()
+    beside.start()
+    try:
+        yield beside
+    finally:
+        beside.end()
+
+
+def _prepare_environment() -> dict[str, str]:
+    """Set what Ray and its workers read; return what workers elsewhere are to be told as well."""
+    for key, value in QUIET.items():
+        os.environ.setdefault(key, value)
+    (key, ours), *_ = ALLOCATION.items()
+    is_ours = os.environ.get(key, ours) == ours and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ
+    allocation = ALLOCATION if is_ours else {}
+    os.environ.update(allocation)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="ray.*")
+    return allocation
 
 
 def _init(dashboard: bool, allocation: dict[str, str]) -> None:

@@ -1,4 +1,4 @@
-"""Fit: a prepared run in, its Ray Train workers seen through to their end.
+"""Fitting: a recipe in, its Ray Train workers started, told their job, seen through to their end.
 
 What ends a run comes back as one error of `errors`: what a worker wrote down, a signal, or workers
 that were lost too often. The main thread only waits, so that signals reach it at once.
@@ -19,7 +19,7 @@ from raytune_ft import errors
 from raytune_ft.cluster import noise_to
 from raytune_ft.config.schema import Recipe
 from raytune_ft.data.feeder import Supply
-from raytune_ft.preparation import Prepared
+from raytune_ft.resume import shown
 from raytune_ft.screen import Screen
 from raytune_ft.training import worker
 from raytune_ft.training.guarding import failures
@@ -32,29 +32,57 @@ from raytune_ft.wish import GRACE_S, Wish
 
 POLL_SECONDS = 0.2
 ASK_SECONDS = 0.5
+JOB_SECONDS = 0.1
 ALONE_SECONDS = 10.0
 """Behind the failure that ends a run, for workers that have not met it."""
 CPUS_PER_WORKER = 0.5
 """Less than a core, so that several workers find room on a small machine."""
 
 
-def fit(prepared: Prepared, supply: Supply, folder: RunFolder, screen: Screen) -> None:
-    """Run the workers to the end.
+class Workers:
+    """The Ray Train workers of a run: they start at once, and train when they are told their job.
 
-    Raises:
-        RaytuneError: what ended them, as a worker told it; TrainingError if it could not.
-        Interrupted: a signal asked for the end; the run can be taken up again.
+    While the driver prepares, their processes start, meet, and import what they will need.
     """
+
+    def __init__(self, recipe: Recipe, folder: RunFolder) -> None:
+        failures.begin(folder)
+        self.folder = folder
+        self.mailbox: Any = ray.remote(num_cpus=0)(Mailbox).remote()
+        self.ended = Fit(_trainer(recipe, folder, self.mailbox))
+
+    def fit(self, job: worker.Job, supply: Supply, screen: Screen) -> None:
+        """Tell them their job, and see them to the end.
+
+        Raises:
+            RaytuneError: what ended them, as a worker told it; TrainingError if it could not.
+            Interrupted: a signal asked for the end; the run can be taken up again.
+        """
+        screen.stage("workers")
+        with Wish() as wish, watched(self.mailbox, screen, self.folder):
+            self.mailbox.give.remote(job, supply)
+            try:
+                see_through(self.ended, wish, self.mailbox, self.folder, screen)
+            except errors.Interrupted:
+                self.folder.update(status="stopped")
+                raise
+            except errors.RaytuneError:
+                self.folder.update(status="failed")
+                raise
+
+
+def _trainer(recipe: Recipe, folder: RunFolder, mailbox: Any) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    recipe = Recipe.model_validate(prepared.job.recipe)
-    failures.begin(folder)
     on_gpu = ray.cluster_resources().get("GPU", 0) >= 1
-    mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
-    trainer = TorchTrainer(
+    return TorchTrainer(
         train_loop_per_worker,
-        train_loop_config={"job": prepared.job, "supply": supply, "mailbox": mailbox},
+        train_loop_config={
+            "recipe": recipe.model_dump(mode="json"),
+            "run_path": str(folder.path),
+            "mailbox": mailbox,
+        },
         # for the start, in which ranks take their time; guards.guarded sets that of the steps
         torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo", timeout_s=PATIENCE_S),
         scaling_config=ScalingConfig(
@@ -68,17 +96,6 @@ def fit(prepared: Prepared, supply: Supply, folder: RunFolder, screen: Screen) -
             failure_config=FailureConfig(max_failures=recipe.run.max_failures),
         ),
     )
-    screen.stage("workers")
-    with Wish() as wish, watched(mailbox, screen, folder):
-        ended = Fit(trainer)
-        try:
-            see_through(ended, wish, mailbox, folder, screen)
-        except errors.Interrupted:
-            folder.update(status="stopped")
-            raise
-        except errors.RaytuneError:
-            folder.update(status="failed")
-            raise
 
 
 class Fit(threading.Thread):
@@ -136,18 +153,27 @@ def see_through(ended: Fit, wish: Wish, mailbox: Any, folder: RunFolder, screen:
 
 def train_loop_per_worker(config: dict[str, Any]) -> None:
     """Entry on each Ray Train worker: bind the streams and hand over to training.worker."""
-    job: worker.Job = config["job"]
-    supply: Supply = config["supply"]
     mailbox = config["mailbox"]
     rank = ray.train.get_context().get_world_rank()
-    packs, validation = supply.of_rank(rank)
-    folder = RunFolder(job.run_path)
-    with noise_to(folder.log), AskedToEnd() as killed, asked_by(mailbox) as asked:
-        guards = Guards(interrupted=lambda: killed() or asked(), watched=True)
-        failures.guard(
-            lambda: worker.run(job, packs, validation, mailbox.put.remote, guards), folder, rank
-        )
+    folder = RunFolder(config["run_path"])
+    with noise_to(folder.log), AskedToEnd() as killed:
+        worker.import_ahead(Recipe.model_validate(config["recipe"]))
+        job, supply = _told(mailbox)
+        packs, validation = supply.of_rank(rank)
+        with asked_by(mailbox) as asked:
+            guards = Guards(interrupted=lambda: killed() or asked(), watched=True)
+            failures.guard(
+                lambda: worker.run(job, packs, validation, mailbox.put.remote, guards), folder, rank
+            )
     ray.train.report({"done": True})
+
+
+def _told(mailbox: Any) -> tuple[worker.Job, Supply]:
+    """Wait until the driver knows the job; it may fetch a model or measure rows before."""
+    while (told := ray.get(mailbox.told.remote())) is None:
+        time.sleep(JOB_SECONDS)
+    job, supply = told
+    return job, supply
 
 
 @contextmanager
@@ -169,11 +195,20 @@ def asked_by(mailbox: Any) -> Iterator[Callable[[], bool]]:
 
 
 class Mailbox:
-    """Carries events from rank 0 to the driver's screen, and the wish to stop to the workers."""
+    """Carries events from rank 0 to the driver's screen; job and wish to stop to the workers."""
 
     def __init__(self) -> None:
         self.events: list[Event] = []
         self.asked = False
+        self.job: tuple[worker.Job, Supply] | None = None
+
+    def give(self, job: worker.Job, supply: Supply) -> None:
+        """Keep what the workers are to do, for those that are started again as well."""
+        self.job = job, supply
+
+    def told(self) -> tuple[worker.Job, Supply] | None:
+        """Return it; None as long as the driver does not know it."""
+        return self.job
 
     def stop(self) -> None:
         """Ask the workers to stop."""
@@ -218,9 +253,3 @@ def watched(mailbox: Any, screen: Screen, folder: RunFolder) -> Iterator[None]:
     finally:
         done.set()
         thread.join(timeout=10)
-
-
-def shown(folder: RunFolder) -> str:
-    """Write a path as a person would type it here."""
-    path = os.path.relpath(folder.path)
-    return str(folder.path) if path.startswith("..") else path

@@ -4,7 +4,7 @@ Ray's core ends a driver without a word, with exit code 1, as soon as it asks a 
 store that is gone (`QuickExit` in its connection.cc and core_worker.cc); a driver that asks for
 nothing waits until health checks fail. So what dies first is watched here. A driver that asks at
 that very moment is ended before it can be told, and so is one of a cluster that was joined, whose
-processes are another's: `unheard` is what `last_words` says for them.
+processes are another's: `resume.unheard` is what `last_words` says for them.
 """
 
 from __future__ import annotations
@@ -16,10 +16,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
-from raytune_ft.cluster import ray_session
 from raytune_ft.errors import Interrupted
-from raytune_ft.last_words import spoken_for
-from raytune_ft.preparation import removed_unless_started
+from raytune_ft.new_run import removed_unless_started
 from raytune_ft.resume import lost
 from raytune_ft.screen import Screen
 from raytune_ft.training.run_folder import RunFolder
@@ -33,26 +31,23 @@ PARENT_FIELD = 1
 
 @contextmanager
 def seen_to_the_end(
-    folder: RunFolder, shown: str, screen: Screen, terminal: TextIO
+    folder: RunFolder, shown: str, screen: Screen, terminal: TextIO, call_off: Callable[[], None]
 ) -> Iterator[None]:
-    """Have a Ray while the block runs; whatever ends it, the user is told how to go on.
+    """Whatever ends the Ray that is there while the block runs, the user is told how to go on.
 
     Args:
         folder: of the run.
         shown: its path as a person would type it.
         screen: to be closed before the last line.
         terminal: gets that line.
+        call_off: of `last_words.spoken_for`, since this process speaks for itself then.
     """
 
     def end(why: str) -> None:
         call_off()
         leave(folder, shown, why, screen, terminal)
 
-    with (
-        spoken_for(lambda: unheard(folder, shown), terminal.fileno()) as call_off,
-        ray_session(),
-        ending_with_ray(end),
-    ):
+    with ending_with_ray(end):
         yield
 
 
@@ -110,11 +105,3 @@ def leave(folder: RunFolder, shown: str, reason: str, screen: Screen, terminal: 
             raise told
     finally:
         os._exit(told.exit_code)
-
-
-def unheard(folder: RunFolder, shown: str) -> str:
-    """Tell how to go on with a run whose driver ended without a word."""
-    on = f"go on with: raytune-ft train --resume {shown}"
-    if not folder.run_json.is_file():
-        on = "start the run again"
-    return f"error: {shown}: its driver was killed, or Ray was lost; {on}"

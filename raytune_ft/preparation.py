@@ -6,12 +6,7 @@ Shared by training and sweeps. What fails here fails before a worker starts, and
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 from raytune_ft import export
@@ -26,13 +21,13 @@ from raytune_ft.data.report import Report, nothing_left
 from raytune_ft.data.sources import RowSource
 from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
 from raytune_ft.data.windows import Measurement, make_feed
-from raytune_ft.errors import DataError, RecipeError
+from raytune_ft.errors import DataError
 from raytune_ft.model import loading
 from raytune_ft.model.memory import trained_parameters
 from raytune_ft.screen import Screen
 from raytune_ft.training.evaluating import answer_metrics, mmlu
-from raytune_ft.training.guarding import disk, liveness
-from raytune_ft.training.run_folder import STARTING, RunFolder, read_json, write_json
+from raytune_ft.training.guarding import disk
+from raytune_ft.training.run_folder import RunFolder, write_json
 from raytune_ft.training.saving import load_from
 from raytune_ft.training.watching import trackers
 from raytune_ft.training.worker import Job
@@ -148,42 +143,3 @@ def measure(rows: RowSource, encoder: Encoder, folder: RunFolder, screen: Screen
         screen.stage("data", done, total)
 
     return stream.measure(rows, encoder, show, shared_folder=folder.path.parent)
-
-
-def new_folder(recipe: Recipe, source: str) -> RunFolder:
-    """Make an empty folder for a new run; RecipeError if that run exists.
-
-    One in which a driver was killed before its run began is taken over.
-    """
-    now = datetime.now().astimezone()
-    name = recipe.run.name or f"{loader.recipe_stem(source)}_{now:%Y%m%d_%H%M%S}"
-    path = Path(recipe.run.storage).expanduser().resolve() / name
-    if path.exists() and not _never_began(path):
-        raise RecipeError(
-            f"run.name: '{path}' exists; go on with it by --resume {path}, or choose another name"
-        )
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        write_json(path / STARTING, liveness.this_process())
-    except OSError as error:
-        raise RecipeError(f"run.storage: '{path}' cannot be made: {error.strerror}") from None
-    return RunFolder(path)
-
-
-def _never_began(path: Path) -> bool:
-    if not (path / STARTING).is_file():
-        return False
-    return liveness.is_gone(read_json(path / STARTING))
-
-
-@contextmanager
-def removed_unless_started(folder: RunFolder) -> Iterator[None]:
-    """Leave nothing behind when a run ends before it began to write its record."""
-    try:
-        yield
-    except BaseException:
-        if not folder.run_json.is_file():
-            shutil.rmtree(folder.path, ignore_errors=True)
-            if folder.path.parent.is_dir() and not any(folder.path.parent.iterdir()):
-                folder.path.parent.rmdir()
-        raise

@@ -6,6 +6,7 @@ or head node ends the driver, which says how to go on.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -78,3 +79,18 @@ def lost(folder: RunFolder, shown: str, reason: str) -> RaytuneError:
     return Interrupted(
         f"{shown}: Ray was lost ({reason}); go on with: raytune-ft train --resume {shown}"
     )
+
+
+def unheard(folder: RunFolder) -> str:
+    """Tell how to go on with a run whose driver ended without a word."""
+    run = shown(folder)
+    on = f"go on with: raytune-ft train --resume {run}"
+    if not folder.run_json.is_file():
+        on = "start the run again"
+    return f"error: {run}: its driver was killed, or Ray was lost; {on}"
+
+
+def shown(folder: RunFolder) -> str:
+    """Write a path as a person would type it here."""
+    path = os.path.relpath(folder.path)
+    return str(folder.path) if path.startswith("..") else path

@@ -23,7 +23,8 @@ from raytune_ft.config import loader
 from raytune_ft.config.schema import Recipe, TuneSection
 from raytune_ft.data.feeder import feeding
 from raytune_ft.errors import RecipeError, TrainingError
-from raytune_ft.preparation import Prepared, new_folder, prepare, removed_unless_started
+from raytune_ft.new_run import new_folder, removed_unless_started
+from raytune_ft.preparation import Prepared, prepare
 from raytune_ft.screen import Screen
 from raytune_ft.training import worker
 from raytune_ft.training.run_folder import Event, RunFolder, append_jsonl

@@ -12,7 +12,7 @@ from ray.exceptions import ActorDiedError, RayTaskError
 from raytune_ft.config import loader
 from raytune_ft.config.schema import Recipe
 from raytune_ft.errors import CheckpointError, DataError, Interrupted, TrainingError
-from raytune_ft.preparation import new_folder
+from raytune_ft.new_run import new_folder
 from raytune_ft.resume import open_run, resumable
 from raytune_ft.training.guarding import liveness
 from raytune_ft.training.run_folder import STARTING, RunFolder, write_json

@@ -6,9 +6,10 @@ worker, inside a Ray Tune trial and in a plain test alike.
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -73,6 +74,20 @@ class Job:
     """Part of a GPU that each process may use."""
 
 
+def import_ahead(recipe: Recipe) -> None:
+    """Import what building the engine will, before there is a job to build it for.
+
+    What cannot be imported is told by whoever needs it.
+    """
+    _device(recipe.run.workers)
+    names = ["peft", "transformers.modeling_utils"]
+    names += ["bitsandbytes"] if recipe.model.quantization != "none" else []
+    names += ["deepspeed"] if recipe.train.deepspeed != "none" else []
+    for name in names:
+        with suppress(ImportError):
+            importlib.import_module(name)
+
+
 def run(
     job: Job,
     packs: PackStream,
@@ -118,7 +133,8 @@ def _run(
     emit("stage", name="load model")
     engine, model = build_engine(
         recipe, Path(job.model_folder), device, partial(_first_batches, packs, recipe),
-        folder.path, job.begin, resident=room.is_resident,
+        folder.path, job.begin, resident=room.is_resident, hosted=room.hosted,
+        tell=tell,
     )  # fmt: skip
     if lines := fast.report_of(engine.module).lines():
         emit("fast_path", lines=lines)

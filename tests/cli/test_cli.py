@@ -274,7 +274,7 @@ def test_a_wrong_name_does_not_wait_for_ray(
         raise AssertionError("Ray was started for a recipe that cannot run")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("raytune_ft.lost_ray.ray_session", no_ray)
+    monkeypatch.setattr("raytune_ft.train.ray_beside", no_ray)
     said = call("train", "quickstart.yaml", change)
     assert said.code == 2
     assert words in said.err
