@@ -115,6 +115,7 @@ class AnswerView {
     const writing = attempt.finish === null;
     following(() => {
       this.box.classList.toggle("writing", writing);
+      this.box.classList.toggle("failed", attempt.finish === "failed" && !attempt.text);
       if (writing) this.box.setAttribute("aria-busy", "true");
       else this.box.removeAttribute("aria-busy");
       this.head.hidden = this.turn.panes.length < 2;
@@ -165,7 +166,8 @@ function notesOf(attempt) {
     notes.push(`${usage.completion_tokens} tokens`);
     const writing = (attempt.ended - attempt.first) / 1000;
     if (usage.completion_tokens > 1 && writing > 0) {
-      notes.push(`${((usage.completion_tokens - 1) / writing).toPrecision(3)} tokens/s`);
+      const speed = (usage.completion_tokens - 1) / writing;
+      notes.push(`${speed.toFixed(speed < 100 ? 1 : 0)} tokens/s`);
     }
     if (attempt.first) notes.push(`first after ${((attempt.first - attempt.began) / 1000).toFixed(2)} s`);
     const kept = usage.prompt_tokens_details?.cached_tokens;

@@ -18,6 +18,7 @@ import pytest
 from raytune_ft.chat import ChatModel, open_chat
 from raytune_ft.serving.engine import EmbeddedEngine
 from tests.conftest import ROOT
+from tests.serving.browser import open_page, scripted  # noqa: F401  (fixtures)
 
 
 class Endless(ChatModel):
