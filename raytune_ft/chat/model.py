@@ -63,6 +63,8 @@ class ChatModel:
     system: str = ""
     context: int = FALLBACK_CONTEXT
     """Tokens of prompt and answer together."""
+    folder: str = ""
+    """Where the base's files are."""
     graphs: Graphs = field(default_factory=Graphs, repr=False, compare=False)
     """What was captured for one answer serves the next."""
 
@@ -212,4 +214,5 @@ def load_source(
         name=source.name,
         system=source.system,
         context=getattr(model.config, "max_position_embeddings", None) or FALLBACK_CONTEXT,
+        folder=str(folder),
     )

@@ -61,7 +61,7 @@ class Writing:
     def __init__(
         self, tokenizer: TextTokenizer, stop: Sequence[str] = (), n_cached: int = 0
     ) -> None:
-        self._tokenizer, self._n_cached = tokenizer, n_cached
+        self._tokenizer, self.n_cached = tokenizer, n_cached
         self._detokenizer, self._stops = Detokenizer(tokenizer.decode), StopStrings(stop)
         self.n_tokens = 0
 
@@ -71,11 +71,11 @@ class Writing:
         text = self._stops.push(self._detokenizer.push(token))
         chances = () if told is None else (_chance(self._tokenizer, told),)
         finish: Finish | None = "stop" if self._stops.found else None
-        return Piece(text, self.n_tokens, finish, chances, self._n_cached)
+        return Piece(text, self.n_tokens, finish, chances, self.n_cached)
 
     def end(self, finish: Finish) -> Piece:
         """Return the last piece: what was held back."""
-        return Piece(self._stops.flush(), self.n_tokens, finish, (), self._n_cached)
+        return Piece(self._stops.flush(), self.n_tokens, finish, (), self.n_cached)
 
 
 def _chance(tokenizer: TextTokenizer, told: Told) -> Chance:

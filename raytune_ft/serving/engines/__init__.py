@@ -5,10 +5,16 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from raytune_ft.serving.engine import ChatEngine, EmbeddedEngine
+
+if TYPE_CHECKING:
+    from raytune_ft.chat.model import ChatModel
+
+logger = logging.getLogger(__name__)
 
 EngineName = Literal["auto", "embedded", "vllm"]
 
@@ -43,4 +49,23 @@ def build(options: EngineOptions) -> ChatEngine:
     """
     from raytune_ft.chat.model import open_chat
 
-    return EmbeddedEngine(open_chat(options.path, options.bits), options.max_waiting)
+    return embedded(open_chat(options.path, options.bits), options)
+
+
+def embedded(chat: ChatModel, options: EngineOptions) -> ChatEngine:
+    """Return the engine of this process; one request at a time where a model allows no more."""
+    from raytune_ft.model.lanes import NotBatchedError
+    from raytune_ft.serving.engines.batched import BatchedEngine
+
+    try:
+        return BatchedEngine(
+            chat,
+            options.max_waiting,
+            slots=options.slots,
+            kv_gib=options.kv_gib,
+            adapters=options.adapters,
+            max_adapters=options.max_adapters,
+        )
+    except NotBatchedError as why:
+        logger.warning("%s answers one request at a time: %s", chat.name, why)
+        return EmbeddedEngine(chat, options.max_waiting)
