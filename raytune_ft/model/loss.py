@@ -65,6 +65,7 @@ class TokenLoss(nn.Module):
         segment_ids: torch.Tensor,
         cu_seqlens: torch.Tensor | None = None,
         max_seqlen: torch.Tensor | None = None,
+        places: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Sum the loss over labelled tokens.
 
@@ -76,13 +77,15 @@ class TokenLoss(nn.Module):
             cu_seqlens: (S + 1,), bounds of all segments, padding included, in the B * L tokens
                 end to end. They and `max_seqlen` spare a look at `segment_ids` on the device.
             max_seqlen: scalar on the host, the longest segment's tokens.
+            places: (T,), tokens whose next one is predicted, in the B * L tokens end to end. They
+                spare a look at `labels`, for which the host would wait for the device.
 
         Returns:
             (loss sum, float32 scalar; number of predicted labels, int64 scalar). Without any
             label the sum is 0 and gives zero gradients.
         """
         losses, keep = self.token_losses(
-            input_ids, labels, position_ids, segment_ids, cu_seqlens, max_seqlen
+            input_ids, labels, position_ids, segment_ids, cu_seqlens, max_seqlen, places
         )
         return losses.sum(), keep.sum()
 
@@ -94,6 +97,7 @@ class TokenLoss(nn.Module):
         segment_ids: torch.Tensor,
         cu_seqlens: torch.Tensor | None = None,
         max_seqlen: torch.Tensor | None = None,
+        places: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the losses (T,) of predicted labels, and where they are, (B, L - 1).
 
@@ -101,8 +105,9 @@ class TokenLoss(nn.Module):
         """
         keep = predicted(labels, segment_ids)
         at = nn.functional.pad(keep, (0, 1))
-        # numbers of places instead of a mask: each use of a mask would wait for the device
-        places = at.flatten().nonzero().squeeze(1)
+        if places is None:
+            # numbers of places instead of a mask: each use of a mask would wait for the device
+            places = at.flatten().nonzero().squeeze(1)
         targets = labels.flatten()[places + 1].long()
         inputs = {
             "input_ids": input_ids.long(),
@@ -112,13 +117,40 @@ class TokenLoss(nn.Module):
         }
         model = causal_model(self.model)
         with LANE.entered():
-            if self._plain_head or (self._fused and self._cap is not None):
-                hidden = model.base_model(**inputs).last_hidden_state
-                hidden = hidden.flatten(0, 1).index_select(0, places)
-                head = model.get_output_embeddings()
-                fused, cap = self._fused, self._cap
-                return head_losses(head, hidden, targets, fused=fused, cap=cap), keep
+            if self.has_own_head:
+                return self._own_head_losses(inputs, places, targets), keep
             return cross_entropies(model(**inputs, logits_to_keep=at).logits, targets), keep
+
+    def losses_at(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        places: torch.Tensor,
+        targets: torch.Tensor,
+        packed: Packed,
+    ) -> torch.Tensor:
+        """Return the losses (T,) of `targets` behind `places`, both (T,) int64.
+
+        What is asked for is all that is known: no shape here depends on a value. For models that
+        have their own head, and whose attention goes by bounds alone (`fast.packed`).
+        """
+        inputs = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
+        with LANE.entered():
+            return self._own_head_losses({**inputs, **self._packed(packed)}, places, targets)
+
+    @property
+    def has_own_head(self) -> bool:
+        """Whether the head is applied here, to the tokens that are asked for."""
+        return self._plain_head or (self._fused and self._cap is not None)
+
+    def _own_head_losses(
+        self, inputs: Mapping[str, Any], places: torch.Tensor, targets: torch.Tensor
+    ) -> torch.Tensor:
+        model = causal_model(self.model)
+        hidden = model.base_model(**inputs).last_hidden_state
+        hidden = hidden.flatten(0, 1).index_select(0, places)
+        head = model.get_output_embeddings()
+        return head_losses(head, hidden, targets, fused=self._fused, cap=self._cap)
 
     @property
     def _fused(self) -> bool:
@@ -139,13 +171,15 @@ class TokenLoss(nn.Module):
         if cu_seqlens is None:
             cu_seqlens = bounds_of(segment_ids)
         longest = segment_ids.shape[1] if max_seqlen is None else int(max_seqlen)
-        # four dimensions: transformers takes it for a finished mask and looks for no segments
-        nothing = torch.empty((1, 1, 1, 1), dtype=torch.bool, device=segment_ids.device)
-        unused = dict.fromkeys(KINDS, nothing) if self._attention.by_kind else nothing
         drops = self.fast.drops and self.training
         seed = draw_seed(segment_ids.device) if drops else None
-        packed = Packed(cu_seqlens.int(), longest, seed)
-        return {"attention_mask": unused, "packed": packed, **inputs}
+        return {**self._packed(Packed(cu_seqlens.int(), longest, seed)), **inputs}
+
+    def _packed(self, packed: Packed) -> dict[str, Any]:
+        # four dimensions: transformers takes it for a finished mask and looks for no segments
+        nothing = torch.empty((1, 1, 1, 1), dtype=torch.bool, device=packed.cu_seqlens.device)
+        unused = dict.fromkeys(KINDS, nothing) if self._attention.by_kind else nothing
+        return {"attention_mask": unused, "packed": packed}
 
     def take_sums(self) -> dict[str, torch.Tensor]:
         """Return what passes since the last call have summed up beside the loss; start anew."""

@@ -76,18 +76,20 @@ class PreferenceLoss(TokenLoss, ABC):
         segment_ids: torch.Tensor,
         cu_seqlens: torch.Tensor | None = None,
         max_seqlen: torch.Tensor | None = None,
+        places: torch.Tensor | None = None,
         pair_weight: torch.Tensor | None = None,
         chosen_weight: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Sum the loss of a batch's pairs.
 
         Args:
-            input_ids: as all to `max_seqlen` for `TokenLoss.forward`.
+            input_ids: as all to `places` for `TokenLoss.forward`.
             labels: see there.
             position_ids: see there.
             segment_ids: see there.
             cu_seqlens: see there.
             max_seqlen: see there.
+            places: see there.
             pair_weight: scalar on the host, factor of each pair's loss: of an optimizer step its
                 labelled tokens over its pairs, so that the sum divided by the tokens is the mean.
             chosen_weight: the same for each labelled token of a chosen answer.
@@ -96,7 +98,7 @@ class PreferenceLoss(TokenLoss, ABC):
             (loss sum, scalar; number of pairs, int64 scalar). Without weights their quotient is
             the loss of this batch alone.
         """
-        inputs = (input_ids, labels, position_ids, segment_ids, cu_seqlens, max_seqlen)
+        inputs = (input_ids, labels, position_ids, segment_ids, cu_seqlens, max_seqlen, places)
         before = self.start_log_probs(*inputs)
         answers = self.answers(*inputs)
         margins, losses = self.compare(answers, before)
@@ -122,10 +124,11 @@ class PreferenceLoss(TokenLoss, ABC):
         segment_ids: torch.Tensor,
         cu_seqlens: torch.Tensor | None,
         max_seqlen: torch.Tensor | None,
+        places: torch.Tensor | None = None,
     ) -> Answers:
         """Sum the log-probabilities of each segment's labelled tokens."""
         losses, keep = self.token_losses(
-            input_ids, labels, position_ids, segment_ids, cu_seqlens, max_seqlen
+            input_ids, labels, position_ids, segment_ids, cu_seqlens, max_seqlen, places
         )
         bounds = bounds_of(segment_ids) if cu_seqlens is None else cu_seqlens
         tokens = torch.arange(segment_ids.numel(), device=segment_ids.device)

@@ -153,7 +153,8 @@ def to_tensors(batch: dict[str, np.ndarray]) -> TensorBatch:
 
     For kernels that take the B * L tokens end to end it has `cu_seqlens` int32 (S + 1,), where
     segments begin and end in them, from 0 to B * L, and `max_seqlen`, a scalar, the longest
-    segment's tokens. The padding of a row is a segment as well.
+    segment's tokens. The padding of a row is a segment as well. `places` int64 (T,) are the
+    tokens whose next one is predicted, so that nobody waits for a device to count them.
     """
     tensors = {key: torch.from_numpy(value.astype(np.int64)) for key, value in batch.items()}
     segments = batch["segment_ids"]
@@ -162,6 +163,10 @@ def to_tensors(batch: dict[str, np.ndarray]) -> TensorBatch:
     bounds = np.append(np.flatnonzero(begins), segments.size).astype(np.int32)
     tensors["cu_seqlens"] = torch.from_numpy(bounds)
     tensors["max_seqlen"] = torch.tensor(int(np.diff(bounds).max()), dtype=torch.int32)
+    ahead = np.zeros(segments.shape, dtype=bool)
+    ahead[:, :-1] = ~begins[:, 1:] & (segments[:, 1:] >= 0)
+    ahead[:, :-1] &= batch["labels"][:, 1:] != IGNORE_INDEX
+    tensors["places"] = torch.from_numpy(np.flatnonzero(ahead))
     return tensors
 
 

@@ -13,7 +13,7 @@ from raytune_ft.config.schema import TrainSection
 from raytune_ft.data.packing import IGNORE_INDEX, Pack, Position, collate
 from raytune_ft.data.places import Placed
 from raytune_ft.data.report import new_report
-from raytune_ft.model.loss import Attention
+from raytune_ft.model.loss import Attention, predicted
 from raytune_ft.training.batching import (
     StepData,
     TensorBatch,
@@ -108,6 +108,16 @@ def test_bounds_of_segments_are_those_of_the_tokens_end_to_end() -> None:
     assert bounds(batch) == ([0, 2, 5, 9, 13, 14, 18], 4)
     assert bounds(to_tensors(collate([pack(1, [3]), pack(2, [3])]))) == ([0, 3, 6], 3)
     assert bounds(to_tensors(collate([pack(1, [7, 2])]))) == ([0, 7, 9], 7)
+
+
+def test_places_are_those_whose_next_token_is_predicted() -> None:
+    for sizes in ([[2, 3], [4, 1, 4]], [[7, 2]], [[1, 1], [1]]):
+        batch = to_tensors(collate([pack(n, some) for n, some in enumerate(sizes)]))
+        keep = predicted(batch["labels"], batch["segment_ids"])
+        width = batch["labels"].shape[1]
+        expected = [row * width + place for row, place in keep.nonzero().tolist()]
+        assert batch["places"].tolist() == expected
+    assert empty_batch()["places"].tolist() == []
 
 
 def test_bounds_of_padded_rows() -> None:

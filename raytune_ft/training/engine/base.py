@@ -83,8 +83,11 @@ class Engine(ABC):
 
     def put(self, batch: TensorBatch) -> TensorBatch:
         """Move a batch to the engine's device; scalars stay here, where kernels want them."""
+        if self.device.type != "cuda":
+            return {k: v.to(self.device) if v.ndim else v for k, v in batch.items()}
+        # out of pages that stay where they are: else the host waits until the device gets to it
         return {
-            key: value.to(self.device, non_blocking=True) if value.ndim else value
+            key: value.pin_memory().to(self.device, non_blocking=True) if value.ndim else value
             for key, value in batch.items()
         }
 
