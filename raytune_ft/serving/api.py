@@ -91,7 +91,7 @@ def _add_v1(api: FastAPI, engine: ChatEngine, options: ApiOptions) -> None:
         ("/v1/chat/completions", completions.chat),
         ("/v1/completions", completions.text),
     ):
-        api.add_route(path, answer, methods=["POST"])
+        api.add_api_route(path, answer, methods=["POST"], response_model=None)
 
     @api.get("/v1/models")
     async def models() -> dict[str, Any]:

@@ -165,6 +165,9 @@ def _values(text: str) -> list[Any]:
             if text[at].isspace() or text[at] in ";,":
                 at += 1
                 continue
+            if text.startswith(MISTRAL, at):  # newer ones write it before each call
+                at += len(MISTRAL)
+                continue
             named = NAMED.match(text, at)
             value, at = decoder.raw_decode(text, named.end() if named else at)
             if named:
