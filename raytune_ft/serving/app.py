@@ -108,10 +108,19 @@ class ChatEndpoint:
 
 
 def _open_engine(wanted: ServeArgs) -> ChatEngine:
-    from raytune_ft.chat.model import open_chat
-    from raytune_ft.serving.engine import EmbeddedEngine
+    from raytune_ft.serving.engines import EngineOptions
+    from raytune_ft.serving.engines import build as build_engine
 
-    return EmbeddedEngine(open_chat(wanted.path, wanted.bits), wanted.max_waiting)
+    return build_engine(
+        EngineOptions(
+            path=wanted.path,
+            bits=wanted.bits,
+            engine=wanted.engine,
+            max_waiting=wanted.max_waiting,
+            adapters=wanted.adapters,
+            max_adapters=wanted.max_adapters,
+        )
+    )
 
 
 def build(args: dict[str, Any]) -> Application:

@@ -101,6 +101,7 @@ class BatchedEngine(ChatEngine):
         self.name, self.context = chat.name, chat.context
         self._models = Models(chat, adapters, max_adapters)
         self._device = device_of(chat.model)
+        self._words: int = chat.model.get_input_embeddings().weight.shape[0]
         self._slots = slots or SLOTS.get(self._device.type, SLOTS["cpu"])
         like = lanes.probed(chat.model)
         self._memory = Memory(like, self.context, self._slots, kv_gib)
@@ -268,6 +269,8 @@ class BatchedEngine(ChatEngine):
                 self._left(answer, "length")
             return None
         room_for(self._models.model, len(answer.prompt))
+        if not 0 <= min(answer.prompt) <= max(answer.prompt) < self._words:
+            raise ServeError(f"prompt: ids are 0 to {self._words - 1}")  # a GPU would not recover
         need = len(answer.prompt) + answer.limit
         if not self._memory.fits_ever(need):
             raise ServeError(
