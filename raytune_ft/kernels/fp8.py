@@ -127,7 +127,7 @@ def eighth(source: Nf4Weight | Tensor, scales: Tensor, *, transposed: bool) -> T
     if isinstance(source, Nf4Weight):
         source = dequantize_reference(source)
     values = (source.float() / scales.unsqueeze(1)).to(E4M3)
-    return values.t().contiguous() if transposed else values
+    return (values.t() if transposed else values).contiguous()
 
 
 def fits(shape: torch.Size) -> bool:

@@ -68,6 +68,20 @@ def test_packed_weights_become_rows_of_e4m3(transposed: bool, way: str) -> None:
     _assert_rounded(got.t() if transposed else got, matrix / scales.unsqueeze(1), way)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("turned", [False, True])
+def test_plain_weights_become_rows_of_e4m3(transposed: bool, turned: bool, way: str) -> None:
+    matrix = torch.randn(48, 80, generator=torch.Generator().manual_seed(4))
+    source = matrix.t().contiguous().t() if turned else matrix
+    scales = matrix.abs().amax(1) / LARGEST
+
+    got = eighth(source.to(torch.bfloat16), scales, transposed=transposed)
+
+    exact = matrix.to(torch.bfloat16) / scales.unsqueeze(1)
+    assert got.is_contiguous()
+    _assert_rounded(got.t() if transposed else got, exact, way)
+
+
 @pytest.fixture
 def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not by the interpreter, whose rounding is worse."""
@@ -89,6 +103,69 @@ def test_a_weight_times_and_back(packed: bool) -> None:
 
     assert _off(forward, x @ matrix.t() + 0.1) < OF_PRODUCTS
     assert _off(back, gradient @ matrix) < OF_PRODUCTS
+
+
+def _roundings(exact: Tensor, scales: Tensor) -> Tensor:
+    """Return how far e4m3 may be from numbers in a scale: half a place, or half of the smallest."""
+    return exact.abs() * (HALF_PLACE + 2**-20) + scales * TINY / 2
+
+
+def _room(x: Tensor, w: Tensor, x_scales: Tensor, w_scales: Tensor) -> Tensor:
+    """Return how far `x w^T` may be off where each factor is rounded and sums are float32's."""
+    of_x, of_w = _roundings(x, x_scales), _roundings(w, w_scales)
+    sums = x.abs() @ w.abs().t()
+    return of_x @ w.abs().t() + x.abs() @ of_w.t() + of_x @ of_w.t() + 2**-20 * sums
+
+
+@pytest.mark.usefixtures("plain")
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("tokens", "out", "width"), [(1, 16, 16), (33, 48, 112), (7, 208, 64)])
+def test_every_number_is_within_what_e4m3_rounds(
+    tokens: int, out: int, width: int, packed: bool, kept: bool
+) -> None:
+    """Float64 beside it: rows of many sizes, numbers that e4m3 has no normal form of, a zero row.
+
+    No bound is measured: half a place of three bits for each factor, and nothing else.
+    """
+    torch.manual_seed(tokens)
+    layer = _nf4(out, width) if packed else nn.Linear(width, out, bias=False)
+    base = Base(layer.requires_grad_(False))
+    base.in_fp8(resident=kept)
+    weight = base.eighths
+    assert weight is not None and bool(weight.kept) is kept
+    w = base.matrix(torch.float32).double()
+    spread = torch.logspace(-4, 3, tokens).unsqueeze(1) * torch.randn(tokens, 1).exp()
+    x = torch.randn(tokens, width) * spread * torch.logspace(-6, 0, width)
+    g = torch.randn(tokens, out) * spread.flip(0) * torch.logspace(0, -6, out)
+    x[-1] = 0
+
+    forward = weight.times(quantize_rows(x), None, torch.float32).double()
+    back = weight.back(g).double()
+
+    s = weight.scales.double()
+    exact = x.double()
+    room = _room(exact, w, exact.abs().amax(1, keepdim=True) / LARGEST, s.unsqueeze(1))
+    assert ((forward - exact @ w.t()).abs() <= room).all()
+    scaled, values = g.double() * s, w / s.unsqueeze(1)
+    room = _room(scaled, values.t(), scaled.abs().amax(1, keepdim=True) / LARGEST, s.new_ones(1, 1))
+    assert ((back - g.double() @ w).abs() <= room).all()
+    assert tokens == 1 or not forward[-1].any()
+
+
+@pytest.mark.usefixtures("plain")
+def test_what_is_kept_gives_the_same_bits_and_can_go_again() -> None:
+    base = Base(_nf4(48, 80))
+    x, found = torch.randn(5, 80), []
+    for resident in (False, True):
+        base.in_fp8(resident=resident)
+        assert base.eighths is not None
+        rows = quantize_rows(x)
+        forward = base.eighths.times(rows, None, torch.float32)
+        found.append((forward, base.eighths.back(forward)))
+    assert all(map(torch.equal, *found))
+    base.streamed()
+    assert base.eighths is not None and not base.eighths.kept
 
 
 @pytest.mark.usefixtures("plain")
