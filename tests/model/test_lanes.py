@@ -1,0 +1,131 @@
+"""Rows of different ages side by side get the logits that whole passes over each one give."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from raytune_ft.config.schema import LoraSection
+from raytune_ft.model import lanes
+from raytune_ft.model.adapter import attach
+from raytune_ft.model.capturable import Watch
+from raytune_ft.model.lanes import Lane, NotBatchedError
+from tests.families.checkpoints import SPECS, make
+from tests.families.loaded import load
+from tests.model.test_answers import model_of
+
+CLOSE = 1e-5
+"""Of the largest logit: float32 adds up in another order, over two layers."""
+
+
+class Rows:
+    """A lane, and what a whole pass needs to know of its rows."""
+
+    def __init__(self, model: nn.Module, size: int = 96, rows: int = 2) -> None:
+        self.model, self.words = model.eval(), model.get_input_embeddings().weight.shape[0]  # type: ignore[operator,union-attr]
+        self.lane = Lane(model, lanes.probed(model), size, rows)
+        self.known: list[list[int]] = []
+        self.drawn = random.Random(0)
+
+    def ids(self, n: int) -> list[int]:
+        return [self.drawn.randrange(3, min(self.words, 250)) for _ in range(n)]
+
+    def join(self, ids: list[int], kept: lanes.Kept | None = None, n: int = 0) -> None:
+        """Run a prompt in two parts and put it into the lane; its last id comes next."""
+        cache = lanes.growing(kept, n)
+        half = n + (len(ids) - 1 - n) // 2
+        for start, end in ((n, half), (half, len(ids) - 1)):
+            if end > start:
+                lanes.prefill(self.model, cache, ids[start:end], start)
+        self.lane.join(cache, len(ids) - 1)
+        self.known.append(ids)
+
+    def leave(self, place: int) -> None:
+        self.lane.leave(place)
+        self.known[place] = self.known[-1]
+        self.known.pop()
+
+    def step(self) -> float:
+        """Run one token of each row; return the largest difference from whole passes."""
+        found = self.lane.decode([ids[-1] for ids in self.known])
+        far = 0.0
+        for row, ids in zip(found, self.known, strict=True):
+            expected = self.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
+            far = max(far, float((row - expected).abs().max() / expected.abs().max()))
+            ids.append(self.ids(1)[0])
+        return far
+
+
+def come_and_go(model: nn.Module) -> float:
+    """Have rows of 3 to 60 tokens join, write, leave and grow a lane; return the difference."""
+    far = 0.0
+    with torch.no_grad():
+        rows = Rows(model)
+        for length in (5, 40):
+            rows.join(rows.ids(length))
+            far = max(far, rows.step(), rows.step())
+        rows.lane.grow(5)
+        for length in (3, 60, 17):
+            rows.join(rows.ids(length))
+            far = max(far, rows.step())
+        for place in (1, 3, 0):
+            rows.leave(place)
+            far = max(far, rows.step(), rows.step())
+        kept = rows.lane.copy_of(0)
+        known = rows.known[0][: kept[0][0].shape[2]]
+        rows.join([*known[:4], *rows.ids(9)], kept, 4)
+        return max(far, *(rows.step() for _ in range(20)))
+
+
+@pytest.mark.parametrize("kind", ["llama", "alibi", "window", "mixed"])
+def test_rows_come_and_go(kind: str) -> None:
+    assert come_and_go(model_of(kind)) < CLOSE
+
+
+@pytest.mark.parametrize("family", SPECS)
+def test_every_family(family: str, tmp_path: Path) -> None:
+    assert come_and_go(load(make(family, tmp_path / family))) < CLOSE
+
+
+@pytest.mark.parametrize("kind", ["eager", "nf4", "int8", "lora"])
+def test_every_kind_of_base(kind: str, tmp_path: Path) -> None:
+    folder = make("llama2_gqa", tmp_path / "model")
+    section = {"quantization": kind} if kind in ("nf4", "int8") else {}
+    model: Any = load(folder, **section)
+    if kind == "eager":
+        model.set_attn_implementation("eager")
+    if kind == "lora":
+        model = attach(model, LoraSection(r=4), seed=1)
+        torch.manual_seed(0)
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(weight, std=0.2)
+    # int8 scales each row's activations in float16, and NF4 computes in bfloat16
+    assert come_and_go(model) < (CLOSE if kind in ("eager", "lora") else 0.05)
+
+
+def test_a_pass_asks_the_device_for_nothing() -> None:
+    """So that it can be captured; and nothing of it is bound to the rows' lengths."""
+    rows = Rows(model_of("llama"))
+    with torch.no_grad():
+        for length in (5, 9):
+            rows.join(rows.ids(length))
+        rows.lane.decode([3, 4])
+        with Watch():
+            rows.lane._forward(2, 32)
+
+
+def test_wrong_masks_and_other_caches_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = lanes._Masks.__call__
+    monkeypatch.setattr(lanes._Masks, "__call__", lambda s, places, c: right(s, places - 1, c))
+    with pytest.raises(NotBatchedError, match="differ from rows alone"):
+        lanes.probed(model_of("llama"))
+    monkeypatch.undo()
+    monkeypatch.setattr(lanes.fixed_cache, "is_growing", lambda _cache: False)
+    with pytest.raises(NotBatchedError, match="more than keys and values"):
+        lanes.probed(model_of("llama"))
