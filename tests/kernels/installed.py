@@ -36,7 +36,7 @@ NATIVE: dict[str, dict[str, Any]] = {
         },
     },
     "Gemma": {},
-    "Gemma2": {"attn_logit_softcapping": None, "query_pre_attn_scalar": 8, "sliding_window": 6},
+    "Gemma2": {"attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 8, "sliding_window": 6},
     "Gemma3": {
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         "sliding_window": 6,
@@ -109,6 +109,8 @@ def network(family: str, folder: Path, device: torch.device = CPU, **section: An
     config = config_of(family)
     torch.manual_seed(0)
     model = getattr(transformers, f"{family}ForCausalLM")(config).requires_grad_(False)
+    if not model._supports_sdpa:  # as load_model has it
+        model.set_attn_implementation("eager")
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1:
             nn.init.normal_(parameter, std=0.2)

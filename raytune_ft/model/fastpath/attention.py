@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from raytune_ft.kernels.attention import attend
+from raytune_ft.kernels.capped_attention import attend_capped
 from raytune_ft.kernels.rope import rope
 from raytune_ft.model.fastpath.lane import Packed
 from raytune_ft.model.fastpath.linears import outputs
@@ -67,6 +68,8 @@ class Form:
     """(H,): biases by distance instead of rotary positions."""
     dropout: float
     """Of the weights of keys, in training."""
+    cap: float | None
+    """Of the scores."""
 
 
 class FastAttention:
@@ -84,14 +87,25 @@ class FastAttention:
         if form.kind.rotary != "none" and form.slopes is None:
             cos, sin = kwargs["position_embeddings"]
             q, k = rope(q, k, cos, sin, interleaved=form.kind.rotary == "interleaved")
-        found = attend(
-            q, k, v, packed.cu_seqlens, packed.max_seqlen, scale=form.scale, window=form.window,
-            alibi_slopes=form.slopes, mask=packed.mask(q, form.window, form.slopes),
-            dropout=form.dropout if self.training else 0.0,
-        )  # fmt: skip
+        found = _attended(q, k, v, form, packed, form.dropout if self.training else 0.0)
         together = found.reshape(*hidden_states.shape[:-1], -1)
         result = outputs([getattr(self, form.kind.output)], together)[0]
         return (result if form.kind.output == "o_proj" else self.resid_dropout(result)), None
+
+
+def _attended(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, form: Form, packed: Packed, dropout: float
+) -> torch.Tensor:
+    """Return (B, L, H, D)."""
+    if form.cap is not None:
+        return attend_capped(
+            q, k, v, packed.cu_seqlens, scale=form.scale, cap=form.cap, window=form.window,
+            reach=packed.reach(q, form.window),
+        )  # fmt: skip
+    return attend(
+        q, k, v, packed.cu_seqlens, packed.max_seqlen, scale=form.scale, window=form.window,
+        alibi_slopes=form.slopes, mask=packed.mask(q, form.window, form.slopes), dropout=dropout,
+    )  # fmt: skip
 
 
 def _heads(
@@ -127,13 +141,13 @@ def form_of(block: Any, config: Any, slopes: list[float] | None) -> Form | str:
     if slopes is not None:
         device = getattr(block, kind.output).weight.device
         biases = torch.tensor(slopes, dtype=torch.float32, device=device)
-    window, dropout = window_of(block, config), _dropout(block)
-    return Form(kind, [queries, keys, keys], block.scaling, window, biases, dropout)
+    rest = window_of(block, config), biases, _dropout(block), _cap(block)
+    return Form(kind, [queries, keys, keys], block.scaling, *rest)
 
 
 def _refusal(block: Any, config: Any) -> str | None:
-    if getattr(block, "attn_logit_softcapping", None) is not None:
-        return "capped attention scores"
+    if _cap(block) is not None and _dropout(block):
+        return f"capped scores with dropout {_dropout(block)} of attention weights"
     if not block.is_causal or getattr(block, "is_cross_attention", False):
         return "attention to later tokens"
     if type(block).__name__ == "GPTBigCodeAttention" and not block.multi_query:
@@ -144,6 +158,11 @@ def _refusal(block: Any, config: Any) -> str | None:
 def _dropout(block: Any) -> float:
     found = getattr(block, "attention_dropout", getattr(block, "attn_dropout", 0.0))
     return float(found or 0.0)
+
+
+def _cap(block: Any) -> float | None:
+    found: float | None = getattr(block, "attn_logit_softcapping", None)
+    return found
 
 
 def _key_heads(block: Any, config: Any) -> int:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from raytune_ft.kernels.attention import mask_of, needs_mask
+from raytune_ft.kernels.capped_attention import Reach, reach_of
 
 
 @dataclass
@@ -66,10 +67,19 @@ class Packed:
     """(1,), of all dropouts of adapters in the batch; None: each draws its own."""
     masks: dict[Any, torch.Tensor] = field(default_factory=dict)
     """Made once for all layers, where attention needs one."""
+    reaches: dict[int | None, Reach] = field(default_factory=dict)
+    """The same for capped attention, by window."""
 
     def reseeded(self, number: int) -> Packed:
         """Return the same batch with other dropouts, told apart by a number."""
         return self if self.seed is None else replace(self, seed=self.seed + number)
+
+    def reach(self, like: torch.Tensor, window: int | None) -> Reach:
+        """Return which keys each token sees, for queries (B, H, L, D) like `like`."""
+        if window not in self.reaches:
+            tokens = like.shape[0] * like.shape[2]
+            self.reaches[window] = reach_of(tokens, self.cu_seqlens, window)
+        return self.reaches[window]
 
     def mask(
         self, like: torch.Tensor, window: int | None, slopes: torch.Tensor | None
