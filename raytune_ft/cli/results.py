@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from typing import Annotated, Literal
 
 import typer
@@ -37,6 +38,21 @@ Layout = Annotated[
 ]
 
 
+Format = Annotated[
+    str,
+    typer.Option(
+        "--format", help="safetensors, fp8, int8, or gguf-TYPE such as gguf-q8_0 or gguf-q4_k_m."
+    ),
+]
+HeldOut = Annotated[
+    bool | None,
+    typer.Option(
+        "--held-out-loss/--no-held-out-loss",
+        help="Measure data.validation on both bases; default: for small quantised ones.",
+    ),
+]
+
+
 @verb("merge")
 def merge(
     run: Run,
@@ -44,8 +60,10 @@ def merge(
     max_shard_size: ShardSize = "2GB",
     base: Base = None,
     layout: Layout = "original",
+    form: Format = "safetensors",
+    held_out: HeldOut = None,
 ) -> None:
-    """Merge a run's adapter into its base model."""
+    """Merge a run's adapter into its base model, for transformers, vLLM, llama.cpp or Ollama."""
     if layout not in ("original", "native"):
         raise RecipeError(f"--layout: expected original or native, got '{layout}'")
     if base not in (None, "original", "dequantized"):
@@ -56,8 +74,15 @@ def merge(
         )
     from raytune_ft import export as export_module
 
-    form: Literal["original", "native"] = "native" if layout == "native" else "original"
-    print(export_module.merge(run, out, max_shard_size, base, form))
+    names: Literal["original", "native"] = "native" if layout == "native" else "original"
+    target = export_module.merge(
+        run, out, max_shard_size, base, names, form=form, held_out=held_out, tell=_tell
+    )
+    print(target)
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 Chattable = Annotated[

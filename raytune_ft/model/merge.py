@@ -64,6 +64,19 @@ class Merge:
         change = _finished(self.original, self.change, form)
         yield from self.original.rewritten(change, form, untie=self.untie)
 
+    def shapes(self, form: Form) -> Iterator[tuple[str, torch.Size]]:
+        """Yield (name, shape) in the order of `tensors`, without reading one."""
+        tables = (self.original.embedding, self.original.head)
+
+        def change(name: str, tensor: torch.Tensor) -> torch.Tensor:
+            if self.rows is None or name not in tables:
+                return tensor
+            return tensor.new_empty((max(self.rows, len(tensor)), *tensor.shape[1:]))
+
+        hollow = self.original.hollow()
+        for name, tensor in self.original.rewritten(change, form, untie=self.untie, tensors=hollow):
+            yield name, tensor.shape
+
 
 def merge_to(
     base_folder: Path,
@@ -131,6 +144,11 @@ def check_layout(original: Original, layout: Form) -> None:
 def bytes_of(folder: Path) -> int:
     """Return the bytes of a model's weights; a merge writes about as many."""
     return sum(file.stat().st_size for file in weight_files(folder))
+
+
+def as_it_is(folder: Path) -> Merge:
+    """Read a model that has nothing to merge as if it had."""
+    return Merge(Original.of(folder), lambda _name, tensor: tensor)
 
 
 def read_merge(

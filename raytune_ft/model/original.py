@@ -6,7 +6,7 @@ hands out its native parts, and puts changed parts back together. Memory holds o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -91,15 +91,28 @@ class Original:
                 found[piece.name] = torch.Size((rows, *shape[1:])) if shape else shape
         return found
 
-    def rewritten(self, change: Change, form: Form, *, untie: bool) -> Iterator[Any]:
-        """Yield (name, tensor) of the changed model, in the order of the files.
+    def hollow(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the files' tensors without their content, in the order of `rewritten`."""
+        for name, shape in tensor_names(weight_files(self.folder)).items():
+            yield name, torch.empty(shape, device="meta")
+
+    def rewritten(
+        self,
+        change: Change,
+        form: Form,
+        *,
+        untie: bool,
+        tensors: Iterable[tuple[str, torch.Tensor]] | None = None,
+    ) -> Iterator[Any]:
+        """Yield (name, tensor) of the changed model, in the order of `stream_tensors`.
 
         Args:
             change: gives every native part its new content.
             form: `original` names and fusions, or `native` ones.
             untie: write a head of its own beside the embedding that it was tied to.
+            tensors: in place of the files' own.
         """
-        for name, tensor in stream_tensors(weight_files(self.folder)):
+        for name, tensor in tensors or stream_tensors(weight_files(self.folder)):
             if self.family.is_spare(name):
                 if form == "original":
                     yield name, tensor

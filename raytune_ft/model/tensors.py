@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from pickle import UnpicklingError
@@ -110,18 +110,18 @@ def _fill(content: Any, room: memoryview) -> int:
     return done
 
 
-def tensor_names(files: Iterable[Path]) -> dict[str, torch.Size]:
-    """Return names and shapes of the tensors in weight files without reading them."""
-    from safetensors import safe_open
-
+def tensor_names(files: Sequence[Path]) -> dict[str, torch.Size]:
+    """Return names and shapes of weight files' tensors, in the order of `stream_tensors`."""
     found: dict[str, torch.Size] = {}
+    pickled = [file for file in files if file.suffix != ".safetensors"]
     for file in files:
-        if file.suffix == ".safetensors":
-            with safe_open(file, framework="pt") as content:
-                for name in content.keys():  # noqa: SIM118  not a mapping
-                    found[name] = torch.Size(content.get_slice(name).get_shape())
-        else:
-            found |= {name: tensor.shape for name, tensor in load_pickled(file).items()}
+        if file not in pickled:
+            with file.open("rb", buffering=0) as content:
+                head = _head_of(content, file)
+            found |= {name: torch.Size(entry["shape"]) for name, entry in head.items()}
+    found = dict(sorted(found.items()))
+    for file in pickled:
+        found |= {name: tensor.shape for name, tensor in load_pickled(file).items()}
     return found
 
 
