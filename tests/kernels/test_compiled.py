@@ -33,7 +33,7 @@ def _compiled(program: Any, pointers: dict[str, str], constants: dict[str, Any])
     for place, name in enumerate(program.arg_names):
         if name in constants:
             signature[name] = "constexpr"
-        elif name in {"eps", "offset", "sign"}:
+        elif name in {"eps", "offset", "sign", "cap", "scale", "growth"}:
             signature[name] = FLOAT32
         else:
             signature[name] = f"*{pointers[name]}" if name in pointers else "i32"
@@ -64,6 +64,43 @@ def test_norm(adds: bool) -> None:
     _assert_reads_wide(found, 1)
 
 
+@pytest.mark.parametrize("adds", [False, True])
+def test_layer_norm(adds: bool) -> None:
+    from raytune_ft.kernels import layer_norm_triton
+
+    names = ("x_ptr", "residual_ptr", "weight_ptr", "bias_ptr", "y_ptr", "total_ptr")
+    numbers = {"mean_ptr": FLOAT32, "scale_ptr": FLOAT32}
+    constants = {"SHIFTS": adds, "ROWS": 1, "BLOCK": 8192}
+    pointers = dict.fromkeys(names, BF16) | numbers
+    found = _compiled(layer_norm_triton._forward_kernel, pointers, constants)
+    _assert_reads_wide(found, 0)
+
+    names = ("dy_ptr", "total_ptr", "weight_ptr", "added_ptr", "dx_ptr")
+    numbers |= {"dweight_ptr": FLOAT32, "dbias_ptr": FLOAT32}
+    constants = {"ADDS": adds, "TRAINS": not adds, "ROWS": 1, "BLOCK": 8192}
+    pointers = dict.fromkeys(names, BF16) | numbers
+    found = _compiled(layer_norm_triton._backward_kernel, pointers, constants)
+    _assert_reads_wide(found, 2)
+
+
+@pytest.mark.parametrize("width", [128, 256])
+def test_capped_attention(width: int) -> None:
+    """Within the memory that a Hopper's processor shares among programs."""
+    from raytune_ft.kernels import capped_attention_triton as capped
+
+    names = ("q_ptr", "k_ptr", "v_ptr", "o_ptr", "do_ptr", "dq_ptr", "dk_ptr", "dv_ptr")
+    pointers = dict.fromkeys(names, BF16) | {"sums_ptr": FLOAT32, "pulls_ptr": FLOAT32}
+    pointers |= {"first_ptr": "i32", "last_ptr": "i32"}
+    few = 64 if width == 128 else 32
+    for program, m in (
+        (capped._forward, 64), (capped._backward_q, 64), (capped._backward_kv, few),
+    ):  # fmt: skip
+        constants = {"BLOCK_M": m, "BLOCK_N": few, "BLOCK_D": width}
+        constants |= {"FAR": capped.FAR} if program is capped._forward else {}
+        found = _compiled(program, pointers, constants)
+        assert found.metadata.shared <= 128 << 10
+
+
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_rotation(interleaved: bool) -> None:
     from raytune_ft.kernels import rope_triton
@@ -87,12 +124,12 @@ def test_gate(gelu: bool) -> None:
     _assert_reads_wide(_compiled(swiglu_triton._backward_kernel, pointers, constants), 0)
 
 
-@pytest.mark.parametrize("dtype", [BF16, FLOAT32])
-def test_loss(dtype: str) -> None:
+@pytest.mark.parametrize(("dtype", "caps"), [(BF16, False), (FLOAT32, True)])
+def test_loss(dtype: str, caps: bool) -> None:
     from raytune_ft.kernels import cross_entropy_triton
 
     pointers = {"logits_ptr": dtype, "targets_ptr": "i64", "losses_ptr": FLOAT32}
-    constants = {"words": 103168, "BLOCK": 4096}
+    constants = {"words": 103168, "BLOCK": 4096, "CAPS": caps}
     found = _compiled(cross_entropy_triton._cross_entropy_kernel, pointers, constants)
     # the target and its logit
     _assert_reads_wide(found, 2)
