@@ -7,9 +7,10 @@ variants in the order A B C ... C B A, so that a drift of the clocks cancels; sl
 far more than a drift, run once, in the middle. Clocks, power and temperature are written each
 second. A line of JSON for each run, then a table with ratios.
 
-Ours: ours, mb1, plain, bare, ray, profile (benchmarks.qlora_ours). Peers: options joined by `+`
-(benchmarks.peers), such as hf, hf+liger+nogc+b4, hf+ds, trl+liger, trl+flex+liger+nogc+b4,
-unsloth+nogc+b4. Unsloth runs where its own packages are named by --unsloth-site.
+Ours: ours, mb1, plain, bare, ray, profile, ours+fp8, mb1+fp8, profile+fp8 (benchmarks.qlora_ours).
+Peers: options joined by `+` (benchmarks.peers), such as hf, hf+liger+nogc+b4, hf+ds, trl+liger,
+trl+flex+liger+nogc+b4, unsloth+nogc+b4. Unsloth runs where its own packages are named by
+--unsloth-site.
 Run: python -m benchmarks.qlora_gpu [--rows FILE|FOLDER|HUB NAME] [--variants V ...] [--steps N]
      [--budget SECONDS] [--unsloth-site DIR] [--out FILE];  ... --table FILE
      rehearsal without a GPU: --shrink 64 --layers 2 --length 64 --packs 4 --steps 2
@@ -33,7 +34,9 @@ from benchmarks import qlora_ours, qlora_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = tuple(qlora_ours.CHANGES)
-TWICE = ("ours", "mb1", "bare", "ray", "unsloth+nogc+b4", "hf+liger+nogc+b4")
+TWICE = (
+    "ours", "ours+fp8", "mb1", "mb1+fp8", "bare", "ray", "unsloth+nogc+b4", "hf+liger+nogc+b4",
+)  # fmt: skip
 DEFAULT = ("ours", "mb1", "unsloth+nogc+b4", "hf+liger+nogc+b4", "hf")
 """What eight minutes have room for."""
 AGAINST = "hf"

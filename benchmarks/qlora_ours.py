@@ -6,6 +6,8 @@ plain       the recipe's own numbers without the fast path
 bare        automatic settings, plain torch, nothing around passes and optimizer
 ray         automatic settings, the whole training loop in a Ray Train worker
 profile     where the device's time goes in a micro-step of `ours`, part by part
+ours+fp8    `ours` with frozen weights multiplied in float8; mb1+fp8, profile+fp8 likewise. It is
+            not the same mathematics: benchmarks.fp8_gap tells what it costs
 """
 
 from __future__ import annotations
@@ -30,10 +32,14 @@ CHANGES: dict[str, dict[str, Any]] = {
     "ray": {},
     "profile": {},
 }
+CHANGES |= {
+    f"{name}+fp8": {**CHANGES[name], "model.compute": "fp8"} for name in ("ours", "mb1", "profile")
+}
 LR = 2e-4
 GIB = 2**30
 PARTS = {
     "attention": ("flash", "fmha", "attention", "cudnn_generated", "sdpa"),
+    "round to float8": ("quantize_rows", "_eighth"),
     "unpack NF4": ("dequant", "nf4", "kgemm_4bit", "unpack"),
     "matrix products": ("gemm", "nvjet", "cutlass", "sm90_xmma", "cublas", "matmul"),
     "optimizer": ("optimizer", "adam", "multi_tensor"),
@@ -62,7 +68,9 @@ class Ours:
         self.room = Room.of(self.asked, run.path, self.said.append, choice)
         self.recipe = self.room.fitting()
         begun = time.perf_counter()
-        self.engine, self.model = build_engine(self.recipe, shape, self.device)
+        self.engine, self.model = build_engine(
+            self.recipe, shape, self.device, resident=self.room.is_resident
+        )
         self.load_s = time.perf_counter() - begun
         self.losses: list[float] = []
         self.tokens = 0
@@ -188,7 +196,7 @@ def measure(args: Namespace) -> dict[str, Any]:
     if args.one == "ray":
         return measured_through_ray(args)
     ours = Ours(args, CHANGES[args.one])
-    if args.one == "profile":
+    if args.one.startswith("profile"):
         return {**ours.line(), **profile(ours)}
     step = ours.bare_step if args.one == "bare" else ours.step
     found = timed(args, step, ours.full_steps(), ours.torch)
