@@ -33,7 +33,7 @@ def add_adapter(model: Any, folder: Path, key: str) -> Any:
     """
     from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
-    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     layout = getattr(type(base), "layout", IDENTITY)
     config, weights = read_adapter(folder, layout, widths_of(base.config))
     _check(base, config, folder)
@@ -53,7 +53,7 @@ def add_adapter(model: Any, folder: Path, key: str) -> Any:
             name for name, tensor in weights.items() if tensor.shape != expected[name].shape
         )
         if wrong:
-            model.base_model.delete_adapter(key)
+            model.unload() if len(model.peft_config) == 1 else model.delete_adapter(key)
             raise CheckpointError(
                 f"{folder}: {len(wrong)} adapter tensors differ between file and model, first "
                 f"'{wrong[0]}'; serve the adapter on the base that it was trained on"

@@ -82,7 +82,7 @@ class Models:
             ServeError: there is no such model.
             CheckpointError: its folder cannot be used.
         """
-        name = name or self.first
+        name = self.first if name is None else name
         known = self._chats.get(name)
         if known is None:
             source = self._source(name)
@@ -152,7 +152,7 @@ class Models:
         for place in (folder / "adapter", folder):
             config = (place / "adapter_config.json").resolve()
             if config.is_file() and config.is_relative_to(self._root):
-                return folder
+                return place
         return None
 
     def _source(self, name: str) -> ChatSource:
@@ -167,7 +167,7 @@ class Models:
 
 
 def _adapted(model: nn.Module) -> bool:
-    return hasattr(model, "peft_config")
+    return hasattr(model, "get_base_model")  # transformers' models have a peft_config of their own
 
 
 def _check(source: ChatSource, root: Path, chat: ChatModel) -> None:
