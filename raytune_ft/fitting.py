@@ -21,7 +21,7 @@ from raytune_ft.config.schema import Recipe
 from raytune_ft.data.feeder import Supply
 from raytune_ft.resume import shown
 from raytune_ft.screen import Screen
-from raytune_ft.training import worker
+from raytune_ft.training import ahead, worker
 from raytune_ft.training.guarding import failures
 from raytune_ft.training.guarding.guards import Guards
 from raytune_ft.training.guarding.interruption import AskedToEnd
@@ -157,7 +157,7 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
     rank = ray.train.get_context().get_world_rank()
     folder = RunFolder(config["run_path"])
     with noise_to(folder.log), AskedToEnd() as killed:
-        worker.import_ahead(Recipe.model_validate(config["recipe"]))
+        ahead.come_ready(Recipe.model_validate(config["recipe"]))
         job, supply = _told(mailbox)
         packs, validation = supply.of_rank(rank)
         with asked_by(mailbox) as asked:

@@ -6,10 +6,8 @@ worker, inside a Ray Tune trial and in a plain test alike.
 
 from __future__ import annotations
 
-import importlib
-import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,7 +26,8 @@ from raytune_ft.data.tokenizing import hf_files
 from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
 from raytune_ft.errors import CheckpointError
 from raytune_ft.model import adapter, fast, side_files
-from raytune_ft.training import course, layouts
+from raytune_ft.training import course, layouts, micro_graph
+from raytune_ft.training.ahead import device_of
 from raytune_ft.training.batching import TensorBatch, steps
 from raytune_ft.training.build import build_engine
 from raytune_ft.training.callbacks import build_hooks
@@ -74,20 +73,6 @@ class Job:
     """Part of a GPU that each process may use."""
 
 
-def import_ahead(recipe: Recipe) -> None:
-    """Import what building the engine will, before there is a job to build it for.
-
-    What cannot be imported is told by whoever needs it.
-    """
-    _device(recipe.run.workers)
-    names = ["peft", "transformers.modeling_utils"]
-    names += ["bitsandbytes"] if recipe.model.quantization != "none" else []
-    names += ["deepspeed"] if recipe.train.deepspeed != "none" else []
-    for name in names:
-        with suppress(ImportError):
-            importlib.import_module(name)
-
-
 def run(
     job: Job,
     packs: PackStream,
@@ -106,7 +91,7 @@ def run(
     with (
         only_writer(folder.path, wanted=rank() == 0),
         recorded(folder, recipe, show) as emit,
-        starting(guards, folder, _device(job.sharing)) as watched,
+        starting(guards, folder, device_of(job.sharing)) as watched,
     ):
         return _run(job, packs, validation, emit, watched)
 
@@ -118,7 +103,7 @@ def _run(
     emit: Emit,
     guards: Guards,
 ) -> TrainState:
-    folder, device = RunFolder(job.run_path), _device(job.sharing)
+    folder, device = RunFolder(job.run_path), device_of(job.sharing)
 
     def tell(text: str) -> None:
         emit("warning", text=text)
@@ -146,6 +131,7 @@ def _run(
     if dry_step.wanted(engine):
         emit("stage", name="dry step")
         dry_step.find_room(engine, room)
+    micro_graph.attach(engine, room, tell)
 
     hooks = build_hooks(engine, recipe, folder, voice, validation, emit, job.questions)
     counted = job.expected_steps if job.counted else None
@@ -214,16 +200,6 @@ def _from_rank_0(number: int) -> int:
         cell = cell.cuda()
     dist.broadcast(cell, src=0)
     return int(cell.item())
-
-
-def _device(sharing: int) -> torch.device:
-    if torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    # DeepSpeed looks for an accelerator at import and would take a GPU that torch cannot use
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    # Ray gives a worker one thread; the ranks of this machine share its cores
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // sharing))
-    return torch.device("cpu")
 
 
 def _first_batches(packs: PackStream, recipe: Recipe) -> list[TensorBatch]:
