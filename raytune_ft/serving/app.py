@@ -117,6 +117,8 @@ def _open_engine(wanted: ServeArgs) -> ChatEngine:
             bits=wanted.bits,
             engine=wanted.engine,
             max_waiting=wanted.max_waiting,
+            slots=wanted.slots,
+            kv_gib=wanted.kv_gib,
             adapters=wanted.adapters,
             max_adapters=wanted.max_adapters,
         )

@@ -24,6 +24,10 @@ class ServeArgs(BaseModel):
     """Folder of run folders or adapters of the same base: each is a model of its folder's name."""
     max_adapters: int = Field(default=4, ge=1, le=64)
     """Adapters in memory at once; the one that was not asked for the longest makes room."""
+    slots: int | None = Field(default=None, ge=1, le=1024)
+    """Requests that a replica answers at a time; null: by its device."""
+    kv_gib: float | None = Field(default=None, gt=0)
+    """GiB of a replica for keys and values; null: by its device."""
 
     hosts: list[str] = []
     """Host names, beside localhost, under which the endpoint is reached."""
@@ -46,7 +50,7 @@ class ServeArgs(BaseModel):
     min_replicas: int = Field(default=1, ge=1, le=1_000)
     max_replicas: int | None = Field(default=None, ge=1, le=1_000)
     """More than min_replicas: as many as the load asks for."""
-    requests_per_replica: float = Field(default=8.0, gt=0)
+    requests_per_replica: float = Field(default=16.0, gt=0)
     """Requests under way in a replica at which autoscaling aims."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads of a replica; null: all cores that it may use."""

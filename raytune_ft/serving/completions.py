@@ -42,6 +42,8 @@ DEFAULT_LIMIT = 1024
 """Tokens of an answer, for chats that name no limit."""
 DEFAULT_TEXT_LIMIT = 16
 """The same of /v1/completions, where OpenAI says so."""
+LEAST_TEMPERATURE = 1e-4
+"""Less is greedy: logits divided by it would no longer be numbers."""
 FAILED = "the server failed to answer; see its log"
 PROBE = {
     "type": "function",
@@ -344,8 +346,9 @@ def sampling_of(request: Asked, n_prompt: int, context: int, default_limit: int)
             code="context_length_exceeded",
         )
     seed = request.seed if request.seed is not None else random.SystemRandom().randrange(2**31)
+    temperature = _or(request.temperature, Sampling.temperature)
     return Sampling(
-        temperature=_or(request.temperature, Sampling.temperature),
+        temperature=temperature if temperature >= LEAST_TEMPERATURE else 0.0,
         top_p=_or(request.top_p, Sampling.top_p),
         top_k=_or(request.top_k, Sampling.top_k),
         max_new_tokens=limit or min(room, default_limit),
