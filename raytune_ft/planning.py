@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -208,7 +208,7 @@ def memory_json(memory: MemoryPlan) -> dict[str, Any]:
         "proposals": [
             {
                 "overrides": list(one.overrides),
-                "layout": asdict(one.layout),
+                "layout": one.layout.to_json(),
                 "memory": one.memory,
                 "seconds": one.seconds,
             }

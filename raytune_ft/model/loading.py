@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
+from raytune_ft.config.estimates.peak import EMBEDDING, HEAD
 from raytune_ft.config.schema import ModelSection
 from raytune_ft.errors import MemoryPlanError, ModelError
 from raytune_ft.model import default_model, hub, nf4_store
@@ -107,7 +109,12 @@ def compute_dtype(section: ModelSection, device: torch.device) -> torch.dtype:
 
 
 def load_model(
-    folder: Path, section: ModelSection, device: torch.device, *, head_trained: bool = False
+    folder: Path,
+    section: ModelSection,
+    device: torch.device,
+    *,
+    head_trained: bool = False,
+    hosted: tuple[str, ...] = (),
 ) -> PreTrainedModel:
     """Load a model folder onto a device, frozen, quantised as `section` asks.
 
@@ -117,6 +124,7 @@ def load_model(
         device: where the weights go.
         head_trained: the output head will be trained, or has an adapter: Baichuan2's then keeps
             dividing by its rows' lengths in the forward pass instead of being divided once.
+        hosted: tables that never come to the device, by the names of `peak.LADDER`.
 
     Raises:
         ModelError: files and network do not fit each other tensor by tensor.
@@ -127,11 +135,17 @@ def load_model(
     dtype = compute_dtype(section, device)
     section = section.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
     files = weight_files(folder)
+    if family.normalised_head:  # it is divided where it computes
+        hosted = tuple(name for name in hosted if name != HEAD)
     kept = nf4_store.Kept.of(folder, files, section, device)
-    model = None if kept is None else _from_store(kept, family, config_json, section, device)
+    model = None
+    if kept is not None:
+        model = _from_store(kept, family, config_json, section, device, hosted)
     if model is None:
         config = translate(config_json, where)
-        model = _read(folder, files, family, config, device, dtype, _quantization(section, device))
+        places = _places(family.network(config), config, device, hosted)
+        quantization = _quantization(section, device, parted=len(places) > 1)
+        model = _read(folder, files, family, config, places, dtype, quantization)
         if kept is not None:
             kept.write(model)
     gc.collect()  # the loader leaves a copy of the weights in reference cycles
@@ -151,16 +165,19 @@ def _from_store(
     config_json: Mapping[str, Any],
     section: ModelSection,
     device: torch.device,
+    hosted: tuple[str, ...],
 ) -> PreTrainedModel | None:
     """Load quantised weights that an earlier start kept; None if there are none to be used."""
     place = kept.find()
     if place is None:
         return None
     config = translate(config_json, str(place))
-    config.quantization_config = _quantization(section, device).to_dict()
+    places = _places(family.network(config), config, device, hosted)
+    quantization = _quantization(section, device, parted=len(places) > 1)
+    config.quantization_config = quantization.to_dict()
     try:
         dtype = compute_dtype(section, device)
-        model = _read(place, weight_files(place), family, config, device, dtype)
+        model = _read(place, weight_files(place), family, config, places, dtype)
     except ModelError as error:
         kept.discard(str(error).removeprefix(f"{place}: "))
         return None
@@ -173,13 +190,13 @@ def _read(
     files: list[Path],
     family: Family,
     config: Any,
-    device: torch.device,
+    places: Mapping[str, torch.device],
     dtype: torch.dtype,
     quantization: Any = None,
 ) -> PreTrainedModel:
     """Have transformers read a folder's weights, and see that none is missing or too many."""
     network = family.network(config)
-    with quiet():
+    with quiet(), _without_hooks():
         try:
             model, info = network.from_pretrained(
                 folder,
@@ -187,13 +204,13 @@ def _read(
                 dtype=dtype,
                 attn_implementation="sdpa" if network._supports_sdpa else "eager",
                 quantization_config=quantization,
-                device_map={"": device},
+                device_map=dict(places),
                 output_loading_info=True,
                 local_files_only=True,
             )
         except torch.OutOfMemoryError:
             raise MemoryPlanError(
-                f"{folder}: the weights do not fit on {device}; set model.quantization: nf4"
+                f"{folder}: the weights do not fit on {places['']}; set model.quantization: nf4"
             ) from None
         except (*UNREADABLE, SafetensorError) as error:
             _name_refused(files)
@@ -204,7 +221,37 @@ def _read(
     return loaded
 
 
-def _quantization(section: ModelSection, device: torch.device) -> Any:
+def _places(
+    network: Any, config: Any, device: torch.device, hosted: tuple[str, ...]
+) -> dict[str, torch.device]:
+    """Return where modules go, by the beginnings of their names."""
+    places = {"": device}
+    if not hosted or device.type == "cpu":
+        return places
+    with torch.device("meta"), quiet():
+        model = network(config)
+    tables = {EMBEDDING: model.get_input_embeddings(), HEAD: model.get_output_embeddings()}
+    if config.get_text_config().tie_word_embeddings and HEAD not in hosted:
+        return places
+    chosen = [table for name, table in tables.items() if name in hosted]
+    names = [name for name, module in model.named_modules() if module in chosen]
+    return {**places, **dict.fromkeys(names, torch.device("cpu"))}
+
+
+@contextmanager
+def _without_hooks() -> Iterator[None]:
+    """Keep transformers from bringing what lies on the host to the device at each use."""
+    from transformers import modeling_utils
+
+    found = modeling_utils.accelerate_dispatch
+    modeling_utils.accelerate_dispatch = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        modeling_utils.accelerate_dispatch = found
+
+
+def _quantization(section: ModelSection, device: torch.device, *, parted: bool = False) -> Any:
     from transformers import BitsAndBytesConfig
 
     if section.quantization == "nf4":
@@ -213,6 +260,7 @@ def _quantization(section: ModelSection, device: torch.device) -> Any:
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=section.double_quant,
             bnb_4bit_compute_dtype=compute_dtype(section, device),
+            llm_int8_enable_fp32_cpu_offload=parted,  # else it refuses tables on the host
         )
     return BitsAndBytesConfig(load_in_8bit=True) if section.quantization == "int8" else None
 

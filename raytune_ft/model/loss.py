@@ -21,6 +21,7 @@ from raytune_ft.errors import ModelError
 from raytune_ft.kernels.cross_entropy import capped, losses_and_gradient, write_hidden_gradient
 from raytune_ft.kernels.dropout import draw_seed
 from raytune_ft.model.fastpath.lane import LANE, Packed
+from raytune_ft.model.host_head import HostHead
 
 if TYPE_CHECKING:
     from raytune_ft.model.fast import Report
@@ -292,6 +293,8 @@ def head_losses(
     `fused` makes the gradient of a plain frozen head without autograd, in the logits' memory;
     `cap` bounds the logits.
     """
+    if isinstance(head, HostHead):
+        return head.losses(hidden, targets)
     differentiable = torch.is_grad_enabled() and hidden.requires_grad
     if differentiable and not any(p.requires_grad for p in head.parameters()):
         if fused and _is_matrix(head):

@@ -86,7 +86,8 @@ def plan_memory(
         choice = kept or choose(recipe, counts, free_bytes or device_bytes, device)
         fixed = choice.layout.applied(recipe, counts.layers)
     resident = choice is not None and choice.layout.resident
-    parts = memory_bytes(fixed, counts, on_gpu=True, resident=resident)
+    hosted = choice.layout.hosted if choice is not None else ()
+    parts = memory_bytes(fixed, counts, on_gpu=True, resident=resident, hosted=hosted)
     # of what is searched, only the method changes the numbers of parameters
     by_method = functools.cache(
         lambda method: shape.counts(
@@ -105,7 +106,7 @@ def plan_memory(
         counts,
         fixed,
         choice,
-        host_bytes(fixed, counts),
+        host_bytes(fixed, counts, hosted),
         sum(parts.values()) <= device_bytes,
         alternatives(found, SHOWN),
     )

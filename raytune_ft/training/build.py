@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from raytune_ft.config.estimates.peak import recomputed_layers
+from raytune_ft.config.estimates.peak import INPUTS, STREAMED, recomputed_layers
 from raytune_ft.config.schema import Recipe
 from raytune_ft.config.zero import stage_of
 from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
-from raytune_ft.model import adapter, beginnings, fast, loading, new_tokens, noise
+from raytune_ft.model import adapter, beginnings, fast, hosting, loading, new_tokens, noise
 from raytune_ft.model.fastpath import eighths
 from raytune_ft.model.preference import build_loss
 from raytune_ft.training import presets
@@ -34,6 +34,8 @@ def build_engine(
     begin: Begin | None = None,
     *,
     resident: bool = False,
+    hosted: tuple[str, ...] = (),
+    tell: Callable[[str], object] = lambda _: None,
 ) -> tuple[Engine, torch.nn.Module]:
     """Load the model, attach the adapter and wrap both into the recipe's engine.
 
@@ -52,12 +54,16 @@ def build_engine(
     eighths.check(recipe.model.compute, device)
     head_trained = recipe.model.method == "full" or adapter.trains_head(recipe.lora)
     folder = Path(begin.path) if begin and begin.kind == "model" else model_folder
-    model: Any = loading.load_model(folder, recipe.model, device, head_trained=head_trained)
+    model: Any = loading.load_model(
+        folder, recipe.model, device, head_trained=head_trained, hosted=hosted
+    )
     pieces = _new_tokens(recipe, model_folder)
     if begin and begin.kind == "model":  # it may have been trained with these tokens
         known = len(model.get_input_embeddings().weight)
         pieces = {id_: former for id_, former in pieces.items() if id_ >= known}
     new_tokens.make_room(model, pieces)
+    for line in hosting.place(model, hosted, device):
+        tell(line)
     if recipe.model.method == "lora":
         source = adapter.Source(model_folder, samples)
         model = _adapted(model, recipe, source, run, pieces, begin)
@@ -66,7 +72,8 @@ def build_engine(
         if begin and begin.kind == "checkpoint":
             load_from.put(model, Path(begin.path))
     layers = len(decoder_layers(model))
-    recompute(model, recomputed_layers(recipe, layers, on_gpu=device.type == "cuda"))
+    again = recomputed_layers(recipe, layers, on_gpu=device.type == "cuda")
+    recompute(model, again, away=INPUTS in hosted)
     dtype = loading.compute_dtype(recipe.model, device)
     config = presets.resolve(recipe, dtype, on_gpu=device.type == "cuda")
     sharded = config is not None and stage_of(config) == 3
@@ -78,7 +85,12 @@ def build_engine(
     if recipe.train.neftune_noise_alpha is not None:
         noise.install(module, model, recipe.train.neftune_noise_alpha)
     if config is None:
-        return TorchEngine(module, device, recipe.train, dtype, b_lr_ratio=ratio), model
+        engine = TorchEngine(module, device, recipe.train, dtype, b_lr_ratio=ratio)
+        if hosted and recipe.train.optimizer in STREAMED:
+            from raytune_ft.training import host_state  # bitsandbytes takes seconds to import
+
+            host_state.keep_on_host(engine.optimizer)
+        return engine, model
     return ZeroEngine(module, device, recipe.train, config, b_lr_ratio=ratio), model
 
 

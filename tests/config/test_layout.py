@@ -48,8 +48,8 @@ def of(name: str, *words: str) -> tuple[Recipe, Counts]:
 def taken(recipe: Recipe, counts: Counts, layout: Layout) -> int:
     """What the plan counts for a layout, apart from the search."""
     fixed = layout.applied(recipe, counts.layers)
-    parts = memory_bytes(fixed, counts, on_gpu=True, resident=layout.resident)
-    return sum(parts.values())
+    way: dict[str, Any] = {"resident": layout.resident, "hosted": layout.hosted}
+    return sum(memory_bytes(fixed, counts, on_gpu=True, **way).values())
 
 
 @settings(max_examples=15, deadline=None)

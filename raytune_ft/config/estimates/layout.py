@@ -2,8 +2,9 @@
 
 An optimizer step's packs may go through a forward pass one by one or many at a time, the first
 decoder layers may run again in the backward pass, and a quantised base may lie unpacked beside its
-codes: the loss is summed over labelled tokens, so each layout is the same mathematics, and only
-speed and memory differ. `train.layout: auto` takes the one that `pace` says is the fastest of those
+codes, and embedding, head and the inputs of recomputed layers may wait on the host: the loss is
+summed over labelled tokens, so each layout is the same mathematics, and only speed and memory
+differ. `train.layout: auto` takes the one that `pace` says is the fastest of those
 that `peak` says fit. The first layers recompute, not the last: what the others keep is gone again
 by the time the backward pass reaches them, so no layer is made again while all else is full.
 """
@@ -11,12 +12,20 @@ by the time the backward pass reaches them, so no layer is made again while all 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from typing import Any
 
 from raytune_ft.config.estimates.footprint import Counts
 from raytune_ft.config.estimates.pace import Device, micro_seconds, update_seconds
-from raytune_ft.config.estimates.peak import Setting, memory_bytes, recomputed_layers, zero_of
+from raytune_ft.config.estimates.peak import (
+    INPUTS,
+    LADDER,
+    Setting,
+    memory_bytes,
+    recomputed_layers,
+    zero_of,
+)
 from raytune_ft.config.schema import Recipe
 
 GIB = 2**30
@@ -25,6 +34,8 @@ FILLED = 0.92
 must not be the one that ends a run."""
 AS_FAST = 1.01
 """Times the seconds of the fastest: of such layouts, the one with the least memory is taken."""
+TABLES = ("embed_tokens", "lm_head", "embed_out", "wte")
+"""What networks call embedding and head."""
 STEP_DOWN = 0.9
 """Of the memory of a layout that did not fit: the next one that is tried takes at most so much."""
 
@@ -39,6 +50,17 @@ class Layout:
     """Decoder layers, the first ones, that run again in the backward pass."""
     resident: bool = False
     """Whether a quantised base is unpacked once, not at each use."""
+    hosted: tuple[str, ...] = ()
+    """What lies on the host, by the names of `peak.LADDER`."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "hosted", tuple(self.hosted))  # JSON has lists
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values; `Layout(**values)` reads them, and those of earlier versions."""
+        values = asdict(self)
+        hosted = list(values.pop("hosted"))
+        return {**values, "hosted": hosted} if hosted else values
 
     def applied(self, recipe: Recipe, layers: int) -> Recipe:
         """Return the recipe with this layout's values, which are its own from now on.
@@ -66,7 +88,9 @@ class Layout:
         packs = "1 pack" if self.micro_batch_size == 1 else f"{self.micro_batch_size} packs"
         passes = "1 pass" if self.accumulation == 1 else f"{self.accumulation} passes"
         unpacked = ", weights unpacked once" if self.resident else ""
-        return f"{packs} per pass x {passes}, {_recomputed(self.recomputed, layers)}{unpacked}"
+        again = f"{_recomputed(self.recomputed, layers)}{unpacked}"
+        away = f", {_listed(self.hosted)} on the host" if self.hosted else ""
+        return f"{packs} per pass x {passes}, {again}{away}"
 
 
 @dataclass(frozen=True)
@@ -107,7 +131,11 @@ class Choice:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
-        return {**asdict(self), "smaller": [asdict(one) for one in self.smaller]}
+        layouts = {
+            "layout": self.layout.to_json(),
+            "smaller": [one.to_json() for one in self.smaller],
+        }
+        return {**asdict(self), **layouts}
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Choice:
@@ -151,7 +179,9 @@ def choose(recipe: Recipe, counts: Counts, available: int, device: Device) -> Ch
         best.memory,
         best.seconds,
         available,
-        _why(best, before, available, counts.layers),
+        _compute(recipe)
+        + _why(best, before, available, counts.layers)
+        + _cost(recipe, counts, device, best),
         tuple(one.layout for one in _downwards(found, best.memory)),
         asked(recipe),
     )
@@ -166,18 +196,40 @@ def own_layout(recipe: Recipe, layers: int) -> Layout:
 
 def weighed(recipe: Recipe, counts: Counts, device: Device) -> list[Weighed]:
     """Return every layout of a recipe's step with what it takes."""
-    return [weigh(recipe, counts, device, one) for one in layouts(recipe, counts)]
+    every = chain(layouts(recipe, counts), hosted_layouts(recipe, counts))
+    return [weigh(recipe, counts, device, one) for one in every]
+
+
+def hosted_layouts(recipe: Recipe, counts: Counts) -> Iterator[Layout]:
+    """Yield the layouts that keep something on the host as well."""
+    if not _can_host(recipe, counts):
+        return
+    for one in layouts(recipe, counts):
+        for hosted in () if one.resident else LADDER:  # what is unpacked takes far more than these
+            if INPUTS not in hosted or one.recomputed > 1:
+                yield replace(one, hosted=hosted)
+
+
+def _can_host(recipe: Recipe, counts: Counts) -> bool:
+    """Tell whether embedding and head are frozen tables of one worker, beside fast layers."""
+    setting, targets = Setting(recipe, counts, on_gpu=True), recipe.lora.targets
+    if not setting.has_fast_linears or recipe.run.workers > 1 or recipe.train.objective != "sft":
+        return False
+    frozen = not (recipe.lora.modules_to_save or recipe.model.new_tokens)
+    return frozen and (targets == "all-linear" or not set(targets) & set(TABLES))
 
 
 def layouts(recipe: Recipe, counts: Counts) -> Iterator[Layout]:
-    """Yield every layout with the packs of the recipe's step."""
+    """Yield every layout with the packs of the recipe's step, all of it on the device."""
     train = recipe.train
     packs = train.micro_batch_size * train.accumulation
     micros = [n for n in range(1, packs + 1) if packs % n == 0]
     if zero_of(train.deepspeed).sizes_batches:
         micros = [train.micro_batch_size]
     # only the fast path's layers can do without the packed weights
-    can_stay = recipe.model.quantization == "nf4" and Setting(recipe, counts, True).has_fast_linears
+    setting = Setting(recipe, counts, on_gpu=True)
+    other = recipe.model.quantization == "nf4" or setting.in_float8
+    can_stay = other and setting.has_fast_linears
     for micro in micros:
         for again in range(counts.layers + 1):
             for resident in (False, True) if can_stay else (False,):
@@ -205,9 +257,10 @@ def smallest(found: Iterable[Weighed]) -> Weighed:
 def weigh(recipe: Recipe, counts: Counts, device: Device, layout: Layout) -> Weighed:
     """Return a layout of a recipe's step with what it takes."""
     fixed = layout.applied(recipe, counts.layers)
-    parts = memory_bytes(fixed, counts, on_gpu=True, resident=layout.resident)
-    micro = micro_seconds(fixed, counts, device, resident=layout.resident)
-    update = update_seconds(fixed, counts, device)
+    way: dict[str, Any] = {"resident": layout.resident, "hosted": layout.hosted}
+    parts = memory_bytes(fixed, counts, on_gpu=True, **way)
+    micro = micro_seconds(fixed, counts, device, **way)
+    update = update_seconds(fixed, counts, device, hosted=layout.hosted)
     return Weighed(layout, sum(parts.values()), layout.accumulation * micro + update)
 
 
@@ -219,6 +272,19 @@ def _downwards(found: list[Weighed], memory: int) -> Iterator[Weighed]:
         last = smaller.memory
     if least.memory < last:
         yield least
+
+
+def _compute(recipe: Recipe) -> str:
+    return "products in float8, " if recipe.model.compute == "fp8" else ""
+
+
+def _cost(recipe: Recipe, counts: Counts, device: Device, best: Weighed) -> str:
+    """Say what it costs to have things on the host."""
+    if not best.layout.hosted:
+        return ""
+    here = weigh(recipe, counts, device, replace(best.layout, hosted=()))
+    freed = f"frees {(here.memory - best.memory) / GIB:.1f} GiB"
+    return f"; what is on the host {freed} and costs {best.seconds / here.seconds - 1:.1%} of time"
 
 
 def _why(best: Weighed, own: Weighed, available: int, layers: int) -> str:
@@ -233,6 +299,11 @@ def _why(best: Weighed, own: Weighed, available: int, layers: int) -> str:
     if own.memory > available:
         return f"{text}; the recipe's {said}, {again}, needs {own.memory / GIB:.1f} GiB"
     return f"{text}; the recipe's {said}, {again}, takes {own.seconds / best.seconds:.1f} x as long"
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    """Return `a, b and c`."""
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 def _recomputed(again: int, layers: int) -> str:

@@ -9,12 +9,24 @@ H200 (`python -m benchmarks.memory_plan`, docs/planning.md); other devices come 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from raytune_ft.config.estimates.footprint import Counts
-from raytune_ft.config.estimates.peak import Setting, kept_per_token
+from raytune_ft.config.estimates.peak import (
+    EMBEDDING,
+    HEAD,
+    INPUTS,
+    MOMENTS,
+    PART_WORDS,
+    PARTS_AHEAD,
+    Setting,
+    kept_per_token,
+)
 from raytune_ft.config.schema import Recipe
 
 GIB = 2**30
+PCIE_4, PCIE_5 = 22e9, 50e9
+"""Copies from pinned memory in bytes per second; 55 GB/s were measured beside an H200."""
 
 
 @dataclass(frozen=True)
@@ -32,21 +44,24 @@ class Device:
     """Seconds in which Python starts one operation."""
     is_measured: bool = True
     """Whether the rates were measured; else a data sheet's, reached as the H200 reaches its own."""
+    host: float = PCIE_4
+    """Bytes per second from pinned memory of the host, and to it."""
 
 
 _REACHED, _COPIED = 785e12 / 989e12, 4.27e12 / 4.8e12
 _START = 6.5e-6
 
 
-def _by_sheet(name: str, gib: float, products: float, copies: float) -> Device:
-    return Device(
-        name, int(gib * GIB), products * 1e12 * _REACHED, copies * 1e12 * _COPIED, _START, False
-    )
+def _by_sheet(
+    name: str, gib: float, products: float, copies: float, host: float = PCIE_4
+) -> Device:
+    memory, rates = int(gib * GIB), (products * 1e12 * _REACHED, copies * 1e12 * _COPIED)
+    return Device(name, memory, *rates, _START, False, host)
 
 
 DEVICES = {
-    "h200": Device("H200", int(139.8 * GIB), 785e12, 4.27e12, _START),
-    "h100": _by_sheet("H100", 79.2, 989, 3.35),
+    "h200": Device("H200", int(139.8 * GIB), 785e12, 4.27e12, _START, host=PCIE_5),
+    "h100": _by_sheet("H100", 79.2, 989, 3.35, PCIE_5),
     "a100": _by_sheet("A100", 79.2, 312, 2.04),
     "l40s": _by_sheet("L40S", 44.4, 362, 0.864),
     "l4": _by_sheet("L4", 22.0, 121, 0.30),
@@ -80,6 +95,9 @@ PLAIN = Way(0.51, 0.42, 4.3, 0.0095 * 4.27e12 / 6_476_005_376, 338, 10, 226)
 """As transformers and peft compute; fitted to the medians of up to three runs on the H200."""
 FAST = Way(0.85, 1.0, 6.5, 0.0055 * 4.27e12 / 6_476_005_376, 120, 5, 135)
 """As `kernels` compute: made of parts that were timed alone on the H200, not fitted to runs."""
+FLOAT8 = 1.5
+"""Times the rate of bfloat16 that products in float8 reach, rounding of what they read included: by
+parts timed alone on the H200, 1,150 to 1,480 TFLOP/s beside 640 to 810; not fitted to runs."""
 FLOAT32 = 0.040
 """Share of the rate that products with float32 adapters reach, in transformers' way."""
 AGAIN = 0.33
@@ -92,6 +110,10 @@ HOOK_STARTS = 13.5
 """Those of DeepSpeed for the gradient of one trained tensor."""
 WHOLE_TENSORS = 9
 """Tensors of a decoder layer that full training trains, biases left out."""
+HOSTED_STARTS = 24
+"""Those of sending a layer's input away and back."""
+PASSES_OF_PARTS = 28
+"""Bytes that sums over parts of the head read and write for each logit, beside its products."""
 BALANCE = 3.5
 """Exponent of the norm that joins the device's and the host's seconds."""
 UPDATE_BYTES, UPDATE_SECONDS = 30, 0.07
@@ -108,7 +130,13 @@ def device_called(name: str) -> Device | None:
 
 
 def micro_seconds(
-    recipe: Recipe, counts: Counts, device: Device, fill: float = 1.0, *, resident: bool = False
+    recipe: Recipe,
+    counts: Counts,
+    device: Device,
+    fill: float = 1.0,
+    *,
+    resident: bool = False,
+    hosted: tuple[str, ...] = (),
 ) -> float:
     """Predict a micro-step's seconds: one forward and backward pass of one worker.
 
@@ -118,8 +146,10 @@ def micro_seconds(
         device: on which each worker runs.
         fill: tokens over the room in the packs, where packs are as short as their rows.
         resident: whether a quantised base is unpacked once, not at each use.
+        hosted: what lies on the host, as in `peak.Setting`.
     """
-    on_device, on_host = sides(recipe, counts, device, fill, resident=resident)
+    way: dict[str, Any] = {"resident": resident, "hosted": hosted}
+    on_device, on_host = sides(recipe, counts, device, fill, **way)
     joined: float = (on_device**BALANCE + on_host**BALANCE) ** (1 / BALANCE)
     if recipe.train.objective == "dpo":  # the reference's forward pass
         joined *= 4 / 3
@@ -127,21 +157,32 @@ def micro_seconds(
 
 
 def sides(
-    recipe: Recipe, counts: Counts, device: Device, fill: float = 1.0, *, resident: bool = False
+    recipe: Recipe,
+    counts: Counts,
+    device: Device,
+    fill: float = 1.0,
+    *,
+    resident: bool = False,
+    hosted: tuple[str, ...] = (),
 ) -> tuple[float, float]:
     """Return the seconds of a micro-step that the device needs, and those that the host needs."""
-    setting = Setting(recipe, counts, on_gpu=True, resident=resident)
+    setting = Setting(recipe, counts, on_gpu=True, resident=resident, hosted=hosted)
     return _device_seconds(setting, device, fill), _host_seconds(setting, device)
 
 
-def update_seconds(recipe: Recipe, counts: Counts, device: Device) -> float:
+def update_seconds(
+    recipe: Recipe, counts: Counts, device: Device, *, hosted: tuple[str, ...] = ()
+) -> float:
     """Predict an optimizer step's seconds beside its micro-steps."""
-    setting = Setting(recipe, counts, on_gpu=True)
+    setting = Setting(recipe, counts, on_gpu=True, hosted=hosted)
     traffic = UPDATE_BYTES * counts.trained / setting.ranks / device.copies
     slow = setting.zero.stage > 0 or recipe.train.optimizer.startswith("paged")
     on_host = setting.zero.optimizer_on_host
-    hosted = UPDATE_BYTES * counts.trained / setting.ranks / HOST_RATE if on_host else 0
-    return traffic + hosted + (UPDATE_SECONDS if slow else 0)
+    offloaded = UPDATE_BYTES * counts.trained / setting.ranks / HOST_RATE if on_host else 0
+    besides = UPDATE_SECONDS if slow else 0
+    if setting.streams_state:  # averages come and go at once
+        besides = max(besides, MOMENTS[recipe.train.optimizer] * counts.trained / device.host)
+    return traffic + offloaded + besides
 
 
 def epoch_seconds(
@@ -162,7 +203,8 @@ def _device_seconds(setting: Setting, device: Device, fill: float) -> float:
     head = counts.vocabulary * counts.hidden * passes
     mlp = 3 * counts.hidden * counts.mlp * counts.layers
     tiled = mlp if setting.tiles else 0  # run again, layer by layer recomputed or not
-    products = 2 * tokens * (counts.linear * (passes + again) + tiled + head)
+    layers = (counts.linear * (passes + again) + tiled) / (FLOAT8 if setting.in_float8 else 1)
+    products = 2 * tokens * (layers + head)
     seconds = products / (way.products * device.products)
     length = setting.recipe.data.max_length * fill
     attention = 4 * tokens * length * counts.queries * counts.layers * (3.5 + again)
@@ -175,7 +217,31 @@ def _device_seconds(setting: Setting, device: Device, fill: float) -> float:
     if not (setting.is_full or setting.has_fast_linears) and setting.adapter_width == 4:
         products = 6 * counts.trained * tokens * (1 + AGAIN * again)
         seconds += products / (FLOAT32 * device.products)
-    return seconds + traffic / device.copies + _sent_weights(setting) * (2 + again)
+    seconds += traffic / device.copies + _sent_weights(setting) * (2 + again)
+    return seconds + _waits_for_host(setting, device, seconds)
+
+
+def _waits_for_host(setting: Setting, device: Device, seconds: float) -> float:
+    """Return what a device waits for rows, layer inputs and parts of the head from the host.
+
+    Args:
+        setting: with `hosted`.
+        device: whose rate of copies counts.
+        seconds: of the pass without it, beside which layer inputs and the head's parts travel.
+    """
+    counts, width, waits = setting.counts, setting.width, 0.0
+    if EMBEDDING in setting.hosted:
+        waits += setting.inputs / device.host
+    if INPUTS in setting.hosted:  # a layer runs forward in a quarter of its time, at least
+        layer = seconds / counts.layers
+        waits += 2 * setting.recomputed * max(0.0, setting.inputs / device.host - layer / 4)
+    if HEAD in setting.hosted:
+        behind = max(0, counts.vocabulary - PARTS_AHEAD * PART_WORDS) * counts.hidden * width
+        logits = setting.tokens * counts.vocabulary
+        own = 4 * logits * counts.hidden / (_way(setting).products * device.products)
+        own += PASSES_OF_PARTS * logits / device.copies
+        waits += PASSES_OF_PARTS * logits / device.copies + max(0.0, behind / device.host - own)
+    return waits
 
 
 def _sent_weights(setting: Setting) -> float:
@@ -198,6 +264,8 @@ def _host_seconds(setting: Setting, device: Device) -> float:
         starts += each * (2 + again)
     if setting.zero.stage:
         starts += HOOK_STARTS * (WHOLE_TENSORS if setting.is_full else 2 * adapted)
+    if INPUTS in setting.hosted:
+        starts += HOSTED_STARTS * again
     return setting.counts.layers * starts * device.start
 
 

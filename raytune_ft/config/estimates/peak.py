@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from raytune_ft.config.estimates.footprint import LOGIT_ROWS, Counts, bucket_elements
@@ -48,6 +49,16 @@ MOMENTS = {"adamw": 8.0, "paged_adamw_32bit": 8.0, "paged_adamw_8bit": 2.04, "ad
 PAGED = ("paged_adamw_32bit", "paged_adamw_8bit", "lion")
 """Optimizers whose averages move to the host when the GPU is full."""
 
+EMBEDDING, INPUTS, HEAD = "embedding", "layer inputs", "head"
+LADDER = ((EMBEDDING,), (EMBEDDING, INPUTS), (EMBEDDING, INPUTS, HEAD))
+"""What a layout may keep on the host, the cheapest in time first."""
+PART_WORDS, PARTS_AHEAD = 4096, 8
+"""A head on the host comes in parts of so many words; so many lie on the device at once."""
+PART_ROWS = 1024
+"""Tokens that meet a part at a time."""
+STREAMED = {"paged_adamw_32bit"}
+"""Optimizers whose averages can wait on the host between steps, brought and taken in parts."""
+
 
 @dataclass(frozen=True)
 class Zero:
@@ -71,8 +82,10 @@ class Setting:
     on_gpu: bool
     resident: bool = False
     """Whether a quantised base lies beside its codes in the model's type, unpacked once."""
+    hosted: tuple[str, ...] = ()
+    """What lies on the host: names of `LADDER`."""
 
-    @property
+    @cached_property
     def width(self) -> int:
         """Bytes of a number that the model computes with."""
         dtype = self.recipe.model.dtype
@@ -85,12 +98,12 @@ class Setting:
         """Whether all weights are trained."""
         return self.recipe.model.method == "full"
 
-    @property
+    @cached_property
     def adapter_width(self) -> int:
         """Bytes of a trained weight as the model computes with it: PEFT's adapters are float32."""
         return self.width if self.is_full or self.zero.stage else 4
 
-    @property
+    @cached_property
     def zero(self) -> Zero:
         """DeepSpeed's settings, as the engine takes them."""
         from raytune_ft.config.zero import sums_once
@@ -105,38 +118,62 @@ class Setting:
         """Workers that optimizer state is spread over."""
         return self.recipe.run.workers if self.zero.stage else 1
 
-    @property
+    @cached_property
     def tokens(self) -> int:
         """Of a micro-batch."""
         return self.recipe.train.micro_batch_size * self.recipe.data.max_length
 
-    @property
+    @cached_property
     def recomputed(self) -> int:
         """Decoder layers, the first ones, that are run again in the backward pass."""
         return recomputed_layers(self.recipe, self.counts.layers, on_gpu=self.on_gpu)
 
-    @property
+    @cached_property
     def is_fast(self) -> bool:
         """Whether layers compute by `kernels`, which keep less."""
         wanted = self.recipe.model.fast_path is not False
         return self.on_gpu and wanted and self.zero.stage < 3 and self.counts.has_fast_form
 
-    @property
+    @cached_property
     def has_fast_linears(self) -> bool:
         """Whether linear layers with adapters do so too."""
         recipe = self.recipe
         plain = self.is_full or recipe.lora.use_dora or recipe.model.quantization == "int8"
         return self.is_fast and not plain
 
-    @property
+    @cached_property
     def tiles(self) -> int:
         """Parts in which tokens go through an MLP, each run again in the backward pass; 0: none."""
         return -(-self.tokens // TILE) if self.is_fast and self.tokens > LONG else 0
 
     @property
+    def inputs(self) -> int:
+        """Bytes of one layer's input."""
+        return self.tokens * self.width * self.counts.hidden
+
+    @cached_property
+    def hosted_tables(self) -> int:
+        """Weights of the embedding and the head that lie on the host; tied ones go together."""
+        counts, head = self.counts, HEAD in self.hosted
+        embedding = EMBEDDING in self.hosted and (head or counts.head > 0)
+        return counts.embedding * embedding + counts.head * head
+
+    @property
+    def streams_state(self) -> bool:
+        """Whether the optimizer's averages wait on the host and come in parts, not by pages."""
+        plain = self.zero.stage == 0 and self.recipe.train.optimizer in STREAMED
+        return bool(self.hosted) and plain
+
+    @property
     def unpacks(self) -> bool:
-        """Whether weights are unpacked each time they are multiplied."""
-        return self.recipe.model.quantization != "none" and not self.resident
+        """Whether weights are unpacked, or rounded to float8, each time they are multiplied."""
+        other = self.recipe.model.quantization != "none" or self.in_float8
+        return other and not self.resident
+
+    @property
+    def in_float8(self) -> bool:
+        """Whether frozen weights are multiplied in float8."""
+        return self.recipe.model.compute == "fp8" and self.has_fast_linears
 
 
 def recomputed_layers(recipe: Recipe, layers: int, *, on_gpu: bool) -> int:
@@ -151,7 +188,12 @@ def recomputed_layers(recipe: Recipe, layers: int, *, on_gpu: bool) -> int:
 
 
 def memory_bytes(
-    recipe: Recipe, counts: Counts, *, on_gpu: bool, resident: bool = False
+    recipe: Recipe,
+    counts: Counts,
+    *,
+    on_gpu: bool,
+    resident: bool = False,
+    hosted: tuple[str, ...] = (),
 ) -> dict[str, int]:
     """Return the peak memory of one worker by part, in bytes; parts of 0 are left out.
 
@@ -163,8 +205,9 @@ def memory_bytes(
         counts: of its model.
         on_gpu: whether the worker has a GPU.
         resident: as in `Setting`.
+        hosted: as in `Setting`.
     """
-    setting = Setting(recipe, counts, on_gpu, resident)
+    setting = Setting(recipe, counts, on_gpu, resident, hosted)
     always = {**_weights(setting), **_training_state(setting)}
     passing = max(
         (_forward_end(setting), _in_backward(setting), _backward_end(setting)),
@@ -176,9 +219,9 @@ def memory_bytes(
     return {name: int(size) for name, size in parts.items() if size}
 
 
-def host_bytes(recipe: Recipe, counts: Counts) -> dict[str, int]:
+def host_bytes(recipe: Recipe, counts: Counts, hosted: tuple[str, ...] = ()) -> dict[str, int]:
     """Return by part what one worker with a GPU keeps in the host's memory, or may move there."""
-    setting = Setting(recipe, counts, on_gpu=True)
+    setting = Setting(recipe, counts, on_gpu=True, hosted=hosted)
     zero, n = setting.zero, counts.trained / setting.ranks
     moments = MOMENTS[recipe.train.optimizer] * n
     parts = {}
@@ -189,7 +232,10 @@ def host_bytes(recipe: Recipe, counts: Counts) -> dict[str, int]:
         parts["optimizer, paged"] = moments
     if zero.weights_on_host:
         parts["weights on the host"] = counts.total * setting.width / setting.ranks
-    return {name: int(size) for name, size in parts.items()}
+    parts["embedding and head"] = setting.hosted_tables * setting.width
+    if INPUTS in hosted:
+        parts["layer inputs"] = setting.inputs * max(0, setting.recomputed - 1)
+    return {name: int(size) for name, size in parts.items() if size}
 
 
 @functools.cache
@@ -278,7 +324,7 @@ def _weights(setting: Setting) -> dict[str, float]:
     elif model.quantization == "nf4":
         stored, scales = NF4_CODES, NF4_SCALES_DOUBLE if model.double_quant else NF4_SCALES
     base = (counts.linear * stored + counts.other * width) / shards
-    outside = (counts.embedding + counts.head) * width / shards
+    outside = (counts.embedding + counts.head - setting.hosted_tables) * width / shards
     if setting.zero.weights_on_host and setting.on_gpu:
         base = outside = 0
     gathered = 0.0
@@ -286,7 +332,10 @@ def _weights(setting: Setting) -> dict[str, float]:
         gathered = min(LIVE_PARAMETERS, counts.total) * width
     return {
         "base weights": base,
-        "weights unpacked": counts.linear * width if setting.resident else 0,
+        # in float8 they lie there in two orders
+        "weights unpacked": counts.linear * (2 if setting.in_float8 else width)
+        if setting.resident
+        else 0,
         "quantisation state": counts.linear * scales,
         "embedding and head": outside,
         "gathered weights": gathered,
@@ -318,16 +367,30 @@ def _forward_end(setting: Setting) -> dict[str, float]:
     """Return a chunk's logits beside all that the layers keep, and the last norm."""
     counts, width, tokens = setting.counts, setting.width, setting.tokens
     last = 4 * counts.hidden + 3 * width * counts.hidden  # result, labelled rows, their gradient
-    logits = min(tokens, LOGIT_ROWS) * counts.vocabulary * LOGIT_BYTES
+    logits: float = min(tokens, LOGIT_ROWS) * counts.vocabulary * LOGIT_BYTES
     if setting.is_fast and not setting.is_full:
         logits = min(tokens, FUSED_ROWS) * counts.vocabulary * width
+    if HEAD in setting.hosted:
+        logits = _head_in_parts(setting)
     if setting.is_full:  # the gradient of the head, of a chunk and of those before
         logits += 2 * counts.vocabulary * counts.hidden * width
+    kept = kept_of_layers(setting)
+    if INPUTS in setting.hosted and setting.recomputed:  # transformers holds the first
+        kept += setting.inputs
     return {
-        "activations": kept_of_layers(setting) + tokens * last,
+        "activations": kept + tokens * last,
         "logits": logits,
         "workspace": tokens * _mask_per_token(setting) + _libraries(setting) + _shared(setting),
     }
+
+
+def _head_in_parts(setting: Setting) -> float:
+    """Return parts of a head that are here, the logits of one, and sums in float32."""
+    counts, width, tokens = setting.counts, setting.width, setting.tokens
+    words, rows = min(PART_WORDS, counts.vocabulary), min(PART_ROWS, tokens)
+    parts = min(PARTS_AHEAD * words, counts.vocabulary) * counts.hidden * width
+    sums = (tokens + rows) * counts.hidden * (4 + width)
+    return parts + rows * words * (4 + 2 * width) + sums
 
 
 def _in_backward(setting: Setting) -> dict[str, float]:
@@ -346,6 +409,8 @@ def _in_backward(setting: Setting) -> dict[str, float]:
     kept = kept_of_layers(setting)
     if setting.recomputed == counts.layers:  # else what layers keep is gone before one runs again
         kept += one
+    if INPUTS in setting.hosted and setting.recomputed:  # the one in front, on its way back
+        kept += setting.inputs
     return {
         # unpacked before the dropped-out input exists; or that, and nothing unpacked any more
         "activations": kept + passing - (dropped if unpacked > dropped else 0),
@@ -373,7 +438,9 @@ def kept_of_layers(setting: Setting) -> float:
         distinct = 2 * counts.hidden + counts.queries + counts.mlp
         held = width * distinct
     own = kept_per_token(setting) + _mask_of_layer(setting)
-    return setting.tokens * (again * (width * counts.hidden + held) + (counts.layers - again) * own)
+    stay = min(again, 1 if INPUTS in setting.hosted else again)
+    inputs = stay * width * counts.hidden + again * held
+    return setting.tokens * (inputs + (counts.layers - again) * own)
 
 
 def _unpacked(setting: Setting) -> float:
@@ -386,10 +453,11 @@ def _unpacked(setting: Setting) -> float:
 
 
 def _shared(setting: Setting) -> float:
-    """Return the buffer into which the fast path unpacks weights, one after the other."""
+    """Return the buffer into which the fast path unpacks weights, and an input in float8."""
+    rounded = setting.tokens * setting.counts.mlp if setting.in_float8 else 0
     if not (setting.has_fast_linears and setting.unpacks):
-        return 0
-    return setting.counts.largest_linear * setting.width
+        return rounded
+    return setting.counts.largest_linear * (1 if setting.in_float8 else setting.width) + rounded
 
 
 def _buckets(setting: Setting) -> float:

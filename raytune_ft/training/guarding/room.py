@@ -12,7 +12,7 @@ from __future__ import annotations
 import gc
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -85,6 +85,11 @@ class Room:
         return self.layout is not None and self.layout.resident
 
     @property
+    def hosted(self) -> tuple[str, ...]:
+        """What lies on the host, by the names of `peak.LADDER`."""
+        return () if self.layout is None else self.layout.hosted
+
+    @property
     def loses_more(self) -> bool:
         """Whether there is something smaller to go on with, and it may be done."""
         if self.choice is not None:
@@ -101,7 +106,8 @@ class Room:
     def put(self, engine: Engine) -> None:
         """Let an engine that was built in another layout go on in this one, between two steps."""
         if self.layout is not None:
-            lay_out(engine.module.model, self.layout)
+            for line in lay_out(engine.module.model, self.layout):
+                self.tell(line)
         if isinstance(engine, ZeroEngine):
             engine.accumulation = self.accumulation
 
@@ -197,12 +203,12 @@ class Room:
     def _asked(self) -> Any:
         """Return what the sizes are an answer to: of another wish or layout nothing is kept."""
         if self.choice is not None:
-            return {**self.choice.asked, "began_with": asdict(self.choice.layout)}
+            return {**self.choice.asked, "began_with": self.choice.layout.to_json()}
         return [self.recipe.train.micro_batch_size, self.recipe.train.accumulation]
 
     def _now(self) -> Any:
         sizes = [self.micro_batch_size, self.accumulation]
-        return sizes if self.layout is None else asdict(self.layout)
+        return sizes if self.layout is None else self.layout.to_json()
 
     def _go_to(self, now: Any) -> None:
         if self.choice is not None:
