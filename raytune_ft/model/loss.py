@@ -148,9 +148,11 @@ class TokenLoss(nn.Module):
         self, inputs: Mapping[str, Any], places: torch.Tensor, targets: torch.Tensor
     ) -> torch.Tensor:
         model = causal_model(self.model)
+        head = model.get_output_embeddings()
+        if isinstance(head, HostHead):  # it sets out while the layers compute
+            head.ahead(places.device)
         hidden = model.base_model(**inputs).last_hidden_state
         hidden = hidden.flatten(0, 1).index_select(0, places)
-        head = model.get_output_embeddings()
         return head_losses(head, hidden, targets, fused=self._fused, cap=self._cap)
 
     @property
