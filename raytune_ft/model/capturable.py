@@ -1,4 +1,4 @@
-"""Whether a forward pass can be captured as a CUDA graph: a mode of torch that watches one.
+"""Whether a pass can be captured as a CUDA graph: a mode of torch that watches one.
 
 A capture that fails would leave torch's allocator and random state as in its middle, so what a
 graph cannot repeat is found before, while the pass runs as usual. What custom kernels do inside is
@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class NotFixedError(Exception):
-    """A forward pass cannot be one of fixed shapes; says why. Decoding then goes on without."""
+    """A pass cannot be one of fixed shapes; says why. Whoever asked then goes on without."""
 
 
 class Watch(TorchDispatchMode):
@@ -23,6 +23,10 @@ class Watch(TorchDispatchMode):
     SPACES = ("aten", "prims", "prim", "bitsandbytes")
     OPAQUE = ("gemm_4bit", "gemv_4bit", "dequantize_4bit", "dequantize_blockwise")
     """Of bitsandbytes; its int8 layers look for outliers on the host."""
+    ATTENTION = (
+        "_scaled_dot_product", "_fused_sdp_choice", "_flash_attention", "_efficient_attention",
+        "_cudnn_attention",
+    )  # fmt: skip
     TAGS = frozenset(
         (
             torch.Tag.data_dependent_output,
@@ -44,9 +48,10 @@ class Watch(TorchDispatchMode):
             raise NotFixedError(f"{func.name()} may wait for the device")
         if name in ("index", "index_put", "index_put_"):
             depends = _by_truth(args[1])
-        else:  # attention bears the mark of drawing for its dropout, which evaluation has none of
-            attention = name.startswith(("_scaled_dot_product", "_fused_sdp_choice"))
-            depends = not attention and not self.TAGS.isdisjoint(func.tags)
+        elif name.startswith(self.ATTENTION):  # bears the mark of drawing, for its dropout
+            depends = _dropout(func, args, kwargs or {}) > 0
+        else:
+            depends = not self.TAGS.isdisjoint(func.tags)
         if depends:
             raise NotFixedError(f"{func.name()} depends on values")
         found = func(*args, **(kwargs or {}))
@@ -58,6 +63,15 @@ class Watch(TorchDispatchMode):
 def _by_truth(indices: Any) -> bool:
     """Return whether an index is one of truth values: how many are true is only known there."""
     return any(some is not None and some.dtype in (torch.bool, torch.uint8) for some in indices)
+
+
+def _dropout(func: Any, args: Any, kwargs: dict[str, Any]) -> float:
+    """Return the share of its weights that an operation of attention drops."""
+    for place, argument in enumerate(func._schema.arguments):
+        if argument.name == "dropout_p":
+            given = args[place] if place < len(args) else kwargs.get("dropout_p")
+            return float(given or 0.0)
+    return 0.0
 
 
 def _crosses(name: str, args: Any, found: torch.Tensor) -> bool:

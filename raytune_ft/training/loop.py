@@ -76,7 +76,8 @@ def train(
     again = recipe.train.objective == "dpo"  # the first model sees every token as well
     eta = Eta(recipe)
     meter = Meter.of(engine.module, engine.device, world_size(), forward_again=again)
-    clock, stragglers = ForwardClock(engine.module, engine.device), Stragglers()
+    clock = engine.timed_by(ForwardClock(engine.module, engine.device))
+    stragglers = Stragglers()
     hooks = eta.timed_hooks(hooks)
     saved = state.step
     room = room or Room.of(recipe)

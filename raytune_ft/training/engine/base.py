@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -32,8 +33,25 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
+T = TypeVar("T")
+
+
+class Shortcut(Protocol):
+    """Passes of fixed shapes, `micro_graph.MicroStep`."""
+
+    clock: Any
+    """Times them, `guarding.stragglers.ForwardClock`; None: nobody does."""
+
+    def take(self, batch: TensorBatch, share: float) -> torch.Tensor | None: ...
+
+    def close(self) -> None: ...
+
+
 class Engine(ABC):
     """One optimizer step is `accumulation` calls of `forward_backward`, then one of `step`."""
+
+    micro: Shortcut | None = None
+    """What takes the micro-batches that it can, in the engine's stead."""
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         self.module = module
@@ -70,6 +88,27 @@ class Engine(ABC):
 
         Every rank has to call it; rank 0 gets the tensors, on the host, the others nothing.
         """
+
+    def timed_by(self, clock: T) -> T:
+        """Return a clock of the module's forward passes, which times whole passes of fixed shapes.
+
+        Where there are such passes, no rank waits for another in a backward pass either.
+        """
+        if self.micro is not None:
+            self.micro.clock = clock
+        return clock
+
+    @property
+    def sums_apart(self) -> bool:
+        """Whether passes exchange nothing, and gradients are added up at `places`."""
+        return False
+
+    def places(self) -> State:
+        """Return where gradients are added up, by name: from now on always the same tensors.
+
+        Of an engine that `sums_apart`; float32, of each parameter's shape.
+        """
+        return {}
 
     @contextmanager
     def whole(self) -> Iterator[None]:

@@ -39,11 +39,15 @@ class TorchEngine(Engine):
         self.masters = {name: _master(p) for name, p in self.trained.items()}
         self.optimizer = build_optimizer(self.masters, train, b_lr_ratio)
         self.max_norm = train.max_norm
+        self.fixed_places: State | None = None
         self.scale = LossScale.of(dtype)
 
     def forward_backward(self, batch: TensorBatch, n_targets: int) -> torch.Tensor:
+        share = self.scale.factor / n_targets
+        if self.micro is not None and (found := self.micro.take(batch, share)) is not None:
+            return found
         loss_sum, _ = self.module(**self.put(batch))
-        (loss_sum * (self.scale.factor / n_targets)).backward()
+        (loss_sum * share).backward()
         return loss_sum.detach()  # type: ignore[no-any-return]
 
     def step(self, lr: float) -> float | None:
@@ -58,9 +62,29 @@ class TorchEngine(Engine):
         overflowed = not math.isfinite(norm)
         if not overflowed:
             self._apply(lr)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.drop_gradients()
         self.scale.update(overflowed=overflowed)
         return None if overflowed and self.scale.dynamic else norm
+
+    def drop_gradients(self) -> None:
+        """Let all gradients go."""
+        for name, parameter in self.trained.items():
+            if self.masters[name] is not parameter:
+                parameter.grad = None
+        self.optimizer.zero_grad(set_to_none=self.fixed_places is None)
+
+    @property
+    def sums_apart(self) -> bool:
+        return all(master.dtype is torch.float32 for master in self.masters.values())
+
+    def places(self) -> State:
+        if self.fixed_places is None:
+            self.fixed_places = {}
+            for name, master in self.masters.items():
+                if master.grad is None:
+                    master.grad = torch.zeros_like(master)
+                self.fixed_places[name] = master.grad
+        return self.fixed_places
 
     def _apply(self, lr: float) -> None:
         set_lr(self.optimizer, lr)

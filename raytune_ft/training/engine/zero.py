@@ -78,14 +78,17 @@ class ZeroEngine(Engine):
             self.sums = BorderSums(self.engine, self.trained)
 
     def forward_backward(self, batch: TensorBatch, n_targets: int) -> torch.Tensor:
+        share = world_size() / n_targets
         if self.sums is not None:
+            if self.micro is not None and (found := self.micro.take(batch, share)) is not None:
+                return found
             loss_sum, _ = self.module(**self.put(batch))
-            (loss_sum * (world_size() / n_targets)).backward()
+            (loss_sum * share).backward()
             return loss_sum.detach()  # type: ignore[no-any-return]
         self.micro_batches += 1
         self.engine.set_gradient_accumulation_boundary(self.micro_batches == self.accumulation)
         loss_sum, _ = self.engine(**self.put(batch))
-        self.engine.backward(loss_sum * (world_size() / n_targets), scale_wrt_gas=False)
+        self.engine.backward(loss_sum * share, scale_wrt_gas=False)
         if self.micro_batches < self.accumulation:
             self.engine.step()
         return loss_sum.detach()  # type: ignore[no-any-return]
@@ -101,6 +104,13 @@ class ZeroEngine(Engine):
         if self.engine.skipped_steps == skipped:
             return float(self.engine.get_global_grad_norm())
         return None if self.scaler is not None else float("inf")
+
+    @property
+    def sums_apart(self) -> bool:
+        return self.sums is not None
+
+    def places(self) -> State:
+        return {} if self.sums is None else self.sums.places
 
     def optimizer_state(self) -> State:
         state: State = {}

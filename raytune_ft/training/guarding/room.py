@@ -110,6 +110,8 @@ class Room:
                 self.tell(line)
         if isinstance(engine, ZeroEngine):
             engine.accumulation = self.accumulation
+        if engine.micro is not None:
+            engine.micro.close()  # its graphs are of the layout before
 
     def take(self, step: Callable[[StepData], T], engine: Engine, data: StepData, number: int) -> T:
         """Take a step, in smaller micro-batches where its own do not fit, if the recipe says so.
@@ -218,9 +220,7 @@ class Room:
 
 
 def _drop_gradients(engine: TorchEngine) -> None:
-    for parameter in engine.trained.values():
-        parameter.grad = None
-    engine.optimizer.zero_grad(set_to_none=True)
+    engine.drop_gradients()
     gc.collect()
     if engine.device.type == "cuda":
         torch.cuda.empty_cache()

@@ -26,8 +26,8 @@ class ForwardClock:
         self.on_gpu = device.type == "cuda"
         self._spans: list[tuple[Any, Any]] = []
         self._begun: Any = None
-        module.register_forward_pre_hook(lambda *_: self._begin())
-        module.register_forward_hook(lambda *_: self._end())
+        module.register_forward_pre_hook(lambda *_: self.begin())
+        module.register_forward_hook(lambda *_: self.end())
 
     def take(self) -> float:
         """Return the seconds since the last call; the device has to be done with them."""
@@ -36,10 +36,12 @@ class ForwardClock:
             return sum(float(begin.elapsed_time(end)) for begin, end in spans) / 1e3
         return float(sum(end - begin for begin, end in spans))
 
-    def _begin(self) -> None:
+    def begin(self) -> None:
+        """Begin a pass."""
         self._begun = self._now()
 
-    def _end(self) -> None:
+    def end(self) -> None:
+        """End it."""
         if torch.is_grad_enabled():  # held-out rows and answers are no training
             self._spans.append((self._begun, self._now()))
 
