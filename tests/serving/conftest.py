@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -55,12 +56,14 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def start_endpoint(model: Path, log: Path, **environment: str) -> Live:
+def start_endpoint(
+    model: Path, log: Path, options: dict[str, Any] | None = None, **environment: str
+) -> Live:
     """Run `serve` as a user does, in its own process, and wait until it answers."""
     port = free_port()
     code = (
         "import sys; from raytune_ft.serving.app import serve\n"
-        f"sys.exit(serve({str(model)!r}, port={port}))"
+        f"sys.exit(serve({str(model)!r}, port={port}, options={options or {}!r}))"
     )
     inherited = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     with log.open("w") as file:
