@@ -9,7 +9,8 @@ is printed, with the differences seed by seed. On a CPU float8 is emulated, roun
 Rows are a file of one's own; of a folder's two files, one is held out. A line of JSON for each run
 goes to --out, and runs that stand there are not run again.
 Run: python -m benchmarks.fp8_gap --rows chats.jsonl --held-out others.jsonl [--out FILE]
-     on a GPU: --device cuda --quantization nf4 --steps 200 --packs 8 --length 1024 --r 64
+     on a GPU: --device cuda --quantization nf4 --steps 200 --packs 8 --length 1024 --r 64 \
+         --dropout 0.1
      python -m benchmarks.fp8_gap --table FILE
 """
 
@@ -53,6 +54,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--packs", type=int, default=2, help="of an optimizer step")
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--r", type=int, default=16)
+    parser.add_argument("--dropout", type=float, default=0.0, help="slow on a CPU")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--sharing", type=int, default=1, help="processes that share the cores")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
@@ -91,7 +93,7 @@ def recipe_of(args: argparse.Namespace, folder: Path, compute: str, seed: int) -
     model = {"path": str(folder), "template": args.template, "quantization": args.quantization}
     return Recipe.model_validate({
         "model": {**model, "fast_path": True, "compute": compute},
-        "lora": {"r": args.r, "alpha": args.r, "dropout": 0.05},
+        "lora": {"r": args.r, "alpha": args.r, "dropout": args.dropout},
         "data": {
             "sources": [{"path": str(Path(args.rows).resolve())}], "max_length": args.length,
             "validation": str(Path(args.held_out).resolve()),
