@@ -32,12 +32,13 @@ def _silent(_line: str) -> None:
     pass
 
 
-def export(run: str, out: str | None = None) -> Path:
+def export(run: str, out: str | None = None, *, again: bool = False) -> Path:
     """Write a run's adapter as plain peft loads it, with tokenizer and model card.
 
     Args:
         run: run folder.
         out: target, missing or empty; default: the run's own folder of the result.
+        again: an earlier export of this run in `out` is replaced.
 
     Raises:
         CheckpointError: no such run, or it has no result yet.
@@ -46,7 +47,7 @@ def export(run: str, out: str | None = None) -> Path:
     folder = RunFolder.existing(run)
     result = result_folder(folder)
     target = Path(out).expanduser() if out else result
-    own = target.resolve() == result
+    own = target.resolve() == result or (again and _is_of(folder, target))
     needed = sum(file.stat().st_size for file in result.iterdir() if file.is_file())
     with new_folder(target, needed, replace=own) as place:
         shutil.copytree(result, place, dirs_exist_ok=True)
@@ -69,6 +70,7 @@ def merge(
     *,
     form: str = "safetensors",
     held_out: bool | None = None,
+    again: bool = False,
     tell: Tell = _silent,
 ) -> Path:
     """Merge a run's adapter into its base model; return the folder of the merged model.
@@ -86,6 +88,7 @@ def merge(
         form: `safetensors`, or another tool's format (`exporting.targets`); default folder
             `merged-FORM`, always in the native layout.
         held_out: measure held-out rows on both bases; None: where the model is small enough.
+        again: an earlier merge of this run in `out` is replaced.
         tell: gets lines for people: which base was taken and why, how far layers moved.
 
     Raises:
@@ -95,7 +98,7 @@ def merge(
     from raytune_ft.model import merge as merging
 
     if form != "safetensors":
-        return _to_format(run, out, max_shard_size, base, form, tell)
+        return _to_format(run, out, max_shard_size, base, form, tell, again=again)
     folder = RunFolder.existing(run)
     recipe = load_recipe(str(folder.recipe))
     result, source = result_folder(folder), Path(folder.info()["model_folder"])
@@ -113,13 +116,20 @@ def merge(
 
     merging.merge_to(
         source, result, target, max_shard_size, chosen, recipe.model, layout, finish,
-        replace=out is None,
+        replace=out is None or (again and _is_of(folder, target)),
     )  # fmt: skip
     return target
 
 
 def _to_format(
-    run: str, out: str | None, max_shard_size: str, base: str | None, form: str, tell: Tell
+    run: str,
+    out: str | None,
+    max_shard_size: str,
+    base: str | None,
+    form: str,
+    tell: Tell,
+    *,
+    again: bool,
 ) -> Path:
     """Write a run's model in another tool's format; a full-parameter run's as well."""
     from raytune_ft.exporting import targets
@@ -138,7 +148,8 @@ def _to_format(
     targets.check(target, folder, read)
     place = Path(out).expanduser() if out else folder.path / f"merged-{form}"
     needed = merging.bytes_of(read.original.folder)
-    with new_folder(place, needed, replace=out is None) as inside:
+    replace = out is None or (again and _is_of(folder, place))
+    with new_folder(place, needed, replace=replace) as inside:
         targets.write(target, folder, read, inside, limit, tell)
         if target.gguf is None:
             _write_beside(folder, inside, "native")
@@ -195,6 +206,10 @@ def system_of(recipe: Recipe) -> str:
     """Return the system text that a chat with the trained model starts with."""
     text = recipe.data.system if recipe.chat_eval.system is None else recipe.chat_eval.system
     return fill_text(text, recipe.data.fill)
+
+
+def _is_of(run: RunFolder, place: Path) -> bool:
+    return (read_marker(place) or {}).get("run") == run.info()["name"]
 
 
 def _write_beside(folder: RunFolder, place: Path, layout: str) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -11,13 +14,35 @@ import typer
 from raytune_ft.cli.app import Out, Run, verb
 from raytune_ft.errors import RecipeError
 
+Push = Annotated[
+    str | None,
+    typer.Option(
+        "--push-to-hub", help="Send it to this repository, private if new; HF_TOKEN is needed."
+    ),
+]
+
 
 @verb("export")
-def export(run: Run, out: Out = None) -> None:
-    """Write a run's adapter as plain peft loads it."""
+def export(run: Run, out: Out = None, push: Push = None) -> None:
+    """Write a run's adapter as plain peft loads it, with tokenizer and model card."""
     from raytune_ft import export as export_module
 
-    print(export_module.export(run, out))
+    with _pushed(push) as done:
+        done.append(export_module.export(run, out, again=push is not None))
+
+
+@contextmanager
+def _pushed(name: str | None) -> Iterator[list[Path]]:
+    """Print the folder that the block puts into the list, sent to the hub where a name is given."""
+    from raytune_ft.exporting import hub
+
+    if name is not None:
+        hub.check(name)
+    done: list[Path] = []
+    yield done
+    print(done[0])
+    if name is not None:
+        print(hub.push(done[0], name, _tell))
 
 
 ShardSize = Annotated[str, typer.Option("--max-shard-size", help="Largest weight file.")]
@@ -62,6 +87,7 @@ def merge(
     layout: Layout = "original",
     form: Format = "safetensors",
     held_out: HeldOut = None,
+    push: Push = None,
 ) -> None:
     """Merge a run's adapter into its base model, for transformers, vLLM, llama.cpp or Ollama."""
     if layout not in ("original", "native"):
@@ -75,10 +101,20 @@ def merge(
     from raytune_ft import export as export_module
 
     names: Literal["original", "native"] = "native" if layout == "native" else "original"
-    target = export_module.merge(
-        run, out, max_shard_size, base, names, form=form, held_out=held_out, tell=_tell
-    )
-    print(target)
+    with _pushed(push) as done:
+        done.append(
+            export_module.merge(
+                run,
+                out,
+                max_shard_size,
+                base,
+                names,
+                form=form,
+                held_out=held_out,
+                again=push is not None,
+                tell=_tell,
+            )
+        )
 
 
 def _tell(line: str) -> None:
@@ -184,8 +220,28 @@ def serve(
     ),
     port: Annotated[int, typer.Option(min=1, max=65535, help="TCP port.")] = 8000,
     bits: Bits = None,
+    adapters: Annotated[
+        str | None, typer.Option(help="Folder of runs or adapters, served by their names.")
+    ] = None,
+    keys: Annotated[
+        str | None, typer.Option(help="YAML file of API keys' hashes and limits.")
+    ] = None,
+    access_log: Annotated[
+        str | None, typer.Option(help="File for one JSON line per request.")
+    ] = None,
+    replicas: Annotated[int, typer.Option(min=1, help="Copies of the model.")] = 1,
+    engine: Annotated[
+        Literal["auto", "embedded", "vllm"], typer.Option(help="What generates.")
+    ] = "auto",
 ) -> int:
     """Serve a trained model: an OpenAI-compatible endpoint and a chat page."""
     from raytune_ft.serving.app import serve as run
 
-    return run(path, host=host, port=port, bits=bits)
+    options = {
+        "adapters": adapters,
+        "keys": keys,
+        "access_log": access_log,
+        "min_replicas": replicas,
+        "engine": engine,
+    }
+    return run(path, host=host, port=port, bits=bits, options=options)
