@@ -8,6 +8,7 @@ from __future__ import annotations
 import socket
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -34,6 +35,29 @@ def test_others_need_a_key(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.delenv("RAYTUNE_API_KEY", raising=False)
     with pytest.raises(ServeError, match=r"--host 192\.168\.1\.2: .* set RAYTUNE_API_KEY"):
         serve(str(tiny_model), host="192.168.1.2")
+
+
+def test_ray_must_ask_for_its_token_where_others_reach_it(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAYTUNE_API_KEY", "key")
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    with pytest.raises(ServeError, match="RAY_AUTH_MODE=disabled opens Ray itself"):
+        serve(str(tiny_model), host="0.0.0.0")
+
+
+def test_a_cluster_is_deployed_to_in_another_way(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    with pytest.raises(ServeError, match=r"RAY_ADDRESS is set.*serve deploy"):
+        serve(str(tiny_model))
+
+
+def test_a_file_of_keys_is_read_before_ray_starts(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "keys.yaml").write_text("keys: [{name: a, sha256: x}]")
+    with pytest.raises(ServeError, match=r"keys\.yaml: keys\.0\.sha256"):
+        serve(str(tiny_model), options={"keys": str(tmp_path / "keys.yaml")})
 
 
 def test_a_port_in_use_is_refused(tiny_model: Path) -> None:
@@ -64,9 +88,32 @@ def test_the_shipped_config_fits_the_application() -> None:
     assert config["http_options"]["host"] == "127.0.0.1"
 
 
-def test_an_unknown_argument_is_named() -> None:
-    with pytest.raises(ServeError, match=r"args\.pth: .* see serve/chat.yaml"):
-        build({"path": "x", "pth": "y"})
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ({"pth": "y"}, r"args\.pth: .* see serve/chat\.yaml"),
+        ({"min_replicas": 3, "max_replicas": 2}, "max_replicas is less than min_replicas"),
+        ({"origins": ["*"]}, r"args\.origins\.0"),
+        ({"engine": "sglang"}, r"args\.engine"),
+        ({"keys": "/no/such/keys.yaml"}, "keys /no/such/keys.yaml: cannot be read"),
+    ],
+)
+def test_a_wrong_argument_is_named(args: dict[str, Any], words: str) -> None:
+    with pytest.raises(ServeError, match=words):
+        build({"path": "x", **args})
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_how_many_replicas() -> None:
+    def of(**args: Any) -> Any:
+        return build({"path": "x", "gpus": 0, **args})._bound_deployment
+
+    assert of(min_replicas=2).num_replicas == 2
+    scaled = of(min_replicas=1, max_replicas=4, requests_per_replica=3)._deployment_config
+    assert scaled.autoscaling_config.max_replicas == 4
+    assert scaled.autoscaling_config.target_ongoing_requests == 3
+    for one in (of(), of(max_replicas=3)):
+        assert one._deployment_config.max_queued_requests == -1
 
 
 def test_a_failed_deployment_is_one_line() -> None:
@@ -147,17 +194,26 @@ def test_openai_client_stop_and_seed(client: OpenAI, live: Live) -> None:
 
 
 @pytest.mark.ray
-def test_openai_client_errors(client: OpenAI, live: Live) -> None:
-    with pytest.raises(openai.BadRequestError) as bad:
-        client.chat.completions.create(model=live.model, messages=QUESTION, temperature=9)
-    assert bad.value.param == "temperature"
-    with pytest.raises(openai.NotFoundError, match="does not exist"):
-        client.chat.completions.create(model="gpt-4", messages=QUESTION)
+def test_a_long_prompt_is_told_to_the_client(client: OpenAI, live: Live) -> None:
     with pytest.raises(openai.BadRequestError) as long:
         client.chat.completions.create(
             model=live.model, messages=[{"role": "user", "content": "red " * 5000}]
         )
     assert long.value.code == "context_length_exceeded"
+
+
+@pytest.mark.ray
+def test_serves_own_routes_tell_nothing(live: Live) -> None:
+    assert httpx.get(f"{live.url}/-/routes").status_code == 404
+    assert httpx.get(f"{live.url}/-/healthz").status_code == 200
+    headers = {"X-Request-Timeout-Seconds": "\xff", "X-Session-Id": "\xff"}
+    response = httpx.get(
+        f"{live.url}/readyz", headers={k: v.encode("latin-1") for k, v in headers.items()}
+    )
+    assert response.status_code == 200
+    assert len(response.headers.get_list("x-request-id")) == 1
+    metrics = httpx.get(f"{live.url}/metrics").text
+    assert "raytune_requests_total{" in metrics
 
 
 @pytest.mark.ray
