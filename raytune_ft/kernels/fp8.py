@@ -70,7 +70,8 @@ class Fp8Weight:
     @classmethod
     def of(cls, source: Nf4Weight | Tensor, matrix: Tensor) -> Fp8Weight:
         """Take a weight and, for now, what it is unpacked: (out, in)."""
-        highest = matrix.abs().amax(1).float().clamp_min(SMALLEST)
+        least, most = matrix.aminmax(dim=1)
+        highest = torch.maximum(most, -least).float().clamp_min(SMALLEST)
         ones = torch.ones(1, matrix.shape[1], device=matrix.device)
         return cls(source, highest / LARGEST, ones)
 
