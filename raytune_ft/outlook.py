@@ -134,21 +134,36 @@ def _measured() -> Device | None:
         return None
 
 
-def pace_of(recipe: Recipe, counts: Counts, where: Place, rows: Counted | None) -> Pace | None:
-    """Predict the time of a run in its own layout; None where the device's rates are not known."""
+def pace_of(
+    recipe: Recipe,
+    counts: Counts,
+    where: Place,
+    rows: Counted | None,
+    choice: Choice | None = None,
+) -> Pace | None:
+    """Predict the time of a run in its own layout; None where the device's rates are not known.
+
+    Args:
+        recipe: in its layout.
+        counts: of its model.
+        where: it runs.
+        rows: it trains on.
+        choice: what says whether a base is unpacked once, and what lies on the host.
+    """
     if where.device is None:
         return None
     fill = _fill(recipe, rows)
-    micro = pace.micro_seconds(recipe, counts, where.device)
+    way = {} if choice is None else choice.layout.way
+    micro = pace.micro_seconds(recipe, counts, where.device, **way)
     packs = rows.packs if rows is not None else None
     epoch = None
     if packs is not None:
-        epoch = pace.epoch_seconds(recipe, counts, where.device, packs, fill)
+        epoch = pace.epoch_seconds(recipe, counts, where.device, packs, fill, **way)
     return Pace(
         where.device.name,
         where.device.is_measured,
         micro,
-        pace.update_seconds(recipe, counts, where.device),
+        pace.update_seconds(recipe, counts, where.device, hosted=way.get("hosted", ())),
         recipe.train.micro_batch_size * recipe.data.max_length / micro,
         epoch,
     )

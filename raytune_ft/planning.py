@@ -80,7 +80,9 @@ def plan_recipe(
         notes.append("memory: on this machine's CPU; predict for a GPU with --gpu-memory 8GiB")
     elif where.device is None:
         notes.append("time: not predicted; name the GPU with --gpu " + ", ".join(pace.DEVICES))
-    speed = None if memory is None else outlook.pace_of(memory.recipe, memory.counts, where, rows)
+    speed = None
+    if memory is not None:
+        speed = outlook.pace_of(memory.recipe, memory.counts, where, rows, memory.choice)
     if rows is None:
         return PlanReport(memory, None, 0, False, None, None, None, notes, speed)
     return PlanReport(
@@ -195,6 +197,10 @@ def memory_rows(memory: MemoryPlan) -> Iterator[tuple[str, str]]:
         yield f"  {name}", f"{size / GIB:.2f} GiB"
     for name, size in memory.host.items():
         yield f"  host: {name}", f"{size / GIB:.2f} GiB"
+    if memory.least is not None and memory.choice is not None:
+        layers, slower = memory.choice.layers, memory.least.seconds / memory.choice.seconds
+        least = f"{memory.least.memory / GIB:.2f} GiB: {memory.least.layout.said(layers)}"
+        yield "  least of all layouts", f"{least}; {slower:.2f} x the time"
 
 
 def memory_json(memory: MemoryPlan) -> dict[str, Any]:

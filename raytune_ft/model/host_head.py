@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from raytune_ft.config.estimates.peak import PART_WORDS, PARTS_AHEAD
+from raytune_ft.config.estimates.setting import PART_WORDS, PARTS_AHEAD
 from raytune_ft.kernels.parted_head import Part, losses_and_gradient
 from raytune_ft.kernels.transfer import Arrival, begin
 from raytune_ft.model.host_table import HostTable

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from raytune_ft.config.estimates.peak import EMBEDDING, HEAD
+from raytune_ft.config.estimates.setting import EMBEDDING, HEAD
 from raytune_ft.kernels.host_rows import reads_host
 from raytune_ft.model import host_embedding, host_head
 from raytune_ft.model.host_embedding import DIRECTLY, HostEmbedding
@@ -21,7 +21,7 @@ from raytune_ft.model.loss import causal_model, has_plain_head
 
 
 def place(model: nn.Module, hosted: tuple[str, ...], device: torch.device) -> list[str]:
-    """Let embedding and head lie where `hosted` says, by the names of `peak.LADDER`.
+    """Let embedding and head lie where `hosted` says, by the names of `setting.LADDER`.
 
     Args:
         model: with its adapter, fast forms installed or not.

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
-from raytune_ft.config.estimates.peak import EMBEDDING, HEAD
+from raytune_ft.config.estimates.setting import EMBEDDING, HEAD
 from raytune_ft.config.schema import ModelSection
 from raytune_ft.errors import MemoryPlanError, ModelError
 from raytune_ft.model import default_model, hub, nf4_store
@@ -124,7 +124,7 @@ def load_model(
         device: where the weights go.
         head_trained: the output head will be trained, or has an adapter: Baichuan2's then keeps
             dividing by its rows' lengths in the forward pass instead of being divided once.
-        hosted: tables that never come to the device, by the names of `peak.LADDER`.
+        hosted: tables that never come to the device, by the names of `setting.LADDER`.
 
     Raises:
         ModelError: files and network do not fit each other tensor by tensor.

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from raytune_ft.config.estimates.footprint import NOT_FAST, Counts, norm_widths, own_inputs
-from raytune_ft.config.estimates.layout import Choice, choose
+from raytune_ft.config.estimates.layout import Choice, Weighed, choose, weigh
 from raytune_ft.config.estimates.pace import DEVICES, Device
 from raytune_ft.config.estimates.peak import host_bytes, memory_bytes
 from raytune_ft.config.estimates.proposal import Proposal, alternatives, proposals
@@ -43,6 +43,8 @@ class MemoryPlan:
     """Bytes of the host's memory by part, with a GPU."""
     fits: bool | None = None
     """None where the device's memory is not given."""
+    least: Weighed | None = None
+    """The layout that takes the least memory; None where there is no automatic one."""
     proposals: list[Proposal] = field(default_factory=list)
     """The fastest settings that fit, of each way to store and spread; the first is the fastest.
     Empty where the device's memory is not given, or none fits."""
@@ -85,9 +87,8 @@ def plan_memory(
     if recipe.train.layout == "auto":
         choice = kept or choose(recipe, counts, free_bytes or device_bytes, device)
         fixed = choice.layout.applied(recipe, counts.layers)
-    resident = choice is not None and choice.layout.resident
-    hosted = choice.layout.hosted if choice is not None else ()
-    parts = memory_bytes(fixed, counts, on_gpu=True, resident=resident, hosted=hosted)
+    way: dict[str, Any] = {} if choice is None else choice.layout.way
+    parts = memory_bytes(fixed, counts, on_gpu=True, **way)
     # of what is searched, only the method changes the numbers of parameters
     by_method = functools.cache(
         lambda method: shape.counts(
@@ -106,10 +107,16 @@ def plan_memory(
         counts,
         fixed,
         choice,
-        host_bytes(fixed, counts, hosted),
+        host_bytes(fixed, counts, way.get("hosted", ())),
         sum(parts.values()) <= device_bytes,
+        None if choice is None else _least(recipe, counts, device, choice),
         alternatives(found, SHOWN),
     )
+
+
+def _least(recipe: Recipe, counts: Counts, device: Device, choice: Choice) -> Weighed:
+    last = choice.smaller[-1] if choice.smaller else choice.layout
+    return weigh(recipe, counts, device, last)
 
 
 def trained_parameters(recipe: Recipe, config_json: Mapping[str, Any]) -> int:

@@ -31,6 +31,7 @@ def probe(device: torch.device) -> Device:
         2 * TOKENS * INPUTS * OUTPUTS / product,
         2 * COPIED / copy,
         start,
+        host=COPIED / 4 / _host(device),
     )
 
 
@@ -44,6 +45,13 @@ def _copy(device: torch.device) -> float:
     source = torch.empty(COPIED, device=device, dtype=torch.uint8)
     target = torch.empty_like(source)
     return _seconds(lambda: target.copy_(source), 20)
+
+
+def _host(device: torch.device) -> float:
+    """Return the seconds of a copy of a quarter of `COPIED` from pinned memory of the host."""
+    source = torch.empty(COPIED // 4, dtype=torch.uint8, pin_memory=True)
+    target = torch.empty_like(source, device=device, pin_memory=False)
+    return _seconds(lambda: target.copy_(source, non_blocking=True), 5)
 
 
 def _start(device: torch.device) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from raytune_ft.config.estimates.peak import INPUTS, STREAMED, recomputed_layers
+from raytune_ft.config.estimates.setting import INPUTS, STREAMED, recomputed_layers
 from raytune_ft.config.schema import Recipe
 from raytune_ft.config.zero import stage_of
 from raytune_ft.data.tokenizing.tokenizer import TextTokenizer

@@ -2,14 +2,16 @@
 
 A paged optimizer's averages lie in memory that the driver moves page by page: 1.2 GiB of a 7B's
 adapter stay on the device as long as there is room, and are in its way where there is none. Here
-they wait in pinned memory, and a step brings parts of them ahead of the kernel that updates. It is
-the same kernel on the same numbers, so weights and averages are the paged optimizer's, bit for bit.
+they wait in pinned memory, end to end, and a step brings parts of them ahead of the kernel that
+updates. It is the same kernel on the same numbers, so weights and averages are the paged
+optimizer's, bit for bit.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,103 +22,143 @@ from torch import Tensor
 from raytune_ft.kernels.transfer import Arrival, begin, pinned
 
 PART = 2**22
-"""Weights at a time: twice 16 MiB of averages."""
+"""Elements at a time: 16 MiB of each average."""
+ALIGNED = 64
+"""Elements of which a weight's averages begin at a multiple."""
 AHEAD = 2
-"""Parts that are on their way while one is updated."""
+"""Parts that are on their way while one is updated, and as many on their way back."""
 AVERAGES = ("state1", "state2")
 
 
 @dataclass
-class _Part:
-    """A stretch of one weight's elements."""
+class _Piece:
+    """A stretch of one weight, whose averages lie in a part."""
 
     group: dict[str, Any]
     weight: Tensor
+    """(n,), on the device, as its gradient."""
     gradient: Tensor
     step: int
-    averages: tuple[Tensor, Tensor]
+    place: slice
+    """In the part."""
+
+
+@dataclass
+class _Part:
+    """A stretch of all averages."""
+
+    averages: tuple[Tensor, ...]
     """On the host."""
+    device: torch.device
+    pieces: list[_Piece] = field(default_factory=list)
     here: tuple[Tensor, ...] = ()
     """On the device."""
     arrivals: tuple[Arrival, ...] = ()
 
     def come(self) -> None:
         """Send the averages to the device."""
-        device = self.weight.device
-        self.here = tuple(torch.empty_like(one, device=device) for one in self.averages)
+        self.here = tuple(torch.empty_like(one, device=self.device) for one in self.averages)
         self.arrivals = tuple(map(begin, self.here, self.averages))
 
     def update(self) -> None:
         """Take the optimizer's step, and send the averages back."""
-        for arrival in self.arrivals:
-            arrival.wait()
-        group = self.group
-        functional.optimizer_update_32bit(
-            "adam", self.gradient, self.weight, self.here[0], group["betas"][0], group["eps"],
-            self.step, group["lr"], self.here[1], group["betas"][1],
-            weight_decay=group["weight_decay"],
-        )  # fmt: skip
+        self.wait()
+        for piece in self.pieces:
+            _update(piece, *(one[piece.place] for one in self.here))
         self.arrivals = tuple(map(begin, self.averages, self.here))
 
-    def leave(self) -> None:
-        """Let the device's memory go, behind the averages' way back."""
+    def wait(self) -> None:
+        """Let the device wait for what is on its way."""
         for arrival in self.arrivals:
             arrival.wait()
-        self.here = ()
 
 
 class HostAdamW(Optimizer2State):  # type: ignore[misc]
     """A 32-bit AdamW of bitsandbytes whose averages lie on the host; see the module."""
 
-    def get_state_buffer(self, p: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return an average's memory, zeros."""
-        return pinned(p.shape, dtype, p.device).zero_()
+    _flats: tuple[Tensor, ...] = ()
+    """All of either average, end to end."""
+    _starts: dict[Tensor, int]
+    """Where a weight's averages begin in them."""
+
+    def init_state(self, group: Any, p: Tensor, gindex: int, pindex: int) -> None:
+        """Give a weight its averages, zeros."""
+        if not self._flats:
+            self._lay_out(p.device)
+        place = slice(self._starts[p], self._starts[p] + p.numel())
+        averages = {
+            name: flat[place].view(p.shape).zero_()
+            for name, flat in zip(AVERAGES, self._flats, strict=True)
+        }
+        self.state[p] = {"step": 0, **averages}
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
         """Take one step; gradients are there already."""
-        waiting: list[_Part] = []
-        done: list[_Part] = []
-        for part in self._parts():
-            part.come()
-            waiting.append(part)
-            if len(waiting) > AHEAD:
-                self._update(waiting, done)
-        while waiting:
-            self._update(waiting, done)
-        for part in done:
-            part.leave()
-        if self._on_gpu():  # the host may read the averages now
-            torch.cuda.current_stream().synchronize()
+        coming, leaving = deque[_Part](), deque[_Part]()
+        parts = iter(self._parts())
+        while True:
+            while len(coming) <= AHEAD and (part := next(parts, None)) is not None:
+                part.come()
+                coming.append(part)
+            if not coming:
+                break
+            leaving.append(coming.popleft())
+            leaving[-1].update()
+            if len(leaving) > AHEAD:
+                leaving.popleft().wait()
+        for part in leaving:
+            part.wait()
+        if leaving and leaving[-1].device.type == "cuda":  # the host may read averages now
+            torch.cuda.current_stream(leaving[-1].device).synchronize()
 
-    def _update(self, waiting: list[_Part], done: list[_Part]) -> None:
-        done.append(waiting.pop(0))
-        done[-1].update()
-        if len(done) > AHEAD:
-            done.pop(0).leave()
-
-    def _parts(self) -> Iterator[_Part]:
+    def _weights(self) -> Iterator[tuple[int, int, dict[str, Any], Tensor]]:
         for number, group in enumerate(self.param_groups):
             for place, weight in enumerate(group["params"]):
-                if weight.grad is None:
-                    continue
-                state = self.state[weight]
-                if not state:
-                    self.init_state(group, weight, number, place)
-                state["step"] += 1
-                yield from _cut(group, weight, state)
+                yield number, place, group, weight
 
-    def _on_gpu(self) -> bool:
-        return any(weight.is_cuda for group in self.param_groups for weight in group["params"])
+    def _lay_out(self, device: torch.device) -> None:
+        self._starts, end = {}, 0
+        for _, _, _, weight in self._weights():
+            self._starts[weight] = end
+            end += -(-weight.numel() // ALIGNED) * ALIGNED
+        self._flats = tuple(pinned((end,), torch.float32, device).zero_() for _ in AVERAGES)
+
+    def _parts(self) -> list[_Part]:
+        found: dict[int, _Part] = {}
+        for number, place, group, weight in self._weights():
+            if weight.grad is None:
+                continue
+            if not self.state[weight]:
+                self.init_state(group, weight, number, place)
+            self.state[weight]["step"] += 1
+            for index, piece in self._pieces(group, weight):
+                if index not in found:
+                    stretch = slice(index * PART, (index + 1) * PART)
+                    averages = tuple(flat[stretch] for flat in self._flats)
+                    found[index] = _Part(averages, weight.device)
+                found[index].pieces.append(piece)
+        return list(found.values())
+
+    def _pieces(self, group: dict[str, Any], weight: Tensor) -> Iterator[tuple[int, _Piece]]:
+        """Yield the stretches of a weight, with the number of each one's part."""
+        flat, gradient = weight.data.view(-1), weight.grad.contiguous().view(-1)  # type: ignore[union-attr]
+        step, first = self.state[weight]["step"], self._starts[weight]
+        start = 0
+        while start < len(flat):
+            index, inside = divmod(first + start, PART)
+            size = min(PART - inside, len(flat) - start)
+            of_weight, place = slice(start, start + size), slice(inside, inside + size)
+            yield index, _Piece(group, flat[of_weight], gradient[of_weight], step, place)
+            start += size
 
 
-def _cut(group: dict[str, Any], weight: Tensor, state: dict[str, Any]) -> Iterator[_Part]:
-    flat = [weight.data.view(-1), weight.grad.contiguous().view(-1)]  # type: ignore[union-attr]
-    averages = [state[name].view(-1) for name in AVERAGES]
-    for start in range(0, weight.numel(), PART):
-        of_device = [one[start : start + PART] for one in flat]
-        of_host = [one[start : start + PART] for one in averages]
-        yield _Part(group, of_device[0], of_device[1], state["step"], (of_host[0], of_host[1]))
+def _update(piece: _Piece, first: Tensor, second: Tensor) -> None:
+    group = piece.group
+    functional.optimizer_update_32bit(
+        "adam", piece.gradient, piece.weight, first, group["betas"][0], group["eps"], piece.step,
+        group["lr"], second, group["betas"][1], weight_decay=group["weight_decay"],
+    )  # fmt: skip
 
 
 def keep_on_host(optimizer: torch.optim.Optimizer) -> None:

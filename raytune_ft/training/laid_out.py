@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from raytune_ft.config.estimates.layout import Layout
-from raytune_ft.config.estimates.peak import INPUTS
+from raytune_ft.config.estimates.setting import INPUTS
 from raytune_ft.model import hosting
 from raytune_ft.model.fastpath.linears import PART
 from raytune_ft.model.host_inputs import Shelf

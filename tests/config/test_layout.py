@@ -28,7 +28,8 @@ from raytune_ft.config.estimates.layout import (
     weighed,
 )
 from raytune_ft.config.estimates.pace import DEVICES
-from raytune_ft.config.estimates.peak import Setting, kept_of_layers, memory_bytes
+from raytune_ft.config.estimates.peak import kept_of_layers, memory_bytes
+from raytune_ft.config.estimates.setting import Setting
 from raytune_ft.config.loader import load_recipe
 from raytune_ft.config.schema import Recipe
 

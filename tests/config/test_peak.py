@@ -28,13 +28,8 @@ from raytune_ft.config.estimates.pace import (
     micro_seconds,
     sides,
 )
-from raytune_ft.config.estimates.peak import (
-    Setting,
-    host_bytes,
-    kept_per_token,
-    memory_bytes,
-    zero_of,
-)
+from raytune_ft.config.estimates.peak import host_bytes, kept_per_token, memory_bytes
+from raytune_ft.config.estimates.setting import Setting, zero_of
 from raytune_ft.config.loader import load_recipe
 from raytune_ft.config.schema import Recipe
 

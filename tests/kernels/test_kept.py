@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from raytune_ft.config.estimates import peak
-from raytune_ft.config.estimates.peak import Setting, kept_per_token
+from raytune_ft.config.estimates.peak import kept_per_token
+from raytune_ft.config.estimates.setting import Setting
 from raytune_ft.config.schema import Recipe
 from raytune_ft.model import fast, loss
 from raytune_ft.model.adapter import attach

@@ -18,7 +18,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from raytune_ft.config.estimates.layout import Layout, hosted_layouts
-from raytune_ft.config.estimates.peak import EMBEDDING, HEAD, INPUTS, LADDER
+from raytune_ft.config.estimates.setting import EMBEDDING, HEAD, INPUTS, LADDER
 from raytune_ft.config.schema import Recipe, TrainSection
 from raytune_ft.data.packing import collate
 from raytune_ft.kernels import transfer
@@ -255,7 +255,8 @@ def sections() -> Iterator[TrainSection]:
 def test_averages_on_the_host_take_the_same_steps(
     sections: TrainSection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(host_state, "PART", 7)
+    monkeypatch.setattr(host_state, "PART", 16)
+    monkeypatch.setattr(host_state, "ALIGNED", 8)
     torch.manual_seed(0)
     start = {"a": torch.randn(5, 9), "b": torch.randn(3), "c": torch.randn(2, 2)}
     sides = []

@@ -18,14 +18,8 @@ from typing import Any
 
 from raytune_ft.config.estimates.footprint import Counts
 from raytune_ft.config.estimates.pace import Device, micro_seconds, update_seconds
-from raytune_ft.config.estimates.peak import (
-    INPUTS,
-    LADDER,
-    Setting,
-    memory_bytes,
-    recomputed_layers,
-    zero_of,
-)
+from raytune_ft.config.estimates.peak import memory_bytes
+from raytune_ft.config.estimates.setting import INPUTS, LADDER, Setting, recomputed_layers, zero_of
 from raytune_ft.config.schema import Recipe
 
 GIB = 2**30
@@ -51,10 +45,15 @@ class Layout:
     resident: bool = False
     """Whether a quantised base is unpacked once, not at each use."""
     hosted: tuple[str, ...] = ()
-    """What lies on the host, by the names of `peak.LADDER`."""
+    """What lies on the host, by the names of `setting.LADDER`."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "hosted", tuple(self.hosted))  # JSON has lists
+
+    @property
+    def way(self) -> dict[str, Any]:
+        """What estimates need to know that is no value of a recipe."""
+        return {"resident": self.resident, "hosted": self.hosted}
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values; `Layout(**values)` reads them, and those of earlier versions."""
@@ -257,9 +256,8 @@ def smallest(found: Iterable[Weighed]) -> Weighed:
 def weigh(recipe: Recipe, counts: Counts, device: Device, layout: Layout) -> Weighed:
     """Return a layout of a recipe's step with what it takes."""
     fixed = layout.applied(recipe, counts.layers)
-    way: dict[str, Any] = {"resident": layout.resident, "hosted": layout.hosted}
-    parts = memory_bytes(fixed, counts, on_gpu=True, **way)
-    micro = micro_seconds(fixed, counts, device, **way)
+    parts = memory_bytes(fixed, counts, on_gpu=True, **layout.way)
+    micro = micro_seconds(fixed, counts, device, **layout.way)
     update = update_seconds(fixed, counts, device, hosted=layout.hosted)
     return Weighed(layout, sum(parts.values()), layout.accumulation * micro + update)
 

@@ -12,15 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from raytune_ft.config.estimates.footprint import Counts
-from raytune_ft.config.estimates.peak import (
+from raytune_ft.config.estimates.peak import MOMENTS, kept_per_token
+from raytune_ft.config.estimates.setting import (
     EMBEDDING,
     HEAD,
     INPUTS,
-    MOMENTS,
     PART_WORDS,
     PARTS_AHEAD,
     Setting,
-    kept_per_token,
 )
 from raytune_ft.config.schema import Recipe
 
@@ -146,7 +145,7 @@ def micro_seconds(
         device: on which each worker runs.
         fill: tokens over the room in the packs, where packs are as short as their rows.
         resident: whether a quantised base is unpacked once, not at each use.
-        hosted: what lies on the host, as in `peak.Setting`.
+        hosted: what lies on the host, as in `setting.Setting`.
     """
     way: dict[str, Any] = {"resident": resident, "hosted": hosted}
     on_device, on_host = sides(recipe, counts, device, fill, **way)
@@ -181,19 +180,26 @@ def update_seconds(
     offloaded = UPDATE_BYTES * counts.trained / setting.ranks / HOST_RATE if on_host else 0
     besides = UPDATE_SECONDS if slow else 0
     if setting.streams_state:  # averages come and go at once
-        besides = max(besides, MOMENTS[recipe.train.optimizer] * counts.trained / device.host)
+        besides = MOMENTS[recipe.train.optimizer] * counts.trained / device.host
     return traffic + offloaded + besides
 
 
 def epoch_seconds(
-    recipe: Recipe, counts: Counts, device: Device, packs: float, fill: float = 1.0
+    recipe: Recipe,
+    counts: Counts,
+    device: Device,
+    packs: float,
+    fill: float = 1.0,
+    *,
+    resident: bool = False,
+    hosted: tuple[str, ...] = (),
 ) -> float:
     """Predict an epoch's seconds, without what is evaluated and written."""
     per_step = recipe.global_batch_size
     micro_steps = packs / (recipe.train.micro_batch_size * recipe.run.workers)
-    return micro_steps * micro_seconds(recipe, counts, device, fill) + packs / per_step * (
-        update_seconds(recipe, counts, device)
-    )
+    each = micro_seconds(recipe, counts, device, fill, resident=resident, hosted=hosted)
+    update = update_seconds(recipe, counts, device, hosted=hosted)
+    return micro_steps * each + packs / per_step * update
 
 
 def _device_seconds(setting: Setting, device: Device, fill: float) -> float:
