@@ -97,29 +97,38 @@ def project(x: Tensor, a: Tensor, mask: Mask | None) -> Tensor:
 
 
 def project_backward(
-    x: Tensor, a: Tensor, gradient: Tensor, mask: Mask | None, x_gradient: Tensor | None
+    x: Tensor,
+    a: Tensor,
+    gradient: Tensor,
+    mask: Mask | None,
+    x_gradient: Tensor | None,
+    *,
+    adds: bool = True,
 ) -> Tensor:
-    """Return the gradient of `a`, (adapters, rank, in), and add that of x in place.
+    """Return the gradient of `a`, (adapters, rank, in), and write that of x in place.
 
     Args:
         x: as `project` got it, (rows, in).
         a: the same, (adapters, rank, in).
         gradient: of what it returned, (rows, adapters * rank).
         mask: the same.
-        x_gradient: (rows, in), to which the gradient of x is added; None if nobody asks.
+        x_gradient: (rows, in), for the gradient of x; None if nobody asks.
+        adds: it is added to what stands there; else it takes its place, whatever that is.
 
     The gradient of `a` is float32 where x is half precision: sums over rows are long.
     """
     if mask is None:
         flat = a.flatten(0, 1)
-        if x_gradient is not None:
+        if x_gradient is not None and adds:
             x_gradient.addmm_(gradient, flat)
+        elif x_gradient is not None:
+            torch.mm(gradient, flat, out=x_gradient)
         return product(gradient.t(), x).view_as(a)
     if _by_triton(x):
         from raytune_ft.kernels import dropout_triton
 
-        return dropout_triton.project_backward(x, a, gradient, mask, x_gradient)
-    return project_backward_reference(x, a, gradient, mask, x_gradient)
+        return dropout_triton.project_backward(x, a, gradient, mask, x_gradient, adds=adds)
+    return project_backward_reference(x, a, gradient, mask, x_gradient, adds=adds)
 
 
 def project_reference(x: Tensor, a: Tensor, mask: Mask) -> Tensor:
@@ -129,9 +138,17 @@ def project_reference(x: Tensor, a: Tensor, mask: Mask) -> Tensor:
 
 
 def project_backward_reference(
-    x: Tensor, a: Tensor, gradient: Tensor, mask: Mask, x_gradient: Tensor | None
+    x: Tensor,
+    a: Tensor,
+    gradient: Tensor,
+    mask: Mask,
+    x_gradient: Tensor | None,
+    *,
+    adds: bool = True,
 ) -> Tensor:
     """As `project_backward` with a mask, by plain torch."""
+    if x_gradient is not None and not adds:
+        x_gradient.zero_()
     gradients = []
     for index, part in enumerate(gradient.chunk(len(a), dim=1)):
         mine = kept(mask, index, *x.shape)

@@ -85,7 +85,7 @@ class Base:
             out, width = self.shape
             raise ModelError(f"a weight of {out} x {width}: float8 takes multiples of {UNIT}")
         source = self.packed() if self.is_nf4 else cast(Tensor, self.module.weight).detach()
-        self.eighths = Fp8Weight.of(source, self.matrix(torch.float32))
+        self.eighths = Fp8Weight.of(source, self.matrix(source.dtype))
         self._resident = None
         if resident:
             self.eighths.keep()
@@ -155,6 +155,11 @@ def reserve(bases: Sequence[Base]) -> None:
             _room(base.packed())
 
 
+def shared_buffers() -> list[Tensor]:
+    """Return the shared buffers as they are now; who captures a graph that uses them keeps them."""
+    return list(_scratch.values())
+
+
 @dataclass(frozen=True)
 class _Run:
     """Neighbouring adapters of one rank and dropout, which go as one."""
@@ -177,6 +182,11 @@ class _Plan:
     places: tuple[int, ...]
     """Of the layers that have them."""
     runs: tuple[_Run, ...]
+
+    @property
+    def in_fp8(self) -> bool:
+        """Whether some of the layers multiply in float8."""
+        return any(base.eighths is not None for base, _ in self.parts)
 
     @classmethod
     def of(cls, parts: Sequence[Part], offset: int) -> _Plan:
@@ -206,8 +216,7 @@ class _Adapted(torch.autograd.Function):
         biases, (a, b) = tensors[: len(plan.parts)], _halves(tensors[len(plan.parts) :])
         flat = _rows(x)
         inner = [project(flat, _stacked(a, run, x.dtype), run.mask(seed)) for run in plan.runs]
-        in_fp8 = any(base.eighths is not None for base, _ in plan.parts)
-        eighth = quantize_rows(flat) if in_fp8 else None
+        eighth = quantize_rows(flat) if plan.in_fp8 else None
         updates = dict(zip(plan.places, zip(_parts(plan, inner), b, strict=True), strict=True))
         outputs = [
             _output(flat, eighth, part, bias, updates.get(place))
@@ -224,13 +233,19 @@ class _Adapted(torch.autograd.Function):
         n = len(plan.loras)
         (a, b), inner = _halves(saved[: 2 * n]), saved[2 * n :]
         flat, outer = _rows(x), [_rows(gradient) for gradient in gradients]
-        dx = _through_bases(plan, outer) if ctx.needs_input_grad[1] else None
-        of_b = _gradients_of_b(plan, outer, inner)
+        wanted, bases_first = ctx.needs_input_grad[1], plan.in_fp8 or not plan.runs
+        dx = _through_bases(plan, outer, None) if wanted and bases_first else None
+        if wanted and dx is None:
+            dx = flat.new_empty(flat.shape)
         of_a: list[Tensor] = []
-        for run in plan.runs:
-            back = _through_b(plan, run, outer, b)
-            stack = _stacked(a, run, x.dtype)
-            of_a += project_backward(flat, stack, back, run.mask(seed), dx).unbind()
+        for number, run in enumerate(plan.runs):
+            back, stack = _through_b(plan, run, outer, b), _stacked(a, run, x.dtype)
+            adds = bases_first or number > 0
+            of_a += project_backward(flat, stack, back, run.mask(seed), dx, adds=adds).unbind()
+        if dx is not None and not bases_first:
+            # the large products read the small ones' sum while they compute
+            dx = _through_bases(plan, outer, dx)
+        of_b = _gradients_of_b(plan, outer, inner)
         adapters = [g.to(p.dtype) for g, p in zip([*of_a, *of_b], [*a, *b], strict=True)]
         biases = _gradients_of_biases(plan, outer, ctx.needs_input_grad[3:])
         return None, None if dx is None else dx.view_as(x), None, *biases, *adapters
@@ -271,9 +286,8 @@ def _output(
     return out.addmm_(x, base.matrix(x.dtype).t())
 
 
-def _through_bases(plan: _Plan, outer: list[Tensor]) -> Tensor:
-    """Return the gradient of the input through the frozen weights: (T, in)."""
-    total: Tensor | None = None
+def _through_bases(plan: _Plan, outer: list[Tensor], total: Tensor | None) -> Tensor:
+    """Return the gradient of the input through the frozen weights, (T, in), added to `total`."""
     for (base, _), gradient in zip(plan.parts, outer, strict=True):
         if base.eighths is not None:
             part = base.eighths.back(gradient)

@@ -131,7 +131,11 @@ def test_dropout_and_its_gradients(
         assert relative_error(of_a[index], part.t() @ (wide * mine)) < of_sums
         right += (part @ a[index].double()) * mine
     # what several launches add is rounded by each of them
-    assert relative_error(into, right) < tolerance * (1 if n < 4 and rank <= 64 else n)
+    launches = 1 if n < 4 and rank <= 64 else n
+    assert relative_error(into, right) < tolerance * launches
+    into = torch.full_like(before, torch.nan)
+    project_backward(x, a, gradient, mask, into, adds=False)
+    assert relative_error(into, right - before.double()) < tolerance * launches
 
 
 class _Group(nn.Module):

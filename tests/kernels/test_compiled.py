@@ -101,6 +101,24 @@ def test_capped_attention(width: int) -> None:
         assert found.metadata.shared <= 128 << 10
 
 
+def test_dropout() -> None:
+    """Masks cost instructions: a product of 32 bits comes whole, by one of them."""
+    from raytune_ft.kernels import dropout_triton
+
+    rows = dict.fromkeys(("x", "a", "gradient", "x_gradient", "out"), BF16) | {"seed": "i64"}
+    constants = {
+        "STEPS": 32, "TILE_M": 64, "TILE_K": 64, "RANK": 64, "ROUNDS": 7, "SPAN": 8,
+    }  # fmt: skip
+    found = _compiled(dropout_triton._project, rows, constants)
+    assert "mul.hi.u32" not in found.asm["ptx"] and "mul.wide.u32" in found.asm["ptx"]
+
+    constants |= {"ADAPTERS": 3, "WANTED": True, "ADDS": False}
+    found = _compiled(dropout_triton._project_backward, rows | {"out": FLOAT32}, constants)
+    assert "mul.hi.u32" not in found.asm["ptx"]
+    # of what is stored, one to x's gradient and one to each adapter's: none between products
+    assert found.asm["ttgir"].count("ttg.convert_layout") <= 4
+
+
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_rotation(interleaved: bool) -> None:
     from raytune_ft.kernels import rope_triton

@@ -83,12 +83,15 @@ def test_a_mask_is_named_by_seed_and_stream() -> None:
     assert torch.equal(again[:9, :17], kept(_mask(stream=6), 1, 9, 17))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("dtype", "adds"), [(torch.float32, True), (torch.float16, False)])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_products_and_gradients(
-    shape: tuple[int, int, int, int], dtype: torch.dtype, way: str
+    shape: tuple[int, int, int, int], dtype: torch.dtype, adds: bool, way: str
 ) -> None:
-    """Against autograd in float64; float16, because the interpreter multiplies no bfloat16."""
+    """Against autograd in float64; float16, because the interpreter multiplies no bfloat16.
+
+    What is not added takes the place of whatever stands there, NaN too.
+    """
     x, a, gradient, before = _case(shape, dtype)
     wide = [tensor.double().requires_grad_() for tensor in (x, a)]
     exact = _exact(*wide, _mask())
@@ -96,27 +99,29 @@ def test_products_and_gradients(
     tolerance = {torch.float32: 1e-6, torch.float16: 2e-3}[dtype]
 
     got = project(x, a, _mask())
-    x_gradient = before.clone()
-    of_a = project_backward(x, a, gradient, _mask(), x_gradient)
+    x_gradient = before.clone() if adds else torch.full_like(before, torch.nan)
+    of_a = project_backward(x, a, gradient, _mask(), x_gradient, adds=adds)
 
     assert (got.dtype, of_a.dtype) == (dtype, torch.float32)
     assert relative_error(got, exact) < tolerance
     # products of float16 numbers are exact in float32, so only the sums round
     assert relative_error(of_a, wide[1].grad) < 2e-6
-    assert relative_error(x_gradient, before.double() + wide[0].grad) < tolerance
+    right = wide[0].grad + before.double() if adds else wide[0].grad
+    assert relative_error(x_gradient, right) < tolerance
     assert torch.equal(of_a, project_backward(x, a, gradient, _mask(), None))
 
 
-def test_without_dropout_it_is_a_product() -> None:
+@pytest.mark.parametrize("adds", [True, False])
+def test_without_dropout_it_is_a_product(adds: bool) -> None:
     x, a, gradient, before = _case((9, 24, 2, 4), torch.float64)
     x_gradient = before.clone()
 
-    of_a = project_backward(x, a, gradient, None, x_gradient)
+    of_a = project_backward(x, a, gradient, None, x_gradient, adds=adds)
 
     flat = a.flatten(0, 1)
     torch.testing.assert_close(project(x, a, None), x @ flat.t())
     torch.testing.assert_close(of_a.flatten(0, 1), gradient.t() @ x)
-    torch.testing.assert_close(x_gradient, before + gradient @ flat)
+    torch.testing.assert_close(x_gradient, gradient @ flat + (before if adds else 0))
 
 
 def test_no_rows(way: str) -> None:
