@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ipaddress
 from dataclasses import dataclass
+from functools import cached_property
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
@@ -45,7 +46,7 @@ class GuardRules:
     origins: frozenset[str] = frozenset()
     """Other sites whose pages may ask (`https://chat.example`); `serving.api` adds CORS."""
 
-    @property
+    @cached_property
     def known(self) -> tuple[ApiKey, ...]:
         """All keys, the owner's among them."""
         owner = (ApiKey(name=OWNER, sha256=self.key_hash),) if self.key_hash else ()

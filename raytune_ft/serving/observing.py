@@ -66,6 +66,8 @@ class Observed:
         """Count and log; without waiting for anything, since the client may have left."""
         record.key = scope.get(KEY_NAME)
         record.route = str(getattr(scope.get("route"), "path", "other"))
+        if record.model and record.finish is None and not record.error:
+            record.error = "the client left"
         self._metrics.end(record)
         if record.route in UNWATCHED:
             return

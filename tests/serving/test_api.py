@@ -11,14 +11,14 @@ from typing import Any
 import httpx
 import pytest
 
-import raytune_ft.chat.model as chat_model
-from raytune_ft.chat import Sampling
+from raytune_ft.chat import ChatModel, Sampling
 from raytune_ft.data.encode import encode_conversation
 from raytune_ft.data.segments import Conversation
 from raytune_ft.serving.api import build_api
 from raytune_ft.serving.engine import EmbeddedEngine
 from raytune_ft.serving.guard import GuardRules
 from raytune_ft.serving.intake import MAX_BODY_BYTES
+from raytune_ft.serving.options import ApiOptions
 
 ASK: dict[str, Any] = {
     "model": "tiny",
@@ -103,45 +103,45 @@ def test_a_stream_tells_the_same_in_pieces(ask: Callable[..., httpx.Response]) -
     assert "usage" not in chunks(ask(stream=True))[-1]
 
 
+@pytest.fixture
+def submitted(engine: EmbeddedEngine, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What the engine is given: ids and sampling, request by request."""
+    seen: list[Any] = []
+    real = engine.submit
+
+    def spy(prompt_ids: Any, sampling: Sampling, **options: Any) -> Any:
+        seen.append((list(prompt_ids), sampling))
+        return real(prompt_ids, sampling, **options)
+
+    monkeypatch.setattr(engine, "submit", spy)
+    return seen
+
+
 def test_what_is_not_named_is_as_in_the_terminal(
-    ask: Callable[..., httpx.Response], monkeypatch: pytest.MonkeyPatch
+    ask: Callable[..., httpx.Response], submitted: list[Any]
 ) -> None:
-    seen: list[dict[str, Any]] = []
-    real = chat_model.stream_ids
-
-    def spy(model: Any, prompt_ids: Any, **options: Any) -> Any:
-        seen.append(options)
-        return real(model, prompt_ids, **options)
-
-    monkeypatch.setattr(chat_model, "stream_ids", spy)
     ask()
-    ask(temperature=0, top_p=0.5, top_k=3, seed=-1, max_completion_tokens=2)
-    default, named = [
-        {k: o[k] for k in ("temperature", "top_p", "top_k", "seed", "max_new_tokens")} for o in seen
+    ask(
+        temperature=0.5,
+        top_p=0.5,
+        top_k=3,
+        seed=-1,
+        max_completion_tokens=2,
+        stop=["x", "y"],
+        frequency_penalty=0.5,
+        presence_penalty=-1,
+        logprobs=True,
+        top_logprobs=2,
+    )
+    assert [sampling for _, sampling in submitted] == [
+        Sampling(max_new_tokens=8, seed=1),
+        Sampling(0.5, 0.5, 3, 2, 2**63 - 1, ("x", "y"), 0.5, -1.0, 2),
     ]
-    assert default == {
-        "temperature": Sampling.temperature, "top_p": Sampling.top_p, "top_k": Sampling.top_k,
-        "seed": 1, "max_new_tokens": 8,
-    }  # fmt: skip
-    assert named == {
-        "temperature": 0, "top_p": 0.5, "top_k": 3, "seed": 2**63 - 1, "max_new_tokens": 2,
-    }  # fmt: skip
 
 
 def test_served_prompt_ids_are_training_ids(
-    ask: Callable[..., httpx.Response],
-    engine: EmbeddedEngine,
-    endless: chat_model.ChatModel,
-    monkeypatch: pytest.MonkeyPatch,
+    ask: Callable[..., httpx.Response], submitted: list[Any], endless: ChatModel
 ) -> None:
-    seen: list[list[int]] = []
-    real = chat_model.stream_ids
-
-    def spy(model: Any, prompt_ids: Any, **options: Any) -> Any:
-        seen.append(list(prompt_ids))
-        return real(model, prompt_ids, **options)
-
-    monkeypatch.setattr(chat_model, "stream_ids", spy)
     chat = [
         {"role": "system", "content": "Sei nett — 请."},
         {"role": "user", "content": "blue  river\n?"},
@@ -151,10 +151,12 @@ def test_served_prompt_ids_are_training_ids(
     parts = [*chat[:3], {"role": "user", "content": [{"type": "text", "text": "🙂 and 你?"}]}]
     ask(messages=chat)
     ask(messages=parts)
+    seen = [ids for ids, _ in submitted]
     row = [*chat, {"role": "assistant", "content": "x"}]
     trained = encode_conversation(
         Conversation(row), endless.template, endless.tokenizer
     ).input_ids.tolist()
+    assert len(seen[0]) > 20
     assert seen[0] == seen[1] == trained[: len(seen[0])]
     assert len(trained) - len(seen[0]) == len(endless.tokenizer.encode("x")) + 1
 
@@ -177,8 +179,37 @@ def test_errors_have_openai_shape(
     assert (response.status_code, error["param"], error["code"]) == (status, param, code)
 
 
+def test_a_temperature_that_is_next_to_none_is_greedy(
+    ask: Callable[..., httpx.Response],
+) -> None:
+    def said(temperature: float) -> str:
+        return str(ask(temperature=temperature).json()["choices"][0]["message"]["content"])
+
+    assert said(5e-324) == said(0)
+
+
+def test_an_answer_that_takes_too_long_is_told(engine: EmbeddedEngine) -> None:
+    options = ApiOptions(deadline_seconds=0.05, access_log="/dev/null")
+
+    async def both() -> list[httpx.Response]:
+        transport = httpx.ASGITransport(app=build_api(engine, GuardRules(), options))
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            body = {**ASK, "max_tokens": 400}
+            return [
+                await client.post("/v1/chat/completions", json={**body, "stream": stream})
+                for stream in (False, True)
+            ]
+
+    whole, streamed = asyncio.run(both())
+    assert whole.status_code == 408
+    assert whole.headers["x-should-retry"] == "false"
+    assert error_of(whole)["code"] == "deadline_exceeded"
+    last = streamed.text.removesuffix("\n\n").split("\n\n")[-1]
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "deadline_exceeded"
+
+
 def test_messages_that_the_template_refuses_are_unprocessable(
-    endless: chat_model.ChatModel,
+    endless: ChatModel,
 ) -> None:
     """XTuner's templates want turns: two questions in a row are none."""
     from dataclasses import replace

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,18 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from raytune_ft.chat import ChatModel
 from raytune_ft.chat.model import Piece
 from raytune_ft.errors import ServeError
 from raytune_ft.serving.api import build_api
 from raytune_ft.serving.engine import EmbeddedEngine
+from raytune_ft.serving.engines.batched import BatchedEngine
 from raytune_ft.serving.guard import GuardRules
 from raytune_ft.serving.keys import ApiKey, hash_key
 from raytune_ft.serving.metrics import Metrics, exposition
 from raytune_ft.serving.options import ApiOptions
 from raytune_ft.serving.record import Record
+from tests.soak.local import served_locally
 
 ASK: dict[str, Any] = {
     "model": "tiny",
@@ -79,6 +83,28 @@ def test_one_line_per_request(engine: EmbeddedEngine, tmp_path: Path, log_prompt
     if log_prompts:
         assert whole["messages"] == ASK["messages"]
         assert whole["answer"] == responses[0].json()["choices"][0]["message"]["content"]
+
+
+def test_who_leaves_is_written_down(endless: ChatModel, tmp_path: Path) -> None:
+    log = tmp_path / "access.jsonl"
+    engine = BatchedEngine(endless)
+    with served_locally(engine, ApiOptions(access_log=str(log))) as url:
+        for stream in (True, False):
+            with pytest.raises(httpx.ReadTimeout), httpx.Client(base_url=url) as client:
+                body = {**ASK, "max_tokens": 480, "stream": stream}
+                with client.stream(
+                    "POST", "/v1/chat/completions", json=body, timeout=0.1
+                ) as response:
+                    next(response.iter_lines())
+                    raise httpx.ReadTimeout("enough")
+        until = time.monotonic() + 10
+        while len(log.read_text().splitlines()) < 2 and time.monotonic() < until:
+            time.sleep(0.02)
+    engine.close()
+    lines = {line["stream"]: line for line in map(json.loads, log.read_text().splitlines())}
+    assert (lines[True]["status"], lines[False]["status"]) == (200, 499)
+    assert {line["error"] for line in lines.values()} == {"the client left"}
+    assert all(line["completion_tokens"] < 480 for line in lines.values())
 
 
 def test_a_log_that_cannot_be_written_is_one_line(engine: EmbeddedEngine, tmp_path: Path) -> None:
