@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from raytune_ft.model.capturable import NotFixedError, Watch
+from raytune_ft.model.hosting import is_hosted
 from raytune_ft.model.loss import causal_model
 
 if TYPE_CHECKING:
@@ -71,6 +72,8 @@ class Graphs:
     def can(self, model: nn.Module, device: torch.device) -> bool:
         """Return whether a model may be tried."""
         if self.way == "plain" or (self.way == "auto" and device.type != "cuda") or self.refused:
+            return False
+        if is_hosted(model):  # its head comes by a stream of its own, and takes longer than starts
             return False
         # ZeRO-3 gives a weight's memory back behind the layer
         return not any(hasattr(weight, "ds_id") for weight in model.parameters())

@@ -21,6 +21,7 @@ from raytune_ft.config.estimates.layout import (
     Layout,
     asked,
     choose,
+    hosted_layouts,
     layouts,
     own_layout,
     smallest,
@@ -28,8 +29,8 @@ from raytune_ft.config.estimates.layout import (
     weighed,
 )
 from raytune_ft.config.estimates.pace import DEVICES
-from raytune_ft.config.estimates.peak import kept_of_layers, memory_bytes
-from raytune_ft.config.estimates.setting import Setting
+from raytune_ft.config.estimates.peak import GPU_CONTEXT, kept_of_layers, memory_bytes
+from raytune_ft.config.estimates.setting import LADDER, Setting
 from raytune_ft.config.loader import load_recipe
 from raytune_ft.config.schema import Recipe
 
@@ -102,6 +103,51 @@ def test_each_layer_more_takes_time_and_gives_memory(path: str) -> None:
     streamed = weigh(recipe, counts, H200, Layout(4, 4, 0))
     assert resident.seconds < streamed.seconds
     assert resident.memory > streamed.memory
+
+
+@pytest.mark.parametrize("word", ["train.deepspeed=none", "train.deepspeed=zero2"])
+def test_each_step_onto_the_host_frees_memory_and_takes_its_time(word: str) -> None:
+    recipe, counts = of(QLORA, word)
+    found = [
+        weigh(recipe, counts, H200, Layout(1, 16, 32, hosted=hosted)) for hosted in ((), *LADDER)
+    ]
+    assert all(after.memory < before.memory for before, after in pairwise(found))
+    # without DeepSpeed the averages come in parts, which is faster than by pages
+    assert all(after.seconds > before.seconds for before, after in pairwise(found[1:]))
+    assert found[-1].seconds < 1.05 * found[0].seconds
+    tables = 2 * counts.embedding * 2
+    inputs = 2048 * counts.hidden * 2
+    assert found[0].memory - found[2].memory == pytest.approx(tables // 2 + 30 * inputs, rel=1e-3)
+
+
+def test_an_8_gib_card_holds_2048_tokens_of_a_7b_with_the_recipe_as_it_is() -> None:
+    for gib, packs in ((8, 2), (12, 1), (24, 1)):
+        choice = choose(*of(QLORA), int(gib * GIB), H200)
+        assert choice.memory <= FILLED * gib * GIB
+        assert choice.layout.micro_batch_size >= packs
+        assert choice.layout.hosted == LADDER[-1] or gib > 8
+    assert choose(*of(QLORA), 80 * GIB, H200).layout.hosted == ()
+    line = choose(*of(QLORA), 8 * GIB, H200).line
+    assert "embedding, layer inputs and head on the host: about " in line
+    assert "what is on the host frees " in line and "% of time" in line
+
+
+def test_the_least_layout_leaves_5_gib_to_torch_and_learns_10000_tokens_a_second() -> None:
+    """Issue 6, point 2: of the device 6.5 GiB, with what CUDA holds beside torch."""
+    recipe, counts = of(QLORA, "train.deepspeed=none")
+    least = smallest(weighed(recipe, counts, H200))
+    assert least.layout.hosted == LADDER[-1]
+    assert least.memory - GPU_CONTEXT <= 5 * GIB
+    assert 16 * 2048 / least.seconds >= 10_000
+
+
+def test_only_frozen_tables_of_fast_layers_go_to_the_host() -> None:
+    assert list(hosted_layouts(*of(QLORA)))
+    for word in ("model.fast_path=false", "run.workers=2", "lora.modules_to_save=[lm_head]",
+                 "lora.targets=[q_proj,lm_head]", "train.objective=dpo",
+                 "model.quantization=int8", "lora.use_dora=true"):  # fmt: skip
+        assert not list(hosted_layouts(*of(QLORA, word)))
+    assert not list(hosted_layouts(*of(FULL)))
 
 
 def test_only_what_can_stay_unpacked_may_stay_so() -> None:

@@ -289,3 +289,49 @@ def test_a_run_s_layout_is_read_as_it_was_written() -> None:
     assert content == layout.to_json()
     assert "hosted" not in replace(layout, hosted=()).to_json()  # as earlier versions wrote it
     assert layout.said(32).endswith("embedding, layer inputs and head on the host")
+
+
+def test_a_head_sets_out_before_the_layers_run(model: Path) -> None:
+    """So that parts of it arrive meanwhile; each part comes once a pass, none is left over."""
+    engine = engine_of(recipe_of(model), model, ALL)
+    network: Any = causal_model(engine.module.model)  # type: ignore[arg-type]
+    head, order = network.get_output_embeddings(), []
+    parts_ahead, words = host_head.PARTS_AHEAD, network.config.vocab_size
+
+    def note(target: torch.Tensor, source: torch.Tensor) -> transfer.Arrival:
+        order.append(len(source))
+        return transfer.begin(target, source)
+
+    hook = decoder_layers(engine.module)[0].register_forward_pre_hook(lambda *_: order.append(0))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(host_head, "begin", note)
+        gradients(engine)
+    hook.remove()
+    assert order.index(0) == parts_ahead
+    assert sum(order) == words
+    assert host_head.COMING not in head.__dict__
+
+
+def test_tables_are_loaded_where_they_are_to_lie(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device's name stands for a GPU: transformers sees two devices, and attaches nothing."""
+    section = recipe_of(model).model.model_copy(update={"quantization": "nf4"})
+    seen: list[dict[str, torch.device]] = []
+    places = loading._places
+
+    def other(network: Any, config: Any, _device: torch.device, hosted: Any) -> Any:
+        found = places(network, config, torch.device("cuda", 0), hosted)
+        seen.append(found)
+        return {name: torch.device("cpu", 0) if at.type == "cuda" else at
+                for name, at in found.items()}  # fmt: skip
+
+    monkeypatch.setattr(loading, "_places", other)
+    plain = loading.load_model(model, section, CPU)
+    hosted = loading.load_model(model, section, CPU, hosted=ALL)
+    cuda, cpu = torch.device("cuda", 0), torch.device("cpu")
+    assert seen == [{"": cuda}, {"": cuda, "model.embed_tokens": cpu, "lm_head": cpu}]
+    assert not any(hasattr(module, "_hf_hook") for module in hosted.modules())
+    before, after = plain.state_dict(), hosted.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
