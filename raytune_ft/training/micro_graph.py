@@ -17,7 +17,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, Literal, Protocol
 
@@ -25,6 +25,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from raytune_ft.kernels.dropout import draw_seed
+from raytune_ft.kernels.linear import shared_buffers
 from raytune_ft.model import fast as fast_path
 from raytune_ft.model.capturable import NotFixedError, Watch
 from raytune_ft.model.fastpath.lane import Packed
@@ -139,11 +140,13 @@ class MicroStep:
         found.fill(batch, share)
         try:
             return self._timed(found.run)
-        except NotFixedError as why:  # before a gradient was added
+        except (NotFixedError, torch.OutOfMemoryError) as why:
+            if self.seen_safe:
+                raise  # out of memory: the step is taken again in another layout
             _put_random_state(self.engine.device, state)
-            self.close()
+            self._passes.clear()
             self.refused = True
-            self.tell(_line(str(why)))
+            self.tell(_line(str(why).partition("\n")[0]))
             return None
 
     def close(self) -> None:
@@ -178,7 +181,6 @@ class _Pass:
         engine = owner.engine
         self.device = engine.device
         self.places = engine.places()
-        self.parameters = [engine.trained[name] for name in self.places]
         self.row = torch.zeros(shape.size, dtype=torch.int64, device=self.device)
         self.weight = torch.ones((), device=self.device)
         drops = owner.module.fast.drops
@@ -186,6 +188,8 @@ class _Pass:
         self.ran = False
         self.graph: torch.cuda.CUDAGraph | None = None
         self.output: torch.Tensor | None = None
+        self.buffers: list[torch.Tensor] = []
+        """That the graph reads and others share."""
 
     def fill(self, batch: TensorBatch, share: float) -> None:
         """Write a micro-batch, which the shape holds, to where the pass reads."""
@@ -207,10 +211,21 @@ class _Pass:
         return self.output.clone()  # the next replay writes there
 
     def work(self) -> torch.Tensor:
-        """Compute the pass: all of it, and nothing that a graph could not repeat."""
-        total = self._loss()
-        # not `backward`: hooks of gradients belong to passes that are not captured
-        made = torch.autograd.grad(total * self.weight, self.parameters, allow_unused=True)
+        """Compute the pass: all of it, and nothing that a graph could not repeat.
+
+        Of what hooks do when a gradient is made, a graph repeats the sums, and counts no beat.
+        """
+        with _without_states(self.owner.layers):
+            total = self._loss()
+            (total * self.weight).backward()  # type: ignore[no-untyped-call]
+        return total.detach()
+
+    def watched(self) -> torch.Tensor:
+        """Do the same, but add gradients when all are there; NotFixedError leaves none behind."""
+        parameters = [self.owner.engine.trained[name] for name in self.places]
+        with Watch(), _without_states(self.owner.layers):
+            total = self._loss()
+            made = torch.autograd.grad(total * self.weight, parameters, allow_unused=True)
         with torch.no_grad():
             for place, gradient in zip(self.places.values(), made, strict=True):
                 if gradient is not None:
@@ -227,10 +242,8 @@ class _Pass:
         return torch.where(counted, losses, 0.0).sum()
 
     def _plainly(self) -> torch.Tensor:
-        owner = self.owner
-        with nullcontext() if owner.seen_safe else Watch(), _without_states(owner.layers):
-            found = self.work()
-        owner.seen_safe = self.ran = True
+        found = self.work() if self.owner.seen_safe else self.watched()
+        self.owner.seen_safe = self.ran = True
         return found
 
     def _capture(self) -> None:
@@ -252,7 +265,7 @@ class _Pass:
             torch._C._cuda_clearCublasWorkspaces()
             # other threads, such as the one that watches collectives, may ask the device meanwhile
             capture = torch.cuda.graph(graph, owner.pool, stream, "thread_local")
-            with _without_states(owner.layers), torch.cuda.stream(stream), capture:
+            with torch.cuda.stream(stream), capture:
                 output = self.work()
         except RuntimeError as why:
             # an end that fails leaves both as they are in the middle of a capture
@@ -262,7 +275,7 @@ class _Pass:
                 torch._C._cuda_releasePool(device.index, owner.pool)
             owner.stay_plain(str(why).partition("\n")[0])
         else:
-            self.graph, self.output = graph, output
+            self.graph, self.output, self.buffers = graph, output, shared_buffers()
             owner.captured += 1
         finally:
             torch._C._cuda_clearCublasWorkspaces()

@@ -57,13 +57,20 @@ def by_deepspeed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Engine:
 
 
 def test_sums_are_those_of_deepspeed(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bit by bit, over steps that clip."""
+    """Bit by bit; their norm, over which steps are clipped, is taken in one piece."""
     theirs, mine = by_deepspeed(tiny_model, monkeypatch), build(tiny_model, 4, "zero2", "bfloat16")
     assert isinstance(mine, ZeroEngine) and mine.sums is not None and mine.stage == 1
+    assert isinstance(theirs, ZeroEngine)
     for step in batches():
-        assert advance(mine, step) == advance(theirs, step)
-        close(mine.weights(), theirs.weights(), 0)
-    close(mine.optimizer_state(), theirs.optimizer_state(), 0)
+        for batch in step:
+            for engine in (mine, theirs):
+                engine.forward_backward(batch, targets(step))
+        (found,), (expected,) = (one.zero.fp32_groups_gradients_flat for one in (mine, theirs))
+        assert found.any() and found.equal(expected)
+        norms = mine.step(1e-2), theirs.step(1e-2)
+        assert norms[0] == pytest.approx(norms[1], rel=1e-6)
+        close(mine.weights(), theirs.weights(), 1e-6)
+        mine.load(theirs.weights(), theirs.optimizer_state())
 
 
 def test_a_micro_step_costs_an_addition_for_each_weight(
@@ -108,6 +115,20 @@ def told(real: Any, sent: list[int]) -> Any:
         return real(tensor, *args, **more)
 
     return wrapped
+
+
+def test_a_step_costs_few_operations_whatever_the_number_of_weights(tiny_model: Path) -> None:
+    engine = build(tiny_model, 4, "zero2", "bfloat16")
+    advance(engine, batches()[0])
+    step = batches()[1]
+    for batch in step:
+        engine.forward_backward(batch, targets(step))
+    with Counting() as counting:
+        engine.step(1e-2)
+    norms = sum(n for name, n in counting.found.items() if "norm" in name)
+    print(f"\n{counting.found.total()} operations at the border")
+    assert norms == 1
+    assert counting.found["aten::mul_.Tensor"] < len(engine.trained)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

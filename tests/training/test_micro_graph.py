@@ -78,7 +78,7 @@ def test_a_pass_asks_the_device_for_nothing(tiny_model: Path, changes: dict[str,
     passes(one)
     assert one.micro is not None
     held = next(iter(one.micro._passes.values()))
-    with Seen() as seen, micro_graph._without_states(one.micro.layers):
+    with Seen() as seen:
         held.work()
     assert seen.names["add_"] >= len(one.engine.trained)
     assert not [name for name in (*WAITS, *DRAWS) if seen.names[name]]
@@ -126,6 +126,7 @@ def test_what_draws_goes_on_without_and_says_why(
     assert tried.micro is not None and tried.micro.refused
     (line,) = tried.said
     assert "draw" in line or "depends on values" in line
+    close(tried.gradients(), plain.gradients(), 0)
     passes(tried, 1)
     assert len(tried.said) == 1
 

@@ -39,6 +39,7 @@ class BorderSums:
         """Float32, of each parameter's shape."""
         for name, parameter in trained.items():
             self._listen(parameter, self.places[name])
+        self.zero.get_grads_for_norm = self._whole
 
     @staticmethod
     def are_kept(zero: Any) -> bool:
@@ -50,6 +51,11 @@ class BorderSums:
         self.zero.fp32_groups_has_gradients = [[True] * len(g) for g in self.zero.bf16_groups]
         if world_size() > 1:
             self.engine.allreduce_gradients()
+
+    def _whole(self, for_clipping: bool = False) -> Any:
+        """Give what is measured and clipped in one piece, where DeepSpeed goes by each weight."""
+        flats = self.zero.fp32_groups_actual_gradients_flat
+        return flats if for_clipping else (flats, {})
 
     @staticmethod
     def _listen(parameter: Any, place: torch.Tensor) -> None:
