@@ -136,9 +136,7 @@ def build(args: dict[str, Any]) -> Application:
 
     wanted = checked(args)
     keys = read_keys(wanted.keys) if wanted.keys else ()
-    gpus = wanted.gpus
-    if gpus is None:
-        gpus = min(1.0, ray.cluster_resources().get("GPU", 0.0))
+    gpus = _gpus(wanted, ray.cluster_resources())
     key = os.environ.get(KEY_VARIABLE)
     deployment = ray_serve.deployment(
         ray_serve.ingress()(ChatEndpoint),
@@ -156,6 +154,10 @@ def build(args: dict[str, Any]) -> Application:
     return deployment.bind(
         wanted.model_dump(), hash_key(key) if key else None, [one.model_dump() for one in keys]
     )
+
+
+def _gpus(wanted: ServeArgs, there: Mapping[str, float]) -> float:
+    return min(1.0, there.get("GPU", 0.0)) if wanted.gpus is None else wanted.gpus
 
 
 def serve(
@@ -264,9 +266,23 @@ def _ray() -> Iterator[None]:
         yield
 
 
+def _check_replicas(args: ServeArgs) -> None:
+    """Refuse more replicas than this machine has room for: Ray would wait for a larger one."""
+    import ray
+
+    there = ray.cluster_resources()
+    for kind, each in (("CPU", args.cpus), ("GPU", _gpus(args, there))):
+        if args.min_replicas * each > there.get(kind, 0.0):
+            raise ServeError(
+                f"--replicas {args.min_replicas}: each takes {each:g} {kind}, and this machine has "
+                f"{there.get(kind, 0.0):g}; ask for fewer"
+            )
+
+
 def _start(args: ServeArgs, host: str, port: int) -> None:
     from ray import serve as ray_serve
 
+    _check_replicas(args)
     for logger in ("ray", "ray.serve", "ray.data"):
         logging.getLogger(logger).setLevel(logging.ERROR)
     quiet = {"enable_access_log": False, "log_level": "ERROR"}

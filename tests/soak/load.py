@@ -73,14 +73,19 @@ async def _streamed(lines: list[str]) -> Outcome:
 
 
 async def closed_loop(
-    url: str, model: str, clients: int, going_on: Callable[[], bool], **fields: Any
+    url: str,
+    model: str,
+    clients: int,
+    going_on: Callable[[], bool],
+    headers: dict[str, str] | None = None,
+    **fields: Any,
 ) -> list[Seen]:
     """Have so many clients ask again and again while `going_on`."""
     seen: list[Seen] = []
 
     async def one(number: int) -> None:
         draw = random.Random(number)
-        async with _client(url, 1) as client:
+        async with _client(url, 1, headers) as client:
             while going_on():
                 body = question(model, draw.randrange(10**6), stream=draw.random() < 0.5, **fields)
                 seen.append(await asked(client, body))
@@ -123,9 +128,9 @@ async def leave_streams(url: str, model: str, n_clients: int, at_once: int) -> i
     return begun
 
 
-def _client(url: str, most: int | None) -> httpx.AsyncClient:
+def _client(url: str, most: int | None, headers: dict[str, str] | None = None) -> httpx.AsyncClient:
     limits = httpx.Limits(max_connections=most, max_keepalive_connections=most)
-    return httpx.AsyncClient(base_url=url, timeout=120, limits=limits)
+    return httpx.AsyncClient(base_url=url, timeout=120, limits=limits, headers=headers)
 
 
 def ledger(seen: list[Seen]) -> Counter[str]:

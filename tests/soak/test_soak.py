@@ -8,7 +8,9 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import re
 import signal
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -16,11 +18,13 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from raytune_ft.chat import ChatModel
 from tests.serving.conftest import Live, start_endpoint, stop_endpoint
 from tests.soak import load
+from tests.soak.cluster import Cluster, cluster
 from tests.soak.fuzz import fuzz
 from tests.soak.ids import differences
 from tests.soak.wire import Made, sent
@@ -121,6 +125,49 @@ def test_30_replicas_are_killed_under_load(started: Start) -> None:
     assert count["silently cut"] == count["cut off"] == 0
     assert count["whole"] > 0
     assert again is not None
+
+
+def test_a_cluster_is_deployed_to_and_rolled_five_times(tiny_model: Path) -> None:
+    """`serve deploy` as documented: two replicas, five redeploys under load, no key in any file."""
+    key = "canary-key-of-the-soak"
+    headers = {"Authorization": f"Bearer {key}"}
+    model = tiny_model.name
+
+    async def rolled(place: Cluster) -> list[load.Seen]:
+        going_on = True
+        clients = asyncio.ensure_future(
+            load.closed_loop(place.url, model, 4, lambda: going_on, headers, max_tokens=60)
+        )
+        for number in range(1, 6):
+            await asyncio.to_thread(
+                place.deploy, path=str(tiny_model), min_replicas=2, max_replicas=3,
+                max_waiting=16 + number, threads=1,
+            )  # fmt: skip
+        going_on = False
+        return await clients
+
+    # a short path: Ray's sockets are in it, and their names have a bound
+    with (
+        tempfile.TemporaryDirectory(prefix="soak") as folder,
+        cluster(Path(folder), RAYTUNE_API_KEY=key) as place,
+    ):
+        place.deploy(path=str(tiny_model), min_replicas=2, max_replicas=3, threads=1)
+        metrics = httpx.get(f"{place.url}/metrics", headers=headers).text
+        bare = httpx.get(f"{place.url}/metrics").status_code
+        seen = asyncio.run(rolled(place))
+        written = [
+            file
+            for file in (Path(folder) / "ray").rglob("*")
+            if file.is_file() and not file.is_symlink() and key.encode() in file.read_bytes()
+        ]
+    count = load.ledger(seen)
+    names = set(re.findall(r'raytune_ready\{replica="([^"]+)"', metrics))
+    tell("5 redeploys", requests=len(seen), **count, files_with_the_key=len(written))
+    assert bare == 401
+    assert len(names) == 2
+    assert set(count) <= {"whole", "refused", "error"}
+    assert count["whole"] > 0
+    assert written == []
 
 
 @pytest.mark.parametrize("times", [2, 4, 10])
