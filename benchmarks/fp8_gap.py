@@ -9,7 +9,7 @@ is printed, with the differences seed by seed. On a CPU float8 is emulated, roun
 Rows are a file of one's own; of a folder's two files, one is held out. A line of JSON for each run
 goes to --out, and runs that stand there are not run again.
 Run: python -m benchmarks.fp8_gap --rows chats.jsonl --held-out others.jsonl [--out FILE]
-     on a GPU: --device cuda --quantization nf4 --steps 200 --packs 8 --length 1024 --r 64 \
+     on a GPU: --quantization nf4 --steps 60 --packs 8 --micro 8 --length 1024 --r 64 --lr 5e-4 \
          --dropout 0.1
      python -m benchmarks.fp8_gap --table FILE
 """
@@ -52,6 +52,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--packs", type=int, default=2, help="of an optimizer step")
+    parser.add_argument("--micro", type=int, default=1, help="packs of a forward pass")
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--r", type=int, default=16)
     parser.add_argument("--dropout", type=float, default=0.0, help="slow on a CPU")
@@ -92,14 +93,17 @@ def recipe_of(args: argparse.Namespace, folder: Path, compute: str, seed: int) -
 
     model = {"path": str(folder), "template": args.template, "quantization": args.quantization}
     return Recipe.model_validate({
-        "model": {**model, "fast_path": True, "compute": compute},
+        "model": {
+            **model, "fast_path": True, "compute": compute, "gradient_checkpointing": False,
+        },
         "lora": {"r": args.r, "alpha": args.r, "dropout": args.dropout},
         "data": {
             "sources": [{"path": str(Path(args.rows).resolve())}], "max_length": args.length,
             "validation": str(Path(args.held_out).resolve()),
         },
         "train": {
-            "epochs": 100, "max_steps": args.steps, "accumulation": args.packs, "lr": args.lr,
+            "epochs": 100, "max_steps": args.steps, "micro_batch_size": args.micro,
+            "accumulation": args.packs // args.micro, "lr": args.lr,
             "warmup_steps": max(1, args.steps // 10), "seed": seed, "deepspeed": "none",
             "layout": "recipe",
         },

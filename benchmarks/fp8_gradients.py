@@ -45,7 +45,15 @@ def seen(args: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
     from raytune_ft.training.batching import steps
     from raytune_ft.training.build import build_engine
 
-    settings = {"held_out": args.rows, "r": 16, "steps": 1, "packs": 1, "lr": 1e-3, "dropout": 0.0}
+    settings = {
+        "held_out": args.rows,
+        "r": 16,
+        "steps": 1,
+        "packs": 1,
+        "micro": 1,
+        "lr": 1e-3,
+        "dropout": 0.0,
+    }
     folder = loading.prepare_folder(args.model, log=print)
     asked = argparse.Namespace(**{**vars(args), **settings})
     recipe = fp8_gap.recipe_of(asked, folder, "fp8", 1)
