@@ -32,6 +32,9 @@ UNIT = 16
 """What torch wants widths to be a multiple of."""
 CAPABILITY = (8, 9)
 """Of the first GPUs that multiply in float8."""
+FEW_ROWS = 512
+"""Fewer are filled up: on an H100 cuBLAS has no product of up to 256 rows that are 9,216 long
+(github.com/pytorch/ao, issue 4582)."""
 
 
 def refusal(device: torch.device) -> str | None:
@@ -40,9 +43,23 @@ def refusal(device: torch.device) -> str | None:
         return None
     major, minor = torch.cuda.get_device_capability(device)
     if (major, minor) >= CAPABILITY:
-        return None
+        return _failure(device)
     name = torch.cuda.get_device_name(device)
     return f"{name} has compute capability {major}.{minor}, float8 needs 8.9 or more"
+
+
+def _failure(device: torch.device) -> str | None:
+    """Multiply once: some newer GPUs have no product with a scale for each row."""
+    ones = torch.ones(FEW_ROWS, 64, device=device)
+    rows = quantize_rows(ones)
+    try:
+        _product(rows, rows.values, rows.scales.t().contiguous(), torch.bfloat16)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except RuntimeError as error:
+        said = str(error).splitlines()[0]
+        return f"torch {torch.__version__} has no products of float8 by rows here ({said})"
+    return None
 
 
 @dataclass(frozen=True)
@@ -143,10 +160,21 @@ def _product(
     if not x.values.is_cuda:
         exact = (x.values.float() @ weight.float().t()) * x.scales * scales
         return (exact if bias is None else exact + bias.float()).to(dtype)
-    half = torch.bfloat16
+    rows, half = len(x.values), torch.bfloat16
+    x = filled_up(x)
     # fast sums have some 14 bits on Hopper; the factors' own rounding is what decides (tests/gpu)
     out = torch._scaled_mm(
         x.values, weight.t(), x.scales, scales, bias=None if bias is None else bias.to(half),
         out_dtype=half, use_fast_accum=True,
     )  # fmt: skip
-    return out.to(dtype)
+    return out[:rows].to(dtype)
+
+
+def filled_up(x: Rows) -> Rows:
+    """Return x with rows of zeros behind it, so that there are `FEW_ROWS`."""
+    missing = FEW_ROWS - len(x.values)
+    if missing <= 0:
+        return x
+    below = (0, 0, 0, missing)
+    values = torch.nn.functional.pad(x.values.view(torch.uint8), below).view(x.values.dtype)
+    return Rows(values, torch.nn.functional.pad(x.scales, below, value=1.0))

@@ -178,6 +178,19 @@ def test_groups_differ_by_their_frozen_products_alone(bias: bool, tokens: int) -
     assert max(offs[3:]) < 1e-4, offs
 
 
+@pytest.mark.parametrize("tokens", [1, 24, 127, 256, 300])
+@pytest.mark.parametrize("shape", [(4096, 11008), (11008, 4096), (32, 48)])
+def test_few_tokens(shape: tuple[int, int], tokens: int) -> None:
+    matrix = _random(*shape) * 0.02
+    weight = Fp8Weight.of(matrix, matrix)
+    x, gradient = _random(tokens, shape[1]), _random(tokens, shape[0])
+    forward = weight.times(quantize_rows(x), None, BF16)
+    back = weight.back(gradient)
+    assert (forward.shape, back.shape) == (gradient.shape, x.shape)
+    assert _off(forward, x.float() @ matrix.float().t()) < OF_PRODUCTS
+    assert _off(back, gradient.float() @ matrix.float()) < OF_PRODUCTS
+
+
 def test_nothing_waits_for_the_device() -> None:
     bases = [Base(_nf4(out, 512)) for out in (256, 128)]
     for base in bases:

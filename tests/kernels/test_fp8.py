@@ -8,7 +8,7 @@ from bitsandbytes.nn import Linear4bit
 from torch import nn
 
 from raytune_ft.errors import ModelError
-from raytune_ft.kernels.fp8 import E4M3, LARGEST, Fp8Weight, eighth, quantize_rows
+from raytune_ft.kernels.fp8 import E4M3, LARGEST, Fp8Weight, eighth, filled_up, quantize_rows
 from raytune_ft.kernels.linear import Base, Lora, adapted
 from raytune_ft.kernels.nf4 import Nf4Weight, dequantize_reference
 from tests.kernels.gradients import Tensor, outputs_and_gradients, root_mean_square
@@ -190,6 +190,17 @@ def test_groups_in_fp8_differ_by_their_frozen_products_alone(bias: bool) -> None
     assert all(0 < _off(a, b) < OF_PRODUCTS for a, b in zip(got[:3], right[:3], strict=True))
     for mine, other in zip(got[3:], right[3:], strict=True):
         assert torch.equal(mine, other)
+
+
+@pytest.mark.usefixtures("plain")
+@pytest.mark.parametrize("tokens", [1, 511, 512, 513])
+def test_few_rows_are_filled_up_with_zeros(tokens: int) -> None:
+    rows = quantize_rows(torch.randn(tokens, 48))
+    found = filled_up(rows)
+    assert len(found.values) == len(found.scales) == max(tokens, 512)
+    assert torch.equal(found.values[:tokens].float(), rows.values.float())
+    assert torch.equal(found.scales[:tokens], rows.scales)
+    assert not found.values[tokens:].float().any() and (found.scales[tokens:] == 1).all()
 
 
 def test_odd_shapes_are_refused() -> None:

@@ -204,6 +204,7 @@ def test_a_model_with_nothing_to_multiply_so_is_refused(folder: Path) -> None:
 def test_gpus_without_float8_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
+    monkeypatch.setattr(fp8, "_failure", lambda _: None)
     for capability, is_refused in (
         ((7, 5), True),
         ((8, 6), True),
@@ -220,6 +221,22 @@ def test_gpus_without_float8_are_refused(monkeypatch: pytest.MonkeyPatch) -> Non
         else:
             eighths.check("fp8", device)
     eighths.check("fp8", CPU)
+
+
+def test_a_gpu_whose_torch_has_no_such_product_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch 2.10 on a GPU of compute capability 12.0, whose message is this."""
+    assert fp8._failure(CPU) is None
+
+    def refuse(*_: Any) -> Tensor:
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling `cublasLt`\nmore")
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (12, 0))
+    monkeypatch.setattr(fp8, "_product", refuse)
+    place = fp8._failure
+    monkeypatch.setattr(fp8, "_failure", lambda _: place(CPU))
+    with pytest.raises(ModelError, match=r"by rows here .*NOT_SUPPORTED when") as told:
+        eighths.check("fp8", torch.device("cuda", 0))
+    assert "\n" not in str(told.value)
 
 
 def test_a_run_says_it_and_goes_on_by_it_alone(tiny_model: Path, tmp_path: Path) -> None:
