@@ -8,11 +8,14 @@ ray         automatic settings, the whole training loop in a Ray Train worker
 profile     where the device's time goes in a micro-step of `ours`, part by part
 ours+fp8    `ours` with frozen weights multiplied in float8; mb1+fp8, profile+fp8 likewise. It is
             not the same mathematics: benchmarks.fp8_gap tells what it costs
+ours+8gb    `ours` as a card of 8 GiB plans it, torch's allocator capped at what that leaves
+ours+6gb    without DeepSpeed for 6.25 GiB: the least layout
 """
 
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import tempfile
 import time
@@ -35,6 +38,9 @@ CHANGES: dict[str, dict[str, Any]] = {
 CHANGES |= {
     f"{name}+fp8": {**CHANGES[name], "model.compute": "fp8"} for name in ("ours", "mb1", "profile")
 }
+CHANGES |= {"ours+8gb": {}, "ours+6gb": {"train.deepspeed": "none"}}
+CARDS = {"ours+8gb": 8.0, "ours+6gb": 6.25}
+"""GiB of the cards that variants are planned for, and capped at."""
 LR = 2e-4
 GIB = 2**30
 PARTS = {
@@ -51,7 +57,7 @@ PARTS = {
 class Ours:
     """An engine as a worker builds it, on this process's device, and its steps' data."""
 
-    def __init__(self, args: Namespace, changes: dict[str, Any]) -> None:
+    def __init__(self, args: Namespace, changes: dict[str, Any], share: float = 1.0) -> None:
         import torch
 
         from raytune_ft.training import layouts
@@ -62,18 +68,25 @@ class Ours:
         self.torch, self.args, self.said = torch, args, list[str]()
         self.device = device_of(torch)
         self.asked = qlora_rows.recipe_of(args, changes)
-        put_random_weights(args, self.asked, self.device)
+        self.put_weights()
         shape, run = args.folder / "shape", RunFolder(tempfile.mkdtemp(prefix="run_"))
-        choice = layouts.settled(self.asked, run, shape, self.device, self.said.append)
-        self.room = Room.of(self.asked, run.path, self.said.append, choice)
+        self.choice = layouts.settled(
+            self.asked, run, shape, self.device, self.said.append, share=share
+        )
+        self.room = Room.of(self.asked, run.path, self.said.append, self.choice)
         self.recipe = self.room.fitting()
         begun = time.perf_counter()
         self.engine, self.model = build_engine(
-            self.recipe, shape, self.device, resident=self.room.is_resident
-        )
+            self.recipe, shape, self.device, resident=self.room.is_resident,
+            hosted=self.room.hosted, tell=self.said.append,
+        )  # fmt: skip
         self.load_s = time.perf_counter() - begun
         self.losses: list[float] = []
         self.tokens = 0
+
+    def put_weights(self) -> None:
+        """Let what loads the model make it."""
+        put_random_weights(self.args, self.asked, self.device)
 
     def data(self) -> Iterator[Any]:
         """Yield every optimizer step's data, for ever."""
@@ -181,6 +194,33 @@ def wait(torch: Any) -> None:
         torch.cuda.synchronize()
 
 
+def share_of(variant: str) -> float:
+    """Return the part of the device that a variant plans for."""
+    import torch
+
+    if variant not in CARDS or not torch.cuda.is_available():
+        return 1.0
+    return CARDS[variant] * GIB / torch.cuda.get_device_properties(0).total_memory
+
+
+def cap(variant: str) -> None:
+    """Let torch's allocator refuse what a variant's card has not, beside what CUDA holds there.
+
+    Behind the making of random weights, which takes a whole bfloat16 model for a moment.
+    """
+    import torch
+
+    if variant not in CARDS or not torch.cuda.is_available():
+        return
+    from raytune_ft.config.estimates.peak import GPU_CONTEXT
+
+    gc.collect()
+    torch.cuda.empty_cache()
+    whole = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(share_of(variant) - GPU_CONTEXT / whole)
+    torch.cuda.reset_peak_memory_stats()
+
+
 def memory(torch: Any) -> dict[str, Any]:
     """Return GB by torch's allocator and by the device."""
     free, total = torch.cuda.mem_get_info()
@@ -195,7 +235,8 @@ def measure(args: Namespace) -> dict[str, Any]:
     """Run one variant; return its line."""
     if args.one == "ray":
         return measured_through_ray(args)
-    ours = Ours(args, CHANGES[args.one])
+    ours = Ours(args, CHANGES[args.one], share=share_of(args.one))
+    cap(args.one)
     if args.one.startswith("profile"):
         return {**ours.line(), **profile(ours)}
     step = ours.bare_step if args.one == "bare" else ours.step

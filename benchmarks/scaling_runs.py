@@ -118,6 +118,17 @@ class Run:
         psutil.wait_procs(family, timeout=20)
         shutil.rmtree(self.temporary, ignore_errors=True)
 
+    def spent(self) -> tuple[float, int]:
+        """Return seconds of CPU of its processes and of those they waited for; how many live."""
+        root = psutil.Process(self.process.pid)
+        family = {one.pid: one for one in [root, *root.children(recursive=True)]}
+        family |= {one.pid: one for one in self._of_its_ray()}
+        seconds = 0.0
+        for one in family.values():
+            with contextlib.suppress(psutil.Error):
+                seconds += sum(one.cpu_times()[:4])  # user, system, and both of its children
+        return seconds, len(family)
+
     def _of_its_ray(self) -> Iterator[psutil.Process]:
         for one in psutil.process_iter():
             with contextlib.suppress(psutil.Error):

@@ -4,9 +4,11 @@ A 7B folder of random weights is written, 14.6 GB, and `raytune_ft.train` begins
 people run it, with Ray, data tasks and ZeRO-2: first with an empty cache folder, when weights are
 read and quantised and the NF4 store is written, then again, when they come from the store, and a
 third time with the store off. Each run ends behind its first step. Parts are the stages that a run
-prints, by its own clock; asking sample prompts is left out, since how long answers are is the
-recipe's choice. Files written a moment ago lie in the page cache for all runs alike; with --cold
-they are asked to leave it before each.
+prints, by its own clock: what is waited for, since Ray starts while the driver imports, and workers
+while it reads. Beside them stand the seconds of CPU of all processes, which a busy machine does not
+stretch, and how many processes there are. Asking sample prompts is left out, since how long answers
+are is the recipe's choice. Files written a moment ago lie in the page cache for all runs; with
+--cold they are asked to leave it before each.
 Run: python -m benchmarks.start --folder DIR [--runs first,second,off] [--cold] [--layers N]
      [--budget SECONDS] [--out FILE];  rehearsal without a GPU: --shrink 64 --layers 2 --length 64
 Prints a line of JSON for each start, then a table.
@@ -131,6 +133,7 @@ def measured(args: argparse.Namespace, name: str, deadline: float) -> dict[str, 
                 offset = min(offset, time.monotonic() - run.begun - stages[-1][0])
             time.sleep(POLL_S)
         total = time.monotonic() - run.begun
+        cpu_s, processes = run.spent()
         if run.step() < 1:
             return {"start": name, "failed": run.process.poll(), "words": run.words()}
     finally:
@@ -140,6 +143,8 @@ def measured(args: argparse.Namespace, name: str, deadline: float) -> dict[str, 
         "start": name,
         "to_first_step_s": round(total, 1),
         "parts": parts_of(stages, offset, total, step["seconds"]),
+        "cpu_s": round(cpu_s, 1),
+        "processes": processes,
         "step_tokens": step["tokens"],
         "loss": step["loss"],
         "store_gb": round(_size(args.folder / "cache" / "nf4") / 1e9, 2),
@@ -177,12 +182,14 @@ def _size(folder: Path) -> int:
 def print_table(lines: list[dict[str, Any]]) -> None:
     """Print seconds by part and start as Markdown."""
     names = list(dict.fromkeys(part for line in lines for part in line.get("parts", {})))
-    print("| start |", " | ".join([*names, "to the first step"]), "|")
-    print("|", " | ".join("---" for _ in range(len(names) + 2)), "|")
+    last = ["to the first step", "CPU s", "processes"]
+    print("| start |", " | ".join([*names, *last]), "|")
+    print("|", " | ".join("---" for _ in range(len(names) + len(last) + 1)), "|")
     for line in lines:
         cells = [str(line.get("parts", {}).get(name, "")) for name in names]
         total = line.get("to_first_step_s", f"failed: {line.get('failed')}")
-        print(f"| {line['start']} |", " | ".join([*cells, str(total)]), "|")
+        spent = [str(line.get(name, "")) for name in ("cpu_s", "processes")]
+        print(f"| {line['start']} |", " | ".join([*cells, str(total), *spent]), "|")
 
 
 if __name__ == "__main__":

@@ -28,8 +28,8 @@ def lean() -> Iterator[None]:
     """
     compile_now = torch.compile
     hidden = [name for name in UNUSED if name not in sys.modules]
-    torch.compile = functools.partial(_later, compile_now)  # type: ignore[assignment]
-    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None: there is none
+    torch.compile = functools.partial(_later, compile_now)
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None: no such package
     try:
         yield
     finally:
