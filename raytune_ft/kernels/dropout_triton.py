@@ -34,6 +34,11 @@ class Tiles:
     each: int = 4
     """Programs that a multiprocessor should have."""
 
+    @property
+    def beside(self) -> int:
+        """Into how many stretches of columns warps part a product; the others part its rows."""
+        return max(1, min(self.columns // 32, self.warps // min(self.warps, self.rows // 16)))
+
 
 FORWARD = Tiles()
 BACKWARD = Tiles(warps=8, each=2)
@@ -105,7 +110,7 @@ def _backward(
         x, a, gradient, into, out, mask.seed, mask.stream, mask.threshold, mask.growth,
         rows, columns, rank, x.stride(0), gradient.stride(0), into.stride(0),
         STEPS=each, ADAPTERS=n, WANTED=x_gradient is not None, ADDS=adds, RANK=_padded(rank),
-        **_constants(tiles),
+        BESIDE=tiles.beside, **_constants(tiles),
     )  # fmt: skip
     return out[0] if parts == 1 else out.sum(0)
 
@@ -189,13 +194,20 @@ def _project_backward(
     rows, columns, rank, x_stride, gradient_stride, x_gradient_stride,
     STEPS: tl.constexpr, ADAPTERS: tl.constexpr, WANTED: tl.constexpr, ADDS: tl.constexpr,
     TILE_M: tl.constexpr, TILE_K: tl.constexpr, RANK: tl.constexpr,
-    ROUNDS: tl.constexpr, SPAN: tl.constexpr,
+    ROUNDS: tl.constexpr, SPAN: tl.constexpr, BESIDE: tl.constexpr,
 ):  # fmt: skip
     start, part = tl.program_id(0) * TILE_K, tl.program_id(1)
-    group, r = tl.arange(0, TILE_K // SPAN), tl.arange(0, RANK)
-    column = start + tl.arange(0, TILE_K)
+    r = tl.arange(0, RANK)
+    # a tile of x is (p, 32): threads load what they hold of a product's result, so that both see
+    # the same bits; made for each apart, the bits are a fifth of all instructions
+    high: tl.constexpr = TILE_M // 16
+    low: tl.constexpr = TILE_K // 32 // BESIDE
+    place = tl.arange(0, TILE_M * TILE_K // 32)
+    row_of = place // 8 % high * 16 + place // (8 * high * BESIDE * low) * 8 + place % 8
+    chunk = place // (8 * high) % BESIDE * low + place // (8 * high * BESIDE) % low
+    column = start + chunk[:, None] * 32 + tl.arange(0, 32)[None, :]
+    group = start // SPAN + chunk[:, None] * 4 + tl.arange(0, 4)[None, :]
     key = tl.load(seed)
-    inside = (r < rank)[:, None] & (column < columns)[None, :]
     size = rank * columns
     mixed = start + _mixed(tl.arange(0, TILE_K))
     a += r[:, None] * columns + mixed[None, :]
@@ -206,35 +218,41 @@ def _project_backward(
     total0 = tl.zeros((RANK, TILE_K), dtype=tl.float32)
     total1, total2 = total0, total0
     for step in range(STEPS):
-        row = (part * STEPS + step) * TILE_M + tl.arange(0, TILE_M)
-        here = (row < rows)[:, None] & (column < columns)[None, :]
-        across = row.to(tl.int64)[:, None]
-        tile = tl.load(x + across * x_stride + column[None, :], mask=here, other=0.0)
-        calls = row[:, None], (start // SPAN + group)[None, :]
-        back = gradient + across * gradient_stride + r[None, :]
-        there = (row < rows)[:, None] & (r < rank)[None, :]
-        known = key, threshold, calls[0], calls[1]
-        through = tl.zeros((TILE_M, TILE_K // SPAN, SPAN), dtype=tl.float32)
+        first = (part * STEPS + step) * TILE_M
+        row = (first + row_of)[:, None]
+        here = (row < rows) & (column < columns)
+        across = row.to(tl.int64)
+        tile = tl.load(x + across * x_stride + column, mask=here, other=0.0)
+        natural = first + tl.arange(0, TILE_M)
+        back = gradient + natural.to(tl.int64)[:, None] * gradient_stride + r[None, :]
+        there = (natural < rows)[:, None] & (r < rank)[None, :]
+        known = key, threshold, row, group
+        through = tl.zeros((TILE_M * TILE_K // 32, 4, 8), dtype=tl.float32)
         total0, through = _back(
-            tile, a0, total0, through, back, there, stream, known, ROUNDS, WANTED
+            tile, a0, total0, through, back, there, stream, known,
+            ROUNDS, WANTED, high, BESIDE, low,
         )  # fmt: skip
         if ADAPTERS > 1:
             back += rank
             total1, through = _back(
-                tile, a1, total1, through, back, there, stream + 1, known, ROUNDS, WANTED
+                tile, a1, total1, through, back, there, stream + 1, known,
+                ROUNDS, WANTED, high, BESIDE, low,
             )  # fmt: skip
         if ADAPTERS > 2:
             back += rank
             total2, through = _back(
-                tile, a2, total2, through, back, there, stream + 2, known, ROUNDS, WANTED
+                tile, a2, total2, through, back, there, stream + 2, known,
+                ROUNDS, WANTED, high, BESIDE, low,
             )  # fmt: skip
         if WANTED:
-            to = x_gradient + across * x_gradient_stride + column[None, :]
-            new = through.reshape(TILE_M, TILE_K) * growth
+            to = x_gradient + across * x_gradient_stride + column
+            new = through.reshape(tile.shape) * growth
             if ADDS:
                 new += tl.load(to, mask=here, other=0.0).to(tl.float32)
             tl.store(to, new.to(x_gradient.dtype.element_ty), mask=here)
-    out += part.to(tl.int64) * ADAPTERS * size + r[:, None] * columns + column[None, :]
+    natural = start + tl.arange(0, TILE_K)
+    inside = (r < rank)[:, None] & (natural < columns)[None, :]
+    out += part.to(tl.int64) * ADAPTERS * size + r[:, None] * columns + natural[None, :]
     tl.store(out, total0 * growth, mask=inside)
     if ADAPTERS > 1:
         tl.store(out + size, total1 * growth, mask=inside)
@@ -246,14 +264,22 @@ def _project_backward(
 def _back(
     tile, a, total, through, back, there, stream, known,
     ROUNDS: tl.constexpr, WANTED: tl.constexpr,
+    HIGH: tl.constexpr, BESIDE: tl.constexpr, LOW: tl.constexpr,
 ):  # fmt: skip
-    """Add one adapter's share of a tile to its sum (rank, k), and that of x to (m, k / 8, 8)."""
+    """Add one adapter's share of a tile to its sum (rank, k), and that of x to (p, 4, 8).
+
+    Places p count, from the slowest: the halves of 16 rows, `LOW` and `BESIDE` stretches of 32
+    columns, `HIGH` times 16 rows, 8 rows.
+    """
     gradient = tl.load(back, mask=there, other=0.0)
     mine = _kept(known[0], stream, known[1], known[2], known[3], ROUNDS)
-    total = tl.dot(tl.trans(gradient), _dropped(tile, mine), total, input_precision="ieee")
+    dropped = tl.where(mine, tile.reshape(mine.shape), 0.0).to(tile.dtype)
+    dropped = dropped.reshape(2, LOW, BESIDE, HIGH, 8, 32).permute(3, 0, 4, 2, 1, 5)
+    dropped = dropped.reshape(HIGH * 16, BESIDE * LOW * 32)
+    total = tl.dot(tl.trans(gradient), dropped, total, input_precision="ieee")
     if WANTED:
         whole = tl.dot(gradient, a, input_precision="ieee")
-        apart = whole.reshape(mine.shape[0], mine.shape[1] // 4, 4, 4, 2).permute(0, 1, 3, 2, 4)
+        apart = whole.reshape(HIGH, 2, 8, BESIDE, LOW, 4, 4, 2).permute(1, 4, 3, 0, 2, 6, 5, 7)
         through = tl.where(mine, through + apart.reshape(mine.shape), through)
     return total, through
 

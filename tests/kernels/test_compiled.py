@@ -112,9 +112,12 @@ def test_dropout() -> None:
     found = _compiled(dropout_triton._project, rows, constants)
     assert "mul.hi.u32" not in found.asm["ptx"] and "mul.wide.u32" in found.asm["ptx"]
 
-    constants |= {"ADAPTERS": 3, "WANTED": True, "ADDS": False}
+    constants |= {"ADAPTERS": 3, "WANTED": True, "ADDS": False, "BESIDE": 2}
     found = _compiled(dropout_triton._project_backward, rows | {"out": FLOAT32}, constants)
-    assert "mul.hi.u32" not in found.asm["ptx"]
+    # two calls a thread and adapter, of 7 rounds less what rows and columns share; bits are made
+    # once for a product's operand and another's result
+    calls = 3 * 2 * 2 * 7
+    assert len(re.findall(r"mul\.wide\.u32", found.asm["ptx"])) <= 1.2 * calls
     # of what is stored, one to x's gradient and one to each adapter's: none between products
     assert found.asm["ttgir"].count("ttg.convert_layout") <= 4
 
