@@ -19,6 +19,7 @@ from raytune_ft import errors
 from raytune_ft.cluster import noise_to
 from raytune_ft.config.schema import Recipe
 from raytune_ft.data.feeder import Supply
+from raytune_ft.mailbox import Mailbox
 from raytune_ft.resume import shown
 from raytune_ft.screen import Screen
 from raytune_ft.training import ahead, worker
@@ -26,7 +27,7 @@ from raytune_ft.training.guarding import failures
 from raytune_ft.training.guarding.guards import Guards
 from raytune_ft.training.guarding.interruption import AskedToEnd
 from raytune_ft.training.guarding.watchdog import PATIENCE_S
-from raytune_ft.training.run_folder import Event, RunFolder
+from raytune_ft.training.run_folder import RunFolder
 from raytune_ft.training.saving.checkpoint import step_folders, step_of
 from raytune_ft.wish import GRACE_S, Wish
 
@@ -60,7 +61,7 @@ class Workers:
         """
         screen.stage("workers")
         with Wish() as wish, watched(self.mailbox, screen, self.folder):
-            self.mailbox.give.remote(job, supply)
+            self.mailbox.give.remote([ray.put((job, supply))])
             try:
                 see_through(self.ended, wish, self.mailbox, self.folder, screen)
             except errors.Interrupted:
@@ -170,9 +171,9 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
 
 def _told(mailbox: Any) -> tuple[worker.Job, Supply]:
     """Wait until the driver knows the job; it may fetch a model or measure rows before."""
-    while (told := ray.get(mailbox.told.remote())) is None:
+    while not (told := ray.get(mailbox.told.remote())):
         time.sleep(JOB_SECONDS)
-    job, supply = told
+    job, supply = ray.get(told[0])
     return job, supply
 
 
@@ -192,40 +193,6 @@ def asked_by(mailbox: Any) -> Iterator[Callable[[], bool]]:
         yield asked.is_set
     finally:
         done.set()
-
-
-class Mailbox:
-    """Carries events from rank 0 to the driver's screen; job and wish to stop to the workers."""
-
-    def __init__(self) -> None:
-        self.events: list[Event] = []
-        self.asked = False
-        self.job: tuple[worker.Job, Supply] | None = None
-
-    def give(self, job: worker.Job, supply: Supply) -> None:
-        """Keep what the workers are to do, for those that are started again as well."""
-        self.job = job, supply
-
-    def told(self) -> tuple[worker.Job, Supply] | None:
-        """Return it; None as long as the driver does not know it."""
-        return self.job
-
-    def stop(self) -> None:
-        """Ask the workers to stop."""
-        self.asked = True
-
-    def stopping(self) -> bool:
-        """Tell whether they were asked to."""
-        return self.asked
-
-    def put(self, event: Event) -> None:
-        """Add one event."""
-        self.events.append(event)
-
-    def take(self) -> list[Event]:
-        """Hand over all events since the last call."""
-        events, self.events = self.events, []
-        return events
 
 
 @contextmanager
