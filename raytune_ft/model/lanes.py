@@ -1,22 +1,22 @@
 """Lanes: answers of different lengths side by side in, the logits of each one's next token out.
 
-A prompt runs alone over transformers' own growing cache (`prefill`), from wherever keys and values
-are known. Then its row is copied into a lane, which holds keys and values of R answers of up to S
-tokens in fixed places and runs one token of each in one pass. Rows come and go between passes;
-those in use stand in front. Each row has its own position and its own mask, so that what it gets
-does not depend on the others, but for the order in which a GEMM of more rows adds.
+A lane holds keys and values of R answers of up to S tokens in fixed places and runs one token of
+each in one pass. Rows come and go between passes; those in use stand in front. Prompts begin as
+new rows, several in one pass from wherever their keys and values are known (`Lane.extend`); one
+too long for that runs in parts over transformers' own growing cache (`prefill`) and joins behind.
+Each row has its own positions and its own mask, so that what it gets does not depend on the
+others, but for the order in which a GEMM of more rows adds.
 
-A pass reads the first rows and tokens only. On a CUDA device these are rounded up to a few
+A pass reads the first rows and tokens only. On a CUDA device its sizes are rounded up to a few
 shapes, and each shape's second pass is captured as a graph (`model.decoding`).
 
-Shapes: B = rows in use, R = rows that there is room for, S = tokens of a row, T = tokens that a
-pass looks at, V = words, H = key heads, D = width of a head.
+Shapes: B = rows of a pass, P = tokens of each in it, R = rows that there is room for, S = tokens
+of a row, T = tokens that a pass looks at, V = words, H = key heads, D = width of a head.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
@@ -26,9 +26,9 @@ from torch import nn
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 
-from raytune_ft.model import decoding, fixed_cache
-from raytune_ft.model.capturable import NotFixedError, Watch
+from raytune_ft.model import fixed_cache
 from raytune_ft.model.loss import causal_model
+from raytune_ft.model.replayed import Replayed
 
 log = logging.getLogger(__name__)
 
@@ -39,9 +39,8 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 SMALLEST = 256
 GRANULE = 32
 """Tokens to which a pass on a CPU rounds up what it looks at."""
-GRAPHS = 48
-"""Shapes of one lane that stay captured."""
 ROW_STEPS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+WIDTH_STEPS = (8, 16, 32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 CLOSE, CLOSE_IN_HALVES = 1e-4, 0.05
 """Of the largest logit, between a lane and plain passes. Halves also where layers are int8: they
 round activations by row, and choose the columns that stay float by the whole batch."""
@@ -104,12 +103,17 @@ class _Where:
     """What all layers of a lane share during a pass."""
 
     def __init__(self) -> None:
-        self.index = self.places = torch.zeros(0, dtype=torch.long)  # (B,)
+        self.index = torch.zeros(0, dtype=torch.long)
+        """Rows (B,)."""
+        self.places = torch.zeros(0, 0, dtype=torch.long)
+        """Of each row's new tokens (B, P)."""
         self.shown = 0
+        self.some: slice | None = None
+        """The same rows where they are read as they lie."""
 
 
 class _RowsLayer(CacheLayerMixin):  # type: ignore[misc]
-    """Keys and values (R, H, S, D) of one layer; each row's next token has its own place."""
+    """Keys and values (R, H, S, D) of one layer; each row's new tokens have places of their own."""
 
     is_sliding = False
 
@@ -129,19 +133,22 @@ class _RowsLayer(CacheLayerMixin):  # type: ignore[misc]
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Put one token of each row (B, H, 1, D) in; return what the pass looks at."""
+        """Put the new tokens of each row (B, H, P, D) in; return what the pass looks at."""
         where = self.where
-        self.keys[where.index, :, where.places] = key_states[:, :, 0]
-        self.values[where.index, :, where.places] = value_states[:, :, 0]
-        some = slice(len(where.index))
-        return self.keys[some, :, : where.shown], self.values[some, :, : where.shown]
+        rows = where.index[:, None]
+        self.keys[rows, :, where.places] = key_states.transpose(1, 2)
+        self.values[rows, :, where.places] = value_states.transpose(1, 2)
+        keys, values = self.keys[:, :, : where.shown], self.values[:, :, : where.shown]
+        if where.some is not None:
+            return keys[where.some], values[where.some]
+        return keys.index_select(0, where.index), values.index_select(0, where.index)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return how many keys there are, and the first one's place."""
         return self.where.shown, 0
 
     def get_seq_length(self) -> int:
-        """Return a length behind which the next token sees every key that its mask allows."""
+        """Return a length behind which new tokens see every key that their mask allows."""
         return self.where.shown - 1
 
     def get_max_length(self) -> int:
@@ -150,7 +157,7 @@ class _RowsLayer(CacheLayerMixin):  # type: ignore[misc]
 
 
 class Lane:
-    """R rows of S tokens of one model, the first B of them in use."""
+    """R rows of S tokens of one model, the first of them in use."""
 
     def __init__(self, model: nn.Module, like: Cache, size: int, rows: int) -> None:
         """Take memory for `rows` rows of `size` tokens, shaped as the layers of `like` are."""
@@ -162,13 +169,14 @@ class Lane:
         self.cache: Cache = Cache(layers=layers)
         self.device: torch.device = layers[0].keys.device
         self._masks = _Masks(model)
+        self._columns = torch.arange(size, device=self.device)
         self._begin()
 
     def _begin(self) -> None:
         self._inputs = torch.zeros(2, self.rows, dtype=torch.long, device=self.device)
         self._index = torch.arange(self.rows, device=self.device)
-        self._columns = torch.arange(self.size, device=self.device)
-        self._graphs = _Captured(self.device)
+        self._prompts: dict[tuple[int, int], torch.Tensor] = {}
+        self._graphs = Replayed(self.device)
 
     def grow(self, rows: int) -> None:
         """Make room for more rows; captured passes are made anew."""
@@ -183,10 +191,10 @@ class Lane:
         self.rows = rows
         self._begin()
 
-    def join(self, cache: Cache, n: int) -> None:
-        """Put `n` tokens of one prompt behind the rows in use."""
+    def join(self, kept: Kept, n: int) -> None:
+        """Begin a row behind those in use with `n` tokens of what is kept."""
         place = len(self.lengths)
-        for layer, (keys, values) in zip(self.cache.layers, contents(cache), strict=True):
+        for layer, (keys, values) in zip(self.cache.layers, kept, strict=bool(n)):
             layer.keys[place, :, :n] = keys[0, :, :n]
             layer.values[place, :, :n] = values[0, :, :n]
         self.lengths.append(n)
@@ -212,29 +220,79 @@ class Lane:
 
     def decode(self, ids: Sequence[int]) -> torch.Tensor:
         """Run one token of each row; return float32 (B, V), which the next pass may overwrite."""
-        shown, rows = max(self.lengths) + 1, len(ids)
+        rows, shown = len(ids), self._shown(max(self.lengths) + 1)
         if self.device.type == "cuda":
-            wide = next((step for step in ROW_STEPS if step >= rows), rows)
-            rows, shown = min(wide, self.rows), min(size_for(shown, self.size), self.size)
-        else:
-            shown = min(-(-shown // GRANULE) * GRANULE, self.size)
+            rows = min(_up(rows, ROW_STEPS), self.rows)
         idle = [0] * (rows - len(ids))
         self._inputs[:, :rows] = torch.tensor([[*ids, *idle], [*self.lengths, *idle]])
-        logits = self._graphs.run((rows, shown), lambda: self._forward(rows, shown))
+
+        def forward() -> torch.Tensor:
+            new, places = self._inputs[:, :rows, None]
+            return self._forward(new, places, self._index[:rows], shown, slice(rows))
+
+        logits = self._graphs.run((rows, 1, shown), forward)
         self.lengths = [n + 1 for n in self.lengths]
         return logits[: len(ids)]
+
+    def extend(self, ids: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Run some tokens of each of the last rows; return float32 (B, V) behind their last ones.
+
+        Tokens stand at the right of P; what fills up on the left writes to the last place of its
+        row, which a token takes before any other looks there.
+        """
+        first, n_rows = len(self.lengths) - len(ids), len(ids)
+        rows, width = n_rows, max(map(len, ids))
+        shown = self._shown(
+            max(n + len(new) for n, new in zip(self.lengths[first:], ids, strict=True))
+        )
+        some: slice | None = slice(first, first + rows)
+        if self.device.type == "cuda":  # a graph reads the same rows each time, but by an index
+            rows, width, some = _up(rows, ROW_STEPS), _up(width, WIDTH_STEPS), None
+        filled = [self._filled(first + at, new, width) for at, new in enumerate(ids)]
+        filled += [[[0] * width, [self.size - 1] * width, [first] * width]] * (rows - n_rows)
+        given = torch.tensor(filled).transpose(0, 1)  # (3, B, P)
+        inputs = given
+        if self.device.type == "cuda":  # a graph reads them where they were at its capture
+            inputs = self._prompts.setdefault((rows, width), given.to(self.device).contiguous())
+            inputs.copy_(given)
+
+        def forward() -> torch.Tensor:
+            return self._forward(inputs[0], inputs[1], inputs[2, :, 0], shown, some)
+
+        logits = self._graphs.run((rows, width, shown), forward)
+        for at, new in enumerate(ids):
+            self.lengths[first + at] += len(new)
+        return logits[:n_rows]
 
     def close(self) -> None:
         """Let captured passes go."""
         self._graphs.close()
 
-    def _forward(self, rows: int, shown: int) -> torch.Tensor:
+    def _filled(self, row: int, ids: Sequence[int], width: int) -> list[list[int]]:
+        """Return the ids, places and row of one row's tokens in a pass of so many."""
+        idle, n = width - len(ids), self.lengths[row]
+        places = [self.size - 1] * idle + list(range(n, n + len(ids)))
+        return [[0] * idle + list(ids), places, [row] * width]
+
+    def _shown(self, tokens: int) -> int:
+        if self.device.type == "cuda":
+            return min(size_for(tokens, self.size), self.size)
+        return min(-(-tokens // GRANULE) * GRANULE, self.size)
+
+    def _forward(
+        self,
+        ids: torch.Tensor,
+        places: torch.Tensor,
+        index: torch.Tensor,
+        shown: int,
+        some: slice | None,
+    ) -> torch.Tensor:
         where = self._where
-        where.index, where.places, where.shown = self._index[:rows], self._inputs[1, :rows], shown
+        where.index, where.places, where.shown, where.some = index, places, shown, some
         outputs = self.model(
-            input_ids=self._inputs[0, :rows, None],
-            attention_mask=self._masks(where.places, self._columns[:shown]),
-            position_ids=where.places[:, None],
+            input_ids=ids,
+            attention_mask=self._masks(places, self._columns[:shown]),
+            position_ids=places,
             past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
@@ -243,8 +301,12 @@ class Lane:
         return logits
 
 
+def _up(least: int, steps: Sequence[int]) -> int:
+    return next((step for step in steps if step >= least), least)
+
+
 class _Masks:
-    """Masks of one token per row, as a model's attention takes them."""
+    """Masks of a pass, as a model's attention takes them."""
 
     def __init__(self, model: nn.Module) -> None:
         config = causal_model(model).config.get_text_config()
@@ -257,91 +319,19 @@ class _Masks:
         self.dtype = model_dtype(model)
 
     def __call__(self, places: torch.Tensor, columns: torch.Tensor) -> Any:
-        """Return (B, 1, 1, T), or one for each kind of layer where a model has both."""
+        """Return (B, 1, P, T), or one for each kind of layer where a model has both."""
         made = {kind: self._of(kind, places, columns) for kind in sorted(self.kinds)}
         return made if len(made) > 1 else next(iter(made.values()))
 
     def _of(self, kind: str, places: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-        seen = columns <= places[:, None]
+        seen = columns <= places[:, :, None]
         if kind == SLIDING and self.window is not None:
-            seen = seen & (columns > places[:, None] - self.window)
-        seen = seen[:, None, None]
+            seen = seen & (columns > places[:, :, None] - self.window)
+        seen = seen[:, None]
         if not self.added:
             return seen
         lowest = torch.finfo(self.dtype).min
         return torch.zeros_like(seen, dtype=self.dtype).masked_fill(~seen, lowest)
-
-
-class _Captured:
-    """Passes of one lane by their shape: plain the first time, captured from the second on."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.may = device.type == "cuda"
-        self._known: OrderedDict[tuple[int, int], tuple[Any, torch.Tensor] | None] = OrderedDict()
-        self._pool: Any = None
-        self._safe = False
-
-    def run(self, key: tuple[int, int], forward: Any) -> torch.Tensor:
-        """Run a pass of the shape `key`."""
-        if not self.may:
-            found: torch.Tensor = forward()
-            return found
-        known = self._known.get(key)
-        if known is not None:
-            self._known.move_to_end(key)
-            known[0].replay()
-            return known[1]
-        if key in self._known:
-            return self._capture(key, forward)
-        self._known[key] = None
-        return self._first(forward)
-
-    def _first(self, forward: Any) -> torch.Tensor:
-        """Run as it is, on the stream of captures; the first of all is watched."""
-        found: torch.Tensor
-        with decoding.aside(self.device):
-            if self._safe:
-                found = forward()
-                return found
-            try:
-                with Watch():
-                    found = forward()
-                self._safe = True
-            except NotFixedError as why:
-                log.warning("passes are not captured and slower: %s", why)
-                self.may = False
-                found = forward()
-        return found
-
-    def _capture(self, key: tuple[int, int], forward: Any) -> torch.Tensor:
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
-        try:
-            graph, output = decoding.captured(self.device, self._pool, forward)
-        except (RuntimeError, NotFixedError) as why:
-            log.warning("passes are not captured and slower: %s", str(why).partition("\n")[0])
-            self.may = False
-            found: torch.Tensor = forward()
-            return found
-        self._known[key] = (graph, output)
-        held = [other for other, made in self._known.items() if made is not None]
-        if len(held) > GRAPHS:
-            self._drop(held[0])
-        graph.replay()
-        return output
-
-    def _drop(self, key: tuple[int, int]) -> None:
-        made = self._known.pop(key)
-        if made is not None:
-            made[0].reset()
-
-    def close(self) -> None:
-        """Let all go, and their memory."""
-        some = any(self._known.values())
-        for key in list(self._known):
-            self._drop(key)
-        if some:
-            torch.cuda.empty_cache()
 
 
 def probed(model: nn.Module) -> Cache:
@@ -368,10 +358,11 @@ def _compare(model: nn.Module, like: Cache, ids: list[int], plain: list[torch.Te
     """Check two rows of different lengths against whole passes over their tokens."""
     lane = Lane(model, like, GRANULE, 3)
     lane._graphs.may = False
-    for start in (0, 3):
-        cache = growing()
-        prefill(model, cache, ids[start:4], 0)
-        lane.join(cache, 4 - start)
+    cache = growing()
+    prefill(model, cache, ids[:2], 0)
+    lane.join(contents(cache), 2)
+    lane.join([], 0)
+    lane.extend([ids[2:4], ids[3:4]])
     for token in ids[4:6]:
         found = lane.decode([token, token])
     expected = torch.cat(plain)

@@ -42,8 +42,15 @@ class Rows:
         for start, end in ((n, half), (half, len(ids) - 1)):
             if end > start:
                 lanes.prefill(self.model, cache, ids[start:end], start)
-        self.lane.join(cache, len(ids) - 1)
+        self.lane.join(lanes.contents(cache), len(ids) - 1)
         self.known.append(ids)
+
+    def begin(self, prompts: list[list[int]], kept: lanes.Kept, n: int) -> None:
+        """Run whole prompts in one pass, the first behind `n` tokens that are kept."""
+        for place in range(len(prompts)):
+            self.lane.join([] if place else kept, 0 if place else n)
+        self.lane.extend([ids[0 if place else n : -1] for place, ids in enumerate(prompts)])
+        self.known += prompts
 
     def leave(self, place: int) -> None:
         self.lane.leave(place)
@@ -69,7 +76,7 @@ def come_and_go(model: nn.Module) -> float:
         for length in (5, 40):
             rows.join(rows.ids(length))
             far = max(far, rows.step(), rows.step())
-        rows.lane.grow(5)
+        rows.lane.grow(6)
         for length in (3, 60, 17):
             rows.join(rows.ids(length))
             far = max(far, rows.step())
@@ -79,6 +86,9 @@ def come_and_go(model: nn.Module) -> float:
         kept = rows.lane.copy_of(0)
         known = rows.known[0][: kept[0][0].shape[2]]
         rows.join([*known[:4], *rows.ids(9)], kept, 4)
+        far = max(far, rows.step())
+        rows.leave(0)
+        rows.begin([[*known[:4], *rows.ids(9)], rows.ids(30), rows.ids(2)], kept, 4)
         return max(far, *(rows.step() for _ in range(20)))
 
 
@@ -116,8 +126,10 @@ def test_a_pass_asks_the_device_for_nothing() -> None:
         for length in (5, 9):
             rows.join(rows.ids(length))
         rows.lane.decode([3, 4])
-        with Watch():
-            rows.lane._forward(2, 32)
+        new, index = torch.tensor([[3, 4], [5, 6]]), torch.arange(2)
+        for some in (slice(2), None):
+            with Watch():
+                rows.lane._forward(new, new + 9, index, 32, some)
 
 
 def test_wrong_masks_and_other_caches_are_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,8 +7,9 @@ ends its thread and with it every request; there are no adapters; and without th
 package every token attends to the whole batch's keys under a mask, with no CUDA graph. What is
 used of it is what one row needs: the growing cache, masks of prompts, every model's own attention.
 
-One thread computes. Each round it drops requests that nobody reads, runs a part of one waiting
-prompt, and one token of each lane (`model.lanes`); text is written by another thread (`scribe`).
+One thread computes. Each round it drops requests that nobody reads, runs waiting prompts, several
+in a pass or a part of a long one, and one token of each lane (`model.lanes`); text is written by
+another thread (`scribe`).
 Rows of a lane share their model, so requests of several adapters take turns lane by lane. An
 answer's token depends on its own prompt, rule and seed; rows side by side differ from rows alone
 by the rounding of float sums (up to 1e-4 of the largest logit in float32, which `lanes.probed`
@@ -35,7 +36,7 @@ from raytune_ft.chat.writing import Finish, Writing
 from raytune_ft.errors import ServeError
 from raytune_ft.model import lanes
 from raytune_ft.model.generate import device_of, room_for
-from raytune_ft.model.lanes import Lane
+from raytune_ft.model.lanes import Kept, Lane
 from raytune_ft.model.sampling import Chooser
 from raytune_ft.serving.engine import ChatEngine, EngineBusyError, Load, PieceStream
 from raytune_ft.serving.engines.memory import Memory
@@ -47,7 +48,8 @@ logger = logging.getLogger(__name__)
 SLOTS = {"cpu": 64, "cuda": 256}
 """Requests that are answered at a time."""
 PROMPT_PART = {"cpu": 256, "cuda": 2048}
-"""Tokens of a prompt between two tokens of the answers that are under way."""
+"""Tokens of prompts between two tokens of the answers that are under way."""
+PROMPTS_AT_ONCE = 16
 CLOSING = "the endpoint is shutting down"
 
 
@@ -61,12 +63,26 @@ class _Group:
     chooser: Chooser | None = None
 
 
-@dataclass(eq=False)
-class _Prompt:
-    """A prompt that is being run."""
+@dataclass(frozen=True)
+class _Begun:
+    """A request with a promised row, and what is known of its prompt."""
 
     answer: Answer
     lane: Lane
+    kept: Kept
+    known: int
+
+    @property
+    def rest(self) -> list[int]:
+        """The prompt's tokens that are to be run."""
+        return self.answer.prompt[self.known :]
+
+
+@dataclass(eq=False)
+class _Long:
+    """A prompt that is run in parts."""
+
+    begun: _Begun
     cache: DynamicCache
     done: int
 
@@ -109,7 +125,7 @@ class BatchedEngine(ChatEngine):
         self._max_waiting = max_waiting
         self._waiting: deque[Answer] = deque()
         self._groups: dict[int, _Group] = {}
-        self._prompt: _Prompt | None = None
+        self._long: _Long | None = None
         self._running = 0
         self._cached_tokens = 0
         self._closed = False
@@ -201,6 +217,8 @@ class BatchedEngine(ChatEngine):
     # -- the thread that computes ------------------------------------------------------------
 
     def _work(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
         # not inference_mode: bitsandbytes keeps what it makes
         with torch.no_grad():
             while self._has_work():
@@ -220,11 +238,12 @@ class BatchedEngine(ChatEngine):
 
     def _round(self) -> None:
         self._sweep()
-        if self._prompt is None:
-            self._prompt = self._begun()
-        if self._prompt is not None:
-            self._run_part(self._prompt)
-        for group in self._groups.values():
+        if self._long is None:
+            for batch in self._begin():
+                self._run(batch)
+        if self._long is not None:
+            self._run_part(self._long)
+        for group in list(self._groups.values()):
             self._advance(group)
         if self._running == 0:
             self._rest()
@@ -237,33 +256,44 @@ class BatchedEngine(ChatEngine):
 
     def _sweep(self) -> None:
         """Let requests go that nobody reads any more."""
-        if self._prompt is not None and self._prompt.answer.cancelled.is_set():
-            self._drop_prompt()
+        if self._long is not None and self._long.begun.answer.cancelled.is_set():
+            self._drop_long()
         for group in self._groups.values():
             gone = [i for i, answer in enumerate(group.rows) if answer.cancelled.is_set()]
             self._leave(group, gone)
         # one without rows would keep a lane that memory may have let go
         self._groups = {key: group for key, group in self._groups.items() if group.rows}
 
-    def _begun(self) -> _Prompt | None:
-        """Take the first waiting request that can begin now."""
+    def _begin(self) -> list[list[_Begun]]:
+        """Take waiting requests that can begin now, as many as one round may run, lane by lane."""
+        batches: dict[int, list[_Begun]] = {}
+        widest = count = 0
         with self._changed:
-            if self._running >= self._slots:
-                return None
             waiting = list(self._waiting)
         for answer in waiting:
+            if count == PROMPTS_AT_ONCE or self._running >= self._slots:
+                break
             try:
-                prompt = self._placed(answer)
+                kept, known = self._memory.prefixes.find(answer.model, answer.prompt)
+                rest = len(answer.prompt) - known
+                if count and (count + 1) * max(widest, rest) > self._part:
+                    break
+                begun = self._placed(answer, kept, known)
             except Exception as error:  # of this request's prompt, size or adapter
                 if self._taken(answer):
                     self._left(answer, error)
                 continue
-            if prompt is not None:
-                return prompt
-        return None
+            if begun is None:
+                continue
+            if rest > self._part:
+                self._long = _Long(begun, lanes.growing(kept, known), known)
+                break
+            batches.setdefault(id(begun.lane), []).append(begun)
+            widest, count = max(widest, rest), count + 1
+        return list(batches.values())
 
-    def _placed(self, answer: Answer) -> _Prompt | None:
-        """Give a request its lane and what is known of its prompt; None while it must wait."""
+    def _placed(self, answer: Answer, kept: Kept, known: int) -> _Begun | None:
+        """Give a request a row; None while it must wait."""
         if answer.limit <= 0:
             if self._taken(answer):
                 self._left(answer, "length")
@@ -285,16 +315,18 @@ class BatchedEngine(ChatEngine):
         if not self._taken(answer):
             self._memory.settle(lane)
             return None
-        kept, known = self._memory.prefixes.find(answer.model, answer.prompt)
         self._cached_tokens += known
         answer.writing.n_cached = known
-        return _Prompt(answer, lane, lanes.growing(kept, known), known)
+        return _Begun(answer, lane, kept, known)
 
     def _loaded(self, model: str) -> bool:
         """Have an adapter in memory; False while all that are there are in use."""
         if self._models.is_loaded(model):
             return True
         in_use = {group.model for group in self._groups.values()}
+        if self._long is not None:
+            in_use.add(self._long.begun.answer.model)
+        in_use |= {owner for owner, lane in self._memory.lanes if self._memory.is_promised(lane)}
         if not self._models.room(in_use):
             return False
         gone = self._models.load(model, in_use)
@@ -311,58 +343,97 @@ class BatchedEngine(ChatEngine):
             self._running += 1
             return True
 
-    def _run_part(self, prompt: _Prompt) -> None:
-        answer = prompt.answer
-        part = answer.prompt[prompt.done : prompt.done + self._part]
+    def _run(self, batch: list[_Begun]) -> None:
+        """Run whole prompts of one lane; where that fails, each on its own."""
+        lane, before = batch[0].lane, len(batch[0].lane.lengths)
+        try:
+            self._models.use(batch[0].answer.model)
+            for begun in batch:
+                lane.join(begun.kept, begun.known)
+            logits = self._retried(lambda: lane.extend([begun.rest for begun in batch]))
+        except Exception as error:
+            while len(lane.lengths) > before:
+                lane.leave(len(lane.lengths) - 1)
+            if len(batch) > 1:
+                for begun in batch:
+                    self._run([begun])
+                return
+            logger.exception("a prompt failed")
+            self._memory.settle(lane)
+            self._left(batch[0].answer, error)
+            return
+        self._joined(lane, [begun.answer for begun in batch], logits)
+
+    def _run_part(self, long: _Long) -> None:
+        """Run a part of a long prompt; behind the last one it joins its lane."""
+        answer, lane = long.begun.answer, long.begun.lane
+        part = answer.prompt[long.done : long.done + self._part]
         try:
             self._models.use(answer.model)
-            logits = lanes.prefill(self._models.model, prompt.cache, part, prompt.done)
-            prompt.done += len(part)
-            if prompt.done == len(answer.prompt):
-                self._joined(prompt, logits)
+            logits = lanes.prefill(self._models.model, long.cache, part, long.done)
+            long.done += len(part)
+            if long.done < len(answer.prompt):
+                return
+            lane.join(lanes.contents(long.cache), long.done)
         except Exception as error:
             if isinstance(error, torch.OutOfMemoryError):
                 self._memory.spare()
             logger.exception("a prompt failed")
-            self._drop_prompt(error)
-
-    def _joined(self, prompt: _Prompt, logits: torch.Tensor) -> None:
-        """Write the first token; put the request into its lane if it goes on."""
-        answer, n = prompt.answer, len(prompt.answer.prompt)
-        self._memory.keep(answer.model, answer.prompt, lambda: lanes.contents(prompt.cache))
-        ends = self._chosen([answer], Chooser([answer.draw], self._device), logits)
-        if ends[0]:
-            self._drop_prompt(told=True)
+            self._drop_long(error)
             return
-        group = self._groups.get(id(prompt.lane))
-        if group is None or group.lane is not prompt.lane:
-            group = self._groups[id(prompt.lane)] = _Group(answer.model, prompt.lane)
-        prompt.lane.join(prompt.cache, n)
-        self._memory.settle(prompt.lane)
-        group.rows.append(answer)
-        group.chooser = None
-        self._prompt = None
+        self._long = None
+        self._joined(lane, [answer], logits)
 
-    def _drop_prompt(self, error: BaseException | None = None, *, told: bool = False) -> None:
-        """Let the prompt go that is being run; its reader hears of it unless that was `told`."""
-        prompt, self._prompt = self._prompt, None
-        if prompt is not None:
-            self._memory.settle(prompt.lane)
-            self._left(prompt.answer, None if told else error)
+    def _joined(self, lane: Lane, answers: list[Answer], logits: torch.Tensor) -> None:
+        """Write the first token of a lane's last rows, which are answers from now on."""
+        for _ in answers:
+            self._memory.settle(lane)
+        group = self._groups.get(id(lane))
+        if group is None or group.lane is not lane:
+            group = self._groups[id(lane)] = _Group(answers[0].model, lane)
+        first = len(group.rows)
+        group.rows += answers
+        group.chooser = None
+        for at, answer in enumerate(answers):
+            self._memory.keep(answer.model, answer.prompt, partial(lane.copy_of, first + at))
+        self._written(group, first, logits)
+
+    def _drop_long(self, error: BaseException | None = None) -> None:
+        """Let the long prompt go."""
+        long, self._long = self._long, None
+        if long is not None:
+            self._memory.settle(long.begun.lane)
+            self._left(long.begun.answer, error)
 
     def _advance(self, group: _Group) -> None:
         """Write one token of each row."""
+        if not group.rows:
+            return
         try:
             self._models.use(group.model)
             logits = self._retried(lambda: group.lane.decode([a.ids[-1] for a in group.rows]))
-            if group.chooser is None:
-                group.chooser = Chooser([answer.draw for answer in group.rows], self._device)
-            ends = self._chosen(group.rows, group.chooser, logits)
         except Exception as error:
             logger.exception("a pass failed")
             self._leave(group, range(len(group.rows)), error)
             return
-        self._leave(group, [place for place, end in enumerate(ends) if end], told=True)
+        self._written(group, 0, logits)
+
+    def _written(self, group: _Group, first: int, logits: torch.Tensor) -> None:
+        """Choose a token for the rows from `first` on, and let those go that end by it."""
+        rows = group.rows[first:]
+        try:
+            if first:
+                chooser = Chooser([answer.draw for answer in rows], self._device)
+            else:
+                if group.chooser is None:
+                    group.chooser = Chooser([answer.draw for answer in rows], self._device)
+                chooser = group.chooser
+            ends = self._chosen(rows, chooser, logits)
+        except Exception as error:
+            logger.exception("tokens could not be chosen")
+            self._leave(group, range(first, len(group.rows)), error)
+            return
+        self._leave(group, [first + at for at, end in enumerate(ends) if end], told=True)
 
     def _retried(self, run: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Run a pass; where memory is short, once more without all that is not in use."""
@@ -422,7 +493,7 @@ class BatchedEngine(ChatEngine):
             self._running -= 1
 
     def _fail_all(self, error: BaseException) -> None:
-        self._drop_prompt(error)
+        self._drop_long(error)
         for group in self._groups.values():
             self._leave(group, range(len(group.rows)), error)
         if self._closed:

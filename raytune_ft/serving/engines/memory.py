@@ -162,6 +162,10 @@ class Memory:
         """Take a promise back: the request is in the lane now, or never will be."""
         self.held[id(lane)] -= 1
 
+    def is_promised(self, lane: Lane) -> bool:
+        """Whether a row of a lane is promised to a request that is not in it yet."""
+        return self.held.get(id(lane), 0) > 0
+
     def fits_ever(self, need: int) -> bool:
         """Whether a request could have its memory if it were alone."""
         return size_for(need, self.context) <= self.tokens
