@@ -7,7 +7,8 @@ variants in the order A B C ... C B A, so that a drift of the clocks cancels; sl
 far more than a drift, run once, in the middle. Clocks, power and temperature are written each
 second. A line of JSON for each run, then a table with ratios.
 
-Ours: ours, mb1, plain, bare, ray, profile, ours+fp8, mb1+fp8, profile+fp8 (benchmarks.qlora_ours).
+Ours: ours, mb1, plain, bare, ray, profile, ours+fp8, mb1+fp8, profile+fp8, ours+8gb, ours+6gb
+(benchmarks.qlora_ours).
 Peers: options joined by `+` (benchmarks.peers), such as hf, hf+liger+nogc+b4, hf+ds, trl+liger,
 trl+flex+liger+nogc+b4, unsloth+nogc+b4. Unsloth runs where its own packages are named by
 --unsloth-site.

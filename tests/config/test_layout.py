@@ -112,8 +112,7 @@ def test_each_step_onto_the_host_frees_memory_and_takes_its_time(word: str) -> N
         weigh(recipe, counts, H200, Layout(1, 16, 32, hosted=hosted)) for hosted in ((), *LADDER)
     ]
     assert all(after.memory < before.memory for before, after in pairwise(found))
-    # without DeepSpeed the averages come in parts, which is faster than by pages
-    assert all(after.seconds > before.seconds for before, after in pairwise(found[1:]))
+    assert all(after.seconds > before.seconds for before, after in pairwise(found))
     assert found[-1].seconds < 1.05 * found[0].seconds
     tables = 2 * counts.embedding * 2
     inputs = 2048 * counts.hidden * 2

@@ -179,8 +179,8 @@ def update_seconds(
     on_host = setting.zero.optimizer_on_host
     offloaded = UPDATE_BYTES * counts.trained / setting.ranks / HOST_RATE if on_host else 0
     besides = UPDATE_SECONDS if slow else 0
-    if setting.streams_state:  # averages come and go at once
-        besides = MOMENTS[recipe.train.optimizer] * counts.trained / device.host
+    if setting.streams_state:  # both ways at once; not measured, so no faster than by pages
+        besides = max(besides, MOMENTS[recipe.train.optimizer] * counts.trained / device.host)
     return traffic + offloaded + besides
 
 
