@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import tempfile
 import time
 from collections.abc import Iterator
@@ -36,6 +37,8 @@ LONG = 65536
 MOST = 262144
 """Longer ones are not tried: a step of 32 layers would take minutes."""
 UNIT = 1024
+BUILD_S = 40.0
+"""For a process, its model and what lies around a step."""
 GIB = 2**30
 TINY = {"lengths": [32, 64], "sides": ["ours", "hf"], "caps": [1.0, 2.0], "most": 256, "unit": 32,
         "shrink": 64, "layers": 2, "step_tokens": 128, "long": 10**9}  # fmt: skip
@@ -49,6 +52,7 @@ def main() -> None:
     if args.table is not None:
         print_tables([json.loads(line) for line in args.table.read_text().splitlines()])
         return
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as a run sets it
     bench = Lengths(args)
     bench.prepare()
     if "speed" in args.parts:
@@ -149,18 +153,16 @@ class Lengths:
         length = min(most, max(1, plan.get("predicted", unit) // unit))
         trains, fails = 0, most + 1
         for _ in range(self.args.tries):
-            if self.left_s < self.took.get("try", 40.0):
+            grown = length * unit / max(unit, plan.get("predicted", 0))
+            if self.left_s < BUILD_S + plan.get("predicted_step_s", 0.0) * max(1.0, grown) ** 2:
                 self.emit(cap=cap, skipped=f"{self.left_s:.0f} s left")
                 break
-            started = time.monotonic()
             found = self.in_child("try", cap=cap, length=length * unit)
-            self.took["try"] = 1.5 * (time.monotonic() - started)
             self.emit(cap=cap, length=length * unit, **found)
-            if found.get("trains"):
-                trains = length
-            else:
-                fails = length
-            if fails - trains <= max(1, trains // 16):
+            if "trains" not in found:
+                break
+            trains, fails = (length, fails) if found["trains"] else (trains, length)
+            if trains == most or (fails <= most and fails - trains <= max(1, trains // 16)):
                 break
             above = min(most, max(length + 1, length * 5 // 4))
             length = above if fails > most else (trains + fails) // 2
@@ -215,12 +217,13 @@ def child(args: argparse.Namespace, pipe: Connection) -> None:
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     import raytune_ft.training.build  # noqa: F401
+    from raytune_ft.errors import MemoryPlanError
 
     told = pipe.recv()
     ways = {"make": make, "cell": cell, "plan": plan, "try": attempt}
     try:
         pipe.send(ways[told.pop("what")](args, **told))
-    except torch.OutOfMemoryError as error:
+    except (torch.OutOfMemoryError, MemoryPlanError) as error:
         pipe.send({"trains": False, "refused": str(error).partition(".")[0]})
     except Exception as error:
         pipe.send({"failed": f"{type(error).__name__}: {str(error)[-400:]}"})
@@ -341,7 +344,7 @@ def predicted(ours: OneDocument) -> dict[str, Any]:
 
 def plan(args: argparse.Namespace, *, cap: float) -> dict[str, Any]:
     """Return the longest context that the plan would allow under a cap."""
-    from raytune_ft.config.estimates.layout import choose
+    from raytune_ft.config.estimates.layout import Choice, choose
     from raytune_ft.config.estimates.pace import DEVICES
     from raytune_ft.model.memory import Shape
 
@@ -349,16 +352,17 @@ def plan(args: argparse.Namespace, *, cap: float) -> dict[str, Any]:
     shape = json.loads((args.folder / "shape" / "config.json").read_text())
     counted = Shape(shape)
 
-    def fits(units: int) -> bool:
+    def chosen(units: int) -> Choice:
         args.length = units * args.unit
         recipe = qlora_rows.recipe_of(args, {})
-        return choose(recipe, counted.counts(recipe), room, DEVICES["h200"]).memory <= room
+        return choose(recipe, counted.counts(recipe), room, DEVICES["h200"])
 
     low, high = 0, args.most // args.unit + 1
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return {"predicted": low * args.unit}
+        low, high = (middle, high) if chosen(middle).memory <= room else (low, middle)
+    step_s = chosen(max(1, low)).seconds
+    return {"predicted": low * args.unit, "predicted_step_s": round(step_s, 1)}
 
 
 def attempt(args: argparse.Namespace, *, cap: float, length: int) -> dict[str, Any]:
