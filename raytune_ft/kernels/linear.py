@@ -238,14 +238,16 @@ class _Adapted(torch.autograd.Function):
         if wanted and dx is None:
             dx = flat.new_empty(flat.shape)
         of_a: list[Tensor] = []
-        for number, run in enumerate(plan.runs):
-            back, stack = _through_b(plan, run, outer, b), _stacked(a, run, x.dtype)
+        of_b: list[Tensor] = []
+        for number, (run, known) in enumerate(zip(plan.runs, inner, strict=True)):
+            back, gradients_of_b = _through_b(plan, run, outer, known, b)
+            of_b += gradients_of_b
+            stack = _stacked(a, run, x.dtype)
             adds = bases_first or number > 0
             of_a += project_backward(flat, stack, back, run.mask(seed), dx, adds=adds).unbind()
         if dx is not None and not bases_first:
             # the large products read the small ones' sum while they compute
             dx = _through_bases(plan, outer, dx)
-        of_b = _gradients_of_b(plan, outer, inner)
         adapters = [g.to(p.dtype) for g, p in zip([*of_a, *of_b], [*a, *b], strict=True)]
         biases = _gradients_of_biases(plan, outer, ctx.needs_input_grad[3:])
         return None, None if dx is None else dx.view_as(x), None, *biases, *adapters
@@ -299,21 +301,26 @@ def _through_bases(plan: _Plan, outer: list[Tensor], total: Tensor | None) -> Te
     return cast(Tensor, total)
 
 
-def _through_b(plan: _Plan, run: _Run, outer: list[Tensor], b: Sequence[Tensor]) -> Tensor:
-    """Return the gradient of what `project` gave for a run of adapters: (T, adapters * r)."""
-    back = outer[0].new_empty(len(outer[0]), len(run.loras) * run.rank)
-    for index, part in zip(run.loras, back.chunk(len(run.loras), dim=1), strict=True):
+def _through_b(
+    plan: _Plan, run: _Run, outer: list[Tensor], inner: Tensor, b: Sequence[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """Return the gradient of what `project` gave for a run of adapters, and those of its B.
+
+    Args:
+        plan: of the group.
+        run: the adapters.
+        outer: gradients of all outputs, (T, out) each.
+        inner: what `project` gave, (T, adapters * r).
+        b: all B of the group, (out, r) each.
+    """
+    back, of_b, count = torch.empty_like(inner), [], len(run.loras)
+    pieces = zip(run.loras, back.chunk(count, dim=1), inner.chunk(count, dim=1), strict=True)
+    for index, part, known in pieces:
         gradient, scale = outer[plan.places[index]], plan.loras[index].scale
-        weight = b[index].to(gradient.dtype)
-        torch.addmm(part, gradient, weight, beta=0, alpha=scale, out=part)
-    return back
-
-
-def _gradients_of_b(plan: _Plan, outer: list[Tensor], inner: Sequence[Tensor]) -> list[Tensor]:
-    return [
-        product(outer[place].t(), part).mul_(lora.scale)
-        for place, lora, part in zip(plan.places, plan.loras, _parts(plan, inner), strict=True)
-    ]
+        torch.addmm(part, gradient, b[index].to(gradient.dtype), beta=0, alpha=scale, out=part)
+        # at once: of 2,048 tokens the gradient is still in the cache
+        of_b.append(product(gradient.t(), known).mul_(scale))
+    return back, of_b
 
 
 def _gradients_of_biases(
