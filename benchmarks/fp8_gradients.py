@@ -85,7 +85,7 @@ def compared(weight: Any, gradient: Any) -> dict[str, float]:
     exact, scaled = gradient @ own.float(), gradient * weight.scales
     figures = {}
     for name, dtype in (("e4m3", torch.float8_e4m3fn), ("e5m2", torch.float8_e5m2)):
-        scales = scaled.abs().amax(1, keepdim=True).clamp_min(1e-12) / LARGEST[name]
+        scales = scaled.abs().amax(1, keepdim=True).clamp_min(1e-30) / LARGEST[name]
         eight = (scaled / scales).to(dtype).float() * scales
         figures[name] = _off((eight / weight.scales) @ rounded, exact)
         lost = (eight == 0).float().mean() - (scaled == 0).float().mean()

@@ -26,8 +26,9 @@ from raytune_ft.kernels.nf4 import Nf4Weight, dequantize_reference
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0
 """Of e4m3."""
-SMALLEST = 1e-12
-"""A row's largest number counts as at least this, so that rows of zeros have a scale."""
+SMALLEST = 1e-30
+"""A row's largest number counts as at least this, so that rows of zeros have a scale. Gradients of
+a token's mean loss, times a weight's scale, come down to 1e-13 and less."""
 UNIT = 16
 """What torch wants widths to be a multiple of."""
 CAPABILITY = (8, 9)

@@ -56,6 +56,17 @@ def test_rows_have_scales_of_their_own(
     assert (got.values.float().abs().amax(1)[2:] >= LARGEST * 0.92).all()
 
 
+@pytest.mark.parametrize("size", [1e-28, 1e-13, 1e30])
+def test_rows_of_any_size_keep_their_places(size: float, way: str) -> None:
+    """Gradients are small: of a mean over all tokens of a step, and times a weight's scale."""
+    x = torch.randn(3, 48, generator=torch.Generator().manual_seed(2)) * size
+    got = quantize_rows(x)
+    torch.testing.assert_close(
+        got.scales * LARGEST, x.abs().amax(1, keepdim=True), rtol=1e-5, atol=0
+    )
+    _assert_rounded(got.values, x / got.scales, way)
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 def test_packed_weights_become_rows_of_e4m3(transposed: bool, way: str) -> None:
     layer = _nf4(48, 80)

@@ -71,7 +71,7 @@ def _rounded(values: Tensor) -> Tensor:
 
 
 def _by_rows(x: Tensor) -> Tensor:
-    scales = x.abs().amax(-1, keepdim=True).clamp_min(1e-12) / 448
+    scales = x.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 448
     return _rounded(x / scales) * scales
 
 
