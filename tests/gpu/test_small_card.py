@@ -19,7 +19,7 @@ import torch
 from benchmarks.random_model import random_model
 from raytune_ft.config import catalog
 from raytune_ft.config.estimates.footprint import Counts, count
-from raytune_ft.config.estimates.layout import Choice, Layout, choose, own_layout
+from raytune_ft.config.estimates.layout import FILLED, Choice, Layout, choose, own_layout
 from raytune_ft.config.estimates.pace import DEVICES
 from raytune_ft.config.estimates.peak import GPU_CONTEXT
 from raytune_ft.config.estimates.setting import LADDER
@@ -236,8 +236,8 @@ def test_a_7b_learns_in_5_gib_of_a_small_card_what_it_learns_without_a_cap(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     recipe, shape, counts = seven_b("train.deepspeed=none")
-    least = 1 if TINY else int(OF_DEVICE)
-    choice = choose(recipe, counts, least, DEVICES["h200"])
+    room_for = (ALLOCATED + GPU_CONTEXT) / FILLED
+    choice = choose(recipe, counts, 1 if TINY else int(room_for), DEVICES["h200"])
     assert choice.layout.micro_batch_size == 1
     assert choice.layout.hosted == LADDER[-1] or (TINY and choice.layout.hosted)
     data = step_data(packs(PACKS, counts.vocabulary), 1)

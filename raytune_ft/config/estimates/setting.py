@@ -21,7 +21,7 @@ RECOMPUTE_FROM_TOKENS = 512
 EMBEDDING, INPUTS, HEAD = "embedding", "layer inputs", "head"
 LADDER = ((EMBEDDING,), (EMBEDDING, INPUTS), (EMBEDDING, INPUTS, HEAD))
 """What a layout may keep on the host, the cheapest in time first."""
-PART_WORDS, PARTS_AHEAD = 4096, 8
+PART_WORDS, PARTS_AHEAD = 4096, 6
 """A head on the host comes in parts of so many words; so many lie on the device at once."""
 PART_ROWS = 1024
 """Tokens that meet a part at a time."""
