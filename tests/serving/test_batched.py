@@ -181,7 +181,7 @@ def greedy_ids(chat: ChatModel, ids: list[int], n: int) -> list[int]:
 
 def test_a_long_prompt_is_run_in_parts_between_the_tokens_of_others(endless: ChatModel) -> None:
     engine = BatchedEngine(endless, slots=4)
-    engine._part = 16
+    engine._rounds.part = 16
     asked = [([5, 6], GREEDY), (prompts(1, seed=9)[0] * 9, GREEDY), ([8], GREEDY)]
     for (ids, how), pieces in zip(asked, answered(engine, asked), strict=True):
         assert told(pieces) == told(list(endless.pieces(ids, how)))

@@ -14,7 +14,6 @@ from raytune_ft.chat import ChatModel, Sampling
 from raytune_ft.data.encode import IGNORE_INDEX, encode_conversation
 from raytune_ft.data.segments import Conversation
 from raytune_ft.data.templating.templates import get_template, template_names
-from raytune_ft.model import lanes
 from raytune_ft.serving.engine import ChatEngine
 from raytune_ft.serving.engines.batched import BatchedEngine
 from tests.conftest import WORDS
@@ -82,25 +81,19 @@ def test_of_1000_chats_none_differs(endless: ChatModel, name: str) -> None:
         engine.close()
 
 
-def test_what_is_encoded_is_what_the_model_runs(
-    endless: ChatModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_encoded_is_what_the_model_runs(endless: ChatModel) -> None:
     seen: list[list[int]] = []
-    real = lanes.prefill
     engine: ChatEngine = served(endless, "tokenizer")
-
-    def noted(model: object, cache: object, ids: list[int], start: int) -> object:
-        seen.append(list(ids))
-        return real(model, cache, ids, start)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(lanes, "prefill", noted)
     ids = engine.encode([{"role": "user", "content": "red river?"}], tools=TOOLS[:0])
+    words = endless.model.get_input_embeddings()
+    hook = words.register_forward_pre_hook(lambda _module, inputs: seen.extend(inputs[0].tolist()))
 
     async def ask() -> None:
         async for _ in engine.submit(ids, Sampling(temperature=0.0, max_new_tokens=1)):
             pass
 
     asyncio.run(ask())
+    hook.remove()
     engine.close()
     assert seen == [ids]
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import warnings
 from collections import OrderedDict
 from collections.abc import Collection
 from dataclasses import replace
@@ -134,7 +135,9 @@ class Models:
         self._active = name
 
     def _evict(self, name: str) -> None:
-        self.model.base_model.delete_adapter(self._loaded.pop(name))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of which one is active now, which `use` sets
+            self.model.base_model.delete_adapter(self._loaded.pop(name))
         self._active = "?"
         log.info("adapter %s is dropped", name)
 
