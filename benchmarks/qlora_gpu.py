@@ -7,8 +7,8 @@ variants in the order A B C ... C B A, so that a drift of the clocks cancels; sl
 far more than a drift, run once, in the middle. Clocks, power and temperature are written each
 second. A line of JSON for each run, then a table with ratios.
 
-Ours: ours, mb1, plain, bare, ray, profile, ours+fp8, mb1+fp8, profile+fp8, ours+8gb, ours+6gb
-(benchmarks.qlora_ours).
+Ours: ours, mb1, mb1+nograph, plain, bare, ray, profile, profile+mb1, ours+fp8, mb1+fp8,
+profile+fp8, ours+8gb, ours+6gb (benchmarks.qlora_ours).
 Peers: options joined by `+` (benchmarks.peers), such as hf, hf+liger+nogc+b4, hf+ds, trl+liger,
 trl+flex+liger+nogc+b4, unsloth+nogc+b4. Unsloth runs where its own packages are named by
 --unsloth-site.
@@ -31,7 +31,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks import qlora_ours, qlora_rows
+from benchmarks import qlora_gate, qlora_ours, qlora_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = tuple(qlora_ours.CHANGES)
@@ -92,7 +92,7 @@ def one(args: argparse.Namespace) -> dict[str, Any]:
     if args.one == "weights":
         return {"weights": write_weights(args)}
     if args.one == "gate":
-        return {"gate": qlora_ours.check(args)}
+        return {"gate": qlora_gate.check(args)}
     return {"variant": args.one, **qlora_ours.measure(args)}
 
 

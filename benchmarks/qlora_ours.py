@@ -1,7 +1,8 @@
 """Our side of the QLoRA benchmark: one variant in a process of its own, one line of JSON out.
 
 ours        the recipe as shipped, automatic settings: engine, step and dropout of a training run
-mb1         the same, one pack per pass and no layer recomputed
+mb1         the same, one pack per pass and no layer recomputed: passes replayed from CUDA graphs
+mb1+nograph without graphs; profile+mb1: where the time of a replayed pass goes
 plain       the recipe's own numbers without the fast path
 bare        automatic settings, plain torch, nothing around passes and optimizer
 ray         automatic settings, the whole training loop in a Ray Train worker
@@ -14,7 +15,6 @@ ours+6gb    without DeepSpeed for 6.25 GiB: the least layout
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import json
 import tempfile
@@ -38,6 +38,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 CHANGES |= {
     f"{name}+fp8": {**CHANGES[name], "model.compute": "fp8"} for name in ("ours", "mb1", "profile")
 }
+CHANGES |= {"mb1+nograph": CHANGES["mb1"], "profile+mb1": CHANGES["mb1"]}
 CHANGES |= {"ours+8gb": {}, "ours+6gb": {"train.deepspeed": "none"}}
 CARDS = {"ours+8gb": 8.0, "ours+6gb": 6.25}
 """GiB of the cards that variants are planned for, and capped at."""
@@ -60,7 +61,7 @@ class Ours:
     def __init__(self, args: Namespace, changes: dict[str, Any], share: float = 1.0) -> None:
         import torch
 
-        from raytune_ft.training import layouts
+        from raytune_ft.training import layouts, micro_graph
         from raytune_ft.training.build import build_engine
         from raytune_ft.training.guarding.room import Room
         from raytune_ft.training.run_folder import RunFolder
@@ -81,6 +82,8 @@ class Ours:
             hosted=self.room.hosted, tell=self.said.append,
         )  # fmt: skip
         self.load_s = time.perf_counter() - begun
+        if "nograph" not in (args.one or ""):
+            micro_graph.attach(self.engine, self.room, self.said.append)
         self.losses: list[float] = []
         self.tokens = 0
 
@@ -133,6 +136,7 @@ class Ours:
             "recompute": self.recipe.model.gradient_checkpointing,
             "engine": type(self.engine).__name__,
             "fast_path": fast.report_of(self.engine.module).lines(),
+            "graphs": getattr(self.engine.micro, "captured", 0),
             "said": self.said,
             "load_s": round(self.load_s, 1),
         }
@@ -337,76 +341,3 @@ def _in_ray(config: dict[str, Any]) -> None:
     )
     worker.run(job, qlora_rows.packs_of(recipe), None, lambda _event: None)
     ray.train.report({"done": True})
-
-
-def check(args: Namespace) -> dict[str, Any]:
-    """Compare the fast path with the plain one; see `gate`."""
-    steps = {"train.accumulation": args.gate_packs, "train.layout": "recipe", "lora.dropout": 0.0,
-             "train.deepspeed": "none"}  # fmt: skip
-    sides = {}
-    for side, fast_path in (("plain", False), ("fast", True)):
-        mine = Namespace(**{**vars(args), "packs": args.gate_packs})
-        sides[side] = _gate_side(mine, {**steps, "model.fast_path": fast_path})
-    return gate(sides["plain"], sides["fast"])
-
-
-@dataclasses.dataclass
-class Side:
-    """What one way of computing gave."""
-
-    losses: list[float]
-    gradients: dict[str, Any]
-    """Of one step's packs, by the trained weights' names, on the host."""
-    fast_path: list[str]
-    """What computes in its fast form."""
-
-
-def _gate_side(args: Namespace, changes: dict[str, Any]) -> Side:
-    ours = Ours(args, changes)
-    torch = ours.torch
-    data = ours.full_steps()
-    generator, engine = torch.Generator().manual_seed(1), ours.engine
-    with torch.no_grad():
-        for name, parameter in sorted(engine.trained.items()):
-            if "lora_B" in name:  # at their 0 the gradients of A are 0, too
-                noise = torch.randn(parameter.shape, generator=generator) * 0.01
-                parameter.copy_(noise)
-                engine.masters[name].copy_(noise)
-    first = next(data)
-    engine.module.train()
-    for batch in first.micro_batches:
-        engine.forward_backward(batch, first.n_targets)
-    found = {name: master.grad.float().cpu() for name, master in engine.masters.items()}
-    engine.optimizer.zero_grad(set_to_none=True)
-    for number, step in zip(range(1, args.gate_steps + 1), data, strict=False):
-        ours.step(step, number)
-    losses, said = ours.losses, ours.line()["fast_path"]
-    del ours, engine
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    return Side(losses, found, said)
-
-
-def gate(plain: Side, fast: Side) -> dict[str, Any]:
-    """Return by how much two ways differ, and whether that is within the limits.
-
-    Losses of the first steps within 1%, and every layer's gradient within a cosine of 0.999.
-    """
-    from torch.nn.functional import cosine_similarity
-
-    apart = [abs(a - b) / abs(a) for a, b in zip(plain.losses, fast.losses, strict=True)]
-    cosines = {
-        name: float(cosine_similarity(want.flatten(), fast.gradients[name].flatten(), dim=0))
-        for name, want in plain.gradients.items()
-    }
-    worst = min(cosines, key=lambda name: cosines[name])
-    return {
-        "passed": max(apart) < 0.01 and cosines[worst] >= 0.999 and bool(fast.fast_path),
-        "fast_path": fast.fast_path,
-        "loss_apart": round(max(apart), 6),
-        "least_cosine": round(cosines[worst], 6),
-        "worst": worst,
-        "mean_cosine": round(sum(cosines.values()) / len(cosines), 6),
-        "losses_plain": [round(x, 4) for x in plain.losses],
-        "losses_fast": [round(x, 4) for x in fast.losses],
-    }

@@ -193,6 +193,7 @@ class _Pass:
 
     def fill(self, batch: TensorBatch, share: float) -> None:
         """Write a micro-batch, which the shape holds, to where the pass reads."""
+        self.owner.engine.places()
         row = self.shape.row(batch)
         if self.device.type == "cuda":
             row = row.pin_memory()

@@ -79,11 +79,12 @@ class TorchEngine(Engine):
 
     def places(self) -> State:
         if self.fixed_places is None:
-            self.fixed_places = {}
-            for name, master in self.masters.items():
-                if master.grad is None:
-                    master.grad = torch.zeros_like(master)
-                self.fixed_places[name] = master.grad
+            self.fixed_places = {name: torch.zeros_like(m) for name, m in self.masters.items()}
+        for name, master in self.masters.items():
+            place, grad = self.fixed_places[name], master.grad
+            if grad is not place:  # the first time, and behind whoever let gradients go
+                place.zero_() if grad is None else place.copy_(grad)
+                master.grad = place
         return self.fixed_places
 
     def _apply(self, lr: float) -> None:
