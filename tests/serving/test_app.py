@@ -13,12 +13,13 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import ray
 import yaml
 from openai import OpenAI
 
 from raytune_ft.chat import ChatModel
 from raytune_ft.errors import CheckpointError, ServeError
-from raytune_ft.serving.app import ServeArgs, _cause, build, serve
+from raytune_ft.serving.app import ServeArgs, _cause, _check_replicas, build, serve
 from raytune_ft.serving.guard import hash_key
 from tests.conftest import ROOT
 from tests.serving.conftest import Live
@@ -114,6 +115,17 @@ def test_how_many_replicas() -> None:
     assert scaled.autoscaling_config.target_ongoing_requests == 3
     for one in (of(), of(max_replicas=3)):
         assert one._deployment_config.max_queued_requests == -1
+
+
+def test_more_replicas_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0, "GPU": 1.0})
+    _check_replicas(ServeArgs(path="x", min_replicas=2, gpus=0.5))
+    with pytest.raises(
+        ServeError, match=r"--replicas 3: each takes 1 CPU, .* has 2; ask for fewer"
+    ):
+        _check_replicas(ServeArgs(path="x", min_replicas=3, gpus=0))
+    with pytest.raises(ServeError, match="--replicas 2: each takes 1 GPU"):
+        _check_replicas(ServeArgs(path="x", min_replicas=2))
 
 
 def test_a_failed_deployment_is_one_line() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -88,6 +90,7 @@ def cluster(folder: Path, **environment: str) -> Iterator[Cluster]:
             command, stdout=log, stderr=log, env=variables, start_new_session=True
         )
     try:
+        _wait_for(dashboard, folder / "head.log")
         yield Cluster(folder, variables, f"http://127.0.0.1:{dashboard}", port, head.pid)
     finally:
         head.send_signal(signal.SIGTERM)
@@ -96,3 +99,13 @@ def cluster(folder: Path, **environment: str) -> Iterator[Cluster]:
         except subprocess.TimeoutExpired:
             os.killpg(head.pid, signal.SIGKILL)
             head.wait()
+
+
+def _wait_for(port: int, log: Path) -> None:
+    """Return when something listens there."""
+    until = time.monotonic() + 90
+    while time.monotonic() < until:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+            return
+        time.sleep(0.2)
+    raise AssertionError(log.read_text()[-2000:])
