@@ -131,12 +131,11 @@ def build(args: dict[str, Any]) -> Application:
     Raises:
         ServeError: an argument is unknown or out of bounds, or the file of keys cannot be used.
     """
-    import ray
     from ray import serve as ray_serve
 
     wanted = checked(args)
     keys = read_keys(wanted.keys) if wanted.keys else ()
-    gpus = _gpus(wanted, ray.cluster_resources())
+    gpus = _gpus(wanted)
     key = os.environ.get(KEY_VARIABLE)
     deployment = ray_serve.deployment(
         ray_serve.ingress()(ChatEndpoint),
@@ -156,8 +155,13 @@ def build(args: dict[str, Any]) -> Application:
     )
 
 
-def _gpus(wanted: ServeArgs, there: Mapping[str, float]) -> float:
-    return min(1.0, there.get("GPU", 0.0)) if wanted.gpus is None else wanted.gpus
+def _gpus(wanted: ServeArgs) -> float:
+    """Return the GPUs of a replica: one if the cluster has one, unless it is said."""
+    if wanted.gpus is not None:
+        return wanted.gpus
+    import ray
+
+    return float(min(1.0, ray.cluster_resources().get("GPU", 0.0)))
 
 
 def serve(
@@ -271,7 +275,7 @@ def _check_replicas(args: ServeArgs) -> None:
     import ray
 
     there = ray.cluster_resources()
-    for kind, each in (("CPU", args.cpus), ("GPU", _gpus(args, there))):
+    for kind, each in (("CPU", args.cpus), ("GPU", _gpus(args))):
         if args.min_replicas * each > there.get(kind, 0.0):
             raise ServeError(
                 f"--replicas {args.min_replicas}: each takes {each:g} {kind}, and this machine has "
