@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,14 @@ from raytune_ft import export
 from raytune_ft.config.loader import load_recipe
 from raytune_ft.config.schema import ModelSection
 from raytune_ft.errors import CheckpointError, RecipeError
+from raytune_ft.exporting import beside
 from raytune_ft.model import adapter, beginnings, loading, merge
-from raytune_ft.model.tensors import load_tensors, save_tensors
-from raytune_ft.training.run_folder import RunFolder, write_json
+from raytune_ft.model.tensors import load_tensors
+from raytune_ft.training.run_folder import RunFolder
 from raytune_ft.training.saving import checkpoint, load_from
+
+PICKLED = (".pth", ".pt", ".bin", ".ckpt")
+CHAT_FILES = ("README.md", "generation_config.json")
 
 
 def to_adapter(config: str, trained: str, out: str) -> Path:
@@ -28,18 +34,28 @@ def to_adapter(config: str, trained: str, out: str) -> Path:
 
     Raises:
         RecipeError: `config` trains another model or adapter, or `out` is not empty.
-        CheckpointError: there is no run, or no such checkpoint, or it is damaged.
+        CheckpointError: there is no run, or no such checkpoint, or it is damaged or pickled.
     """
     path = Path(trained).expanduser().resolve()
+    _check_not_pickled(path, trained)
     is_step = path.name.startswith(checkpoint.STEP_PREFIX) and path.parent.name == "checkpoints"
     run = RunFolder.existing(path.parent.parent if is_step else trained)
     _check_same(config, run)
     if not is_step:
         return export.export(str(run.path), out)
-    tensors = _tensors_of(path, run)
-    target = export.export(str(run.path), out)
-    save_tensors(tensors, target / adapter.WEIGHTS_FILE)
-    return target
+    return export.export(str(run.path), out, weights=_tensors_of(path, run))
+
+
+def _check_not_pickled(path: Path, shown: str) -> None:
+    """Refuse what XTuner and DeepSpeed leave: reading a pickle runs what its author put there."""
+    pickled = [path] if path.is_file() else []
+    if path.is_dir() and not (path / "manifest.json").is_file():
+        pickled = [file for file in sorted(path.iterdir()) if file.suffix in PICKLED]
+    if pickled and pickled[0].suffix in PICKLED:
+        raise CheckpointError(
+            f"{shown}: a pickled checkpoint, which is never read; convert it to PEFT's "
+            "safetensors with the tool that wrote it, then: raytune-ft convert merge"
+        )
 
 
 def _check_same(config: str, run: RunFolder) -> None:
@@ -81,7 +97,14 @@ def _saved_name(name: str) -> str:
     return plain.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
 
 
-def to_model(model: str, adapter_folder: str, out: str, size: str, base: str | None) -> Path:
+def to_model(
+    model: str,
+    adapter_folder: str,
+    out: str,
+    size: str,
+    base: str | None,
+    tell: Callable[[str], None] = lambda _line: None,
+) -> Path:
     """Merge an adapter folder into the model that it was trained on.
 
     Args:
@@ -91,18 +114,34 @@ def to_model(model: str, adapter_folder: str, out: str, size: str, base: str | N
         size: of the largest weight file, such as 2GB.
         base: `original` or `dequantized` weights; default: as the adapter saw them, where a
             `raytune_ft.json` beside it says so, else original.
+        tell: gets lines for people.
     """
     folder = Path(adapter_folder).expanduser()
     folder = folder / "adapter" if (folder / "run.json").is_file() else folder
     if not (folder / adapter.CONFIG_FILE).is_file():
         raise CheckpointError(f"{adapter_folder}: no {adapter.CONFIG_FILE}; name an adapter folder")
     marker = export.read_marker(folder) or {}
-    chosen = base or ("dequantized" if marker.get("quantization") == "nf4" else "original")
-    section = ModelSection(path=model, double_quant=bool(marker.get("double_quant", True)))
-    target = Path(out).expanduser()
-    merge.merge_to(
-        loading.prepare_folder(model), folder, target, size, base=chosen, section=section
+    quantization = marker.get("quantization", "none")
+    if base is None and quantization == "nf4":
+        tell(export.DEQUANTIZED)
+    chosen = base or ("dequantized" if quantization == "nf4" else "original")
+    section = ModelSection(
+        path=model, quantization=quantization, double_quant=bool(marker.get("double_quant", True))
     )
-    if marker:
-        write_json(target / export.MARKER, {**marker, "merged_into": chosen})
+    target = Path(out).expanduser()
+
+    def finish(place: Path, report: merge.MergeReport) -> None:
+        # the adapter's folder has what a tokenizer and a prompt were in training
+        for name in CHAT_FILES:
+            if marker and (folder / name).is_file() and not (place / name).is_file():
+                shutil.copyfile(folder / name, place / name)
+        if marker:
+            beside.write_template(folder, place)
+            beside.write_marker(place, {**marker, "merged_into": chosen})
+        for line in report.drift.table():
+            tell(line)
+
+    merge.merge_to(
+        loading.prepare_folder(model), folder, target, size, chosen, section, finish=finish
+    )
     return target

@@ -14,16 +14,22 @@ from raytune_ft.data.rows.formats import fill_text
 from raytune_ft.errors import CheckpointError, RecipeError
 from raytune_ft.exporting import beside, card
 from raytune_ft.exporting.beside import MARKER, marker, read_marker, write_tokenizer
+from raytune_ft.model.adapter import WEIGHTS_FILE
+from raytune_ft.model.tensors import save_tensors
 from raytune_ft.model.writing import new_folder
 from raytune_ft.training.run_folder import RunFolder
 
 __all__ = [
-    "MARKER", "export", "marker", "merge", "read_marker", "result_folder",
+    "DEQUANTIZED", "MARKER", "export", "marker", "merge", "read_marker", "result_folder",
     "system_of", "write_tokenizer",
 ]  # fmt: skip
 
 ADAPTER_CONFIG = "adapter_config.json"
 REPORT = "merge_report.json"
+DEQUANTIZED = (
+    "merging into the dequantised NF4 weights, which training saw, so that answers stay; "
+    "--base original takes those of the files"
+)
 
 Tell = Callable[[str], None]
 
@@ -32,13 +38,20 @@ def _silent(_line: str) -> None:
     pass
 
 
-def export(run: str, out: str | None = None, *, again: bool = False) -> Path:
+def export(
+    run: str,
+    out: str | None = None,
+    *,
+    again: bool = False,
+    weights: dict[str, Any] | None = None,
+) -> Path:
     """Write a run's adapter as plain peft loads it, with tokenizer and model card.
 
     Args:
         run: run folder.
         out: target, missing or empty; default: the run's own folder of the result.
         again: an earlier export of this run in `out` is replaced.
+        weights: tensors of the adapter in place of its last ones, such as a checkpoint's.
 
     Raises:
         CheckpointError: no such run, or it has no result yet.
@@ -51,6 +64,8 @@ def export(run: str, out: str | None = None, *, again: bool = False) -> Path:
     needed = sum(file.stat().st_size for file in result.iterdir() if file.is_file())
     with new_folder(target, needed, replace=own) as place:
         shutil.copytree(result, place, dirs_exist_ok=True)
+        if weights is not None:
+            save_tensors(weights, place / WEIGHTS_FILE)
         if (place / ADAPTER_CONFIG).is_file():
             _name_base(folder, place)
             write_tokenizer(folder, place)
@@ -182,10 +197,7 @@ def base_of(
             "quantised; leave it out"
         )
     if base is None and quantization == "nf4":
-        tell(
-            "merging into the dequantised NF4 weights, which training saw, so that answers stay; "
-            "--base original takes those of the files"
-        )
+        tell(DEQUANTIZED)
         return "dequantized"
     return "dequantized" if base == "dequantized" else "original"
 
@@ -209,7 +221,7 @@ def system_of(recipe: Recipe) -> str:
 
 
 def _is_of(run: RunFolder, place: Path) -> bool:
-    return (read_marker(place) or {}).get("run") == run.info()["name"]
+    return bool((read_marker(place) or {}).get("run") == run.info()["name"])
 
 
 def _write_beside(folder: RunFolder, place: Path, layout: str) -> None:

@@ -113,7 +113,7 @@ def merge(
     """Merge an adapter folder into the model it was trained on, tokenizer included."""
     from raytune_ft import convert
 
-    print(convert.to_model(model, adapter, out, max_shard_size, base))
+    print(convert.to_model(model, adapter, out, max_shard_size, base, tell_note))
 
 
 @verb("split", convert_app)

@@ -62,6 +62,15 @@ def write_tokenizer(run: RunFolder, target: Path) -> None:
     hf_files.write(tokenizer, target, hf_files.chat_template(run.info()["template"], tokenizer))
 
 
+def write_template(adapter: Path, target: Path) -> None:
+    """Give a merged folder the chat template that stands in an exported adapter's tokenizer."""
+    path = adapter / "tokenizer_config.json"
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    text, marked = known.get("chat_template"), read_marker(adapter) or {}
+    if isinstance(text, str) and marked.get("template") != TOKENIZER:
+        (target / TEMPLATE).write_text(text, encoding="utf-8")
+
+
 def write_chat_files(run: RunFolder, target: Path) -> None:
     """Let a model folder's own tokenizer and `generate` follow the run's template.
 

@@ -18,7 +18,7 @@ import torch
 from raytune_ft.data.templating.templates import get_template
 from raytune_ft.data.tokenizing import hf_files
 from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
-from raytune_ft.exporting import gguf_vocabulary, quantizer
+from raytune_ft.exporting import gguf_vocabulary, modelfile, quantizer
 from raytune_ft.exporting.gguf_network import Network
 from raytune_ft.model.updates import row_blocks
 
@@ -89,17 +89,17 @@ def write(model: Model, file: Path, kind: str) -> int:
 
 
 def _write_special(writer: Any, model: Model) -> None:
-    tokenizer = model.tokenizer
+    tokenizer, template = model.tokenizer, get_template(model.template, model.tokenizer)
     if tokenizer.bos_ids:
         writer.add_bos_token_id(tokenizer.bos_ids[0])
-    writer.add_add_bos_token(bool(tokenizer.text_start_ids))
+    writer.add_add_bos_token(bool(modelfile.first_text(template, tokenizer)))
     writer.add_eos_token_id(tokenizer.eos_id)
     writer.add_add_eos_token(False)
     for key in ("pad", "unk"):
         id_ = tokenizer.token_id(tokenizer.named_tokens.get(f"{key}_token", ""))
         if id_ is not None:
             getattr(writer, f"add_{key}_token_id")(id_)
-    ends = sorted(get_template(model.template, tokenizer).stop_ids - {tokenizer.eos_id})
+    ends = sorted(template.stop_ids - {tokenizer.eos_id})
     if ends:
         writer.add_eot_token_id(ends[0])
     text = hf_files.chat_template(model.template, tokenizer)

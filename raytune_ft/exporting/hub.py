@@ -43,8 +43,10 @@ def push(folder: Path, name: str, tell: Callable[[str], None]) -> str:
         RecipeError: the hub did not take it; the folder stands.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     check(name)
+    disable_progress_bars()  # they would stand between the lines
     token = _token()
     api = HfApi(token=token)
     try:

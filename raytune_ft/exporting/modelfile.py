@@ -80,14 +80,22 @@ def write(gguf_name: str, template: str, system: str, tokenizer: TextTokenizer) 
     around = around_of(renderer(bound, tokenizer))
     lines = [f"FROM ./{gguf_name}"]
     if around is not None:
-        first = tokenizer.decode(tokenizer.text_start_ids, skip_special_tokens=False)
-        lines.append(f'TEMPLATE """{around.as_go(first)}"""')
+        lines.append(f'TEMPLATE """{around.as_go(first_text(bound, tokenizer))}"""')
     if system:
         lines.append(f'SYSTEM """{system}"""')
     for id_ in sorted({*bound.stop_ids, tokenizer.eos_id}):
         text = tokenizer.decode([id_], skip_special_tokens=False)
         lines.append(f"PARAMETER stop {json.dumps(text, ensure_ascii=False)}")
     return "\n".join(lines) + "\n", around is not None
+
+
+def first_text(template: Template, tokenizer: TextTokenizer) -> str:
+    """Return the start token's text where conversations begin with it, as plain texts do.
+
+    An engine puts it before everything it reads, or before nothing.
+    """
+    text = tokenizer.decode(tokenizer.text_start_ids, skip_special_tokens=False)
+    return text if renderer(template, tokenizer)(conversation("u")).startswith(text) else ""
 
 
 def renderer(template: Template, tokenizer: TextTokenizer) -> Render:

@@ -121,6 +121,7 @@ def merge_to(
         writer = ShardWriter(folder, limit)
         for name, tensor in merge.tensors(layout):
             writer.add(name, tensor)
+            del tensor
         n_shards = writer.close()
         write = copy_side_files if layout == "original" else write_native_files
         write(merge.original, folder, untied=merge.untie, rows=merge.rows)

@@ -132,6 +132,7 @@ class Original:
                     {self.head: change(self.head, tensor)},
                     form,
                 )
+            del tensor, parts  # or the next ones are made while these are held
 
     def _written(
         self, name: str, parts: Mapping[str, torch.Tensor], form: Form

@@ -79,6 +79,7 @@ def _read_safetensors(files: Sequence[Path]) -> Iterator[tuple[str, torch.Tensor
             if len(room) != end - begin or _fill(source, room) != len(room):
                 raise ModelError(f"{source.name}: '{name}' is cut off; copy the file again")
             yield name, tensor
+            del tensor, room  # or the next one is read while this one is held
 
 
 def _head_of(content: IO[bytes], file: Path) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def test_an_adapter_arrives_whole_private_and_without_this_machine(
     hub.fail_puts = 1
     failed = call(hub, *words)
     assert failed.returncode == 2
-    line = failed.stderr.splitlines()[-1]
+    (line,) = [row for row in failed.stderr.splitlines() if row.startswith("error: ")]
     assert line.startswith("error: --push-to-hub me/mine: the hub did not take it (")
     assert "out stands, and the same command goes on" in line
     assert not hub.commits
