@@ -131,13 +131,14 @@ def dropouts(shape: Shape, tokens: int, rate: float, sweep: bool) -> None:
         for part, reads, call in (
             ("dropout_a", 1, case.forward),
             ("dropout_a_torch", 1, case.forward_by_torch),
-            ("dropout_a_back", 3, case.backward),
-            ("products_a_back", 3, case.backward_without_dropout),
+            ("dropout_a_back", 2, case.backward),
+            ("dropout_a_back_added", 3, case.backward_added),
+            ("products_a_back", 2, case.backward_without_dropout),
         ):
             ms = LAYERS * milliseconds(call, shape.repeats)
             gpu_ms = LAYERS * milliseconds(graphed(call), shape.repeats)
             say(part, group=name, tokens=tokens, ms=ms, gpu_ms=gpu_ms, ideal_ms=reads * read)
-        if sweep and ON_GPU and tokens == shape.tokens[-1] and name in ("qkv", "down"):
+        if sweep and ON_GPU and tokens == shape.tokens[-1]:
             _sweep(name, case, shape.repeats)
 
 
@@ -172,11 +173,14 @@ class Case:
         if tiles:
             from raytune_ft.kernels import dropout_triton
 
-            return dropout_triton.project_backward(*given, *tiles)
-        return dropout.project_backward(*given)
+            return dropout_triton.project_backward(*given, *tiles, adds=False)
+        return dropout.project_backward(*given, adds=False)
+
+    def backward_added(self) -> Any:
+        return dropout.project_backward(self.x, self.a, self.gradient, self.mask, self.into)
 
     def backward_without_dropout(self) -> Any:
-        self.into.addmm_(self.gradient, self.a.flatten(0, 1))
+        torch.mm(self.gradient, self.a.flatten(0, 1), out=self.into)
         return dropout.product(self.gradient.t(), self.x)
 
 
@@ -186,8 +190,9 @@ LAYOUTS = {
         (128, 64, 8, 3, 2), (64, 128, 4, 3, 4), (32, 128, 4, 3, 4), (64, 32, 4, 4, 8),
     ),
     "back": (
-        (64, 64, 8, 3, 2), (64, 64, 8, 2, 2), (64, 64, 8, 3, 4), (64, 64, 4, 2, 2),
-        (64, 32, 4, 3, 4), (128, 64, 8, 2, 2), (32, 64, 4, 3, 4), (64, 128, 8, 2, 2),
+        (64, 64, 8, 3, 2), (64, 64, 8, 2, 2), (64, 64, 8, 3, 1), (64, 64, 4, 3, 3),
+        (64, 64, 4, 2, 4), (64, 32, 4, 3, 4), (128, 64, 8, 2, 1), (64, 128, 8, 2, 1),
+        (64, 128, 8, 3, 2), (128, 128, 8, 2, 1),
     ),
 }  # fmt: skip
 """Of the two kernels: rows, columns, warps, stages, programs for each multiprocessor."""
@@ -227,6 +232,35 @@ def orders(shape: Shape, tokens: int) -> None:
         for order, call in calls.items():
             gpu_ms = LAYERS * milliseconds(graphed(call), shape.repeats)
             say("order", layer=name, tokens=tokens, order=order, gpu_ms=gpu_ms)
+
+
+def products_of_b(shape: Shape, tokens: int, rate: float) -> None:
+    """What a layer's B takes: its product forward, and both of the way back, which read the same.
+
+    `apart`: first all layers' gradients of the inner numbers, then all of B: no cache helps.
+    """
+    for name, (_, outs) in shape.groups().items():
+        sizes = [(tokens, out) for out in outs], [(out, shape.rank) for out in outs]
+        outer, b = ([torch.randn(s, device=DEVICE).to(BF16) for s in some] for some in sizes)
+        inner = torch.randn(tokens, shape.rank, device=DEVICE).to(BF16)
+        moved = LAYERS * sum(y.numel() for y in outer) * 2 / rate
+        pairs = list(zip(outer, b, strict=True))
+
+        def forward(pairs: Any = pairs, inner: Tensor = inner) -> Any:
+            return [torch.mm(inner, one.t()) for _, one in pairs]
+
+        def together(pairs: Any = pairs, inner: Tensor = inner) -> Any:
+            return [(y @ one, dropout.product(y.t(), inner)) for y, one in pairs]
+
+        def apart(pairs: Any = pairs, inner: Tensor = inner) -> Any:
+            back = [y @ one for y, one in pairs]
+            return back, [dropout.product(y.t(), inner) for y, _ in pairs]
+
+        for part, reads, call in (
+            ("b", 1, forward), ("b_back", 1, together), ("b_back_apart", 2, apart),
+        ):  # fmt: skip
+            gpu_ms = LAYERS * milliseconds(graphed(call), shape.repeats)
+            say(part, group=name, tokens=tokens, gpu_ms=gpu_ms, ideal_ms=reads * moved)
 
 
 def whole_groups(shape: Shape, tokens: int) -> None:
@@ -297,6 +331,7 @@ def main() -> None:
     for tokens in shape.tokens:
         orders(shape, tokens)
         dropouts(shape, tokens, rate, given.sweep)
+        products_of_b(shape, tokens, rate)
         whole_groups(shape, tokens)
 
 

@@ -54,6 +54,9 @@ def test_every_family_takes_the_steps_of_the_plain_way(family: str, folder: Path
     losses = []
     for fast in (False, True):
         model = with_adapter(network(family, folder, CUDA, dtype="bfloat16", **nf4))
+        for block in model.modules():  # kernels of attention draw other numbers than torch does
+            if isinstance(getattr(block, "attn_dropout", None), float):
+                block.attn_dropout = 0.0
         one = finish(model, fast)
         losses.append(train(one, 6, batches(CUDA)))
     print(f"{family}: {_worst(losses):.2%} of a loss; {'; '.join(one[2].lines())}")
