@@ -55,6 +55,8 @@ class Watch(TorchDispatchMode):
         if depends:
             raise NotFixedError(f"{func.name()} depends on values")
         found = func(*args, **(kwargs or {}))
+        if name == "copy_" and _is_beside(args, kwargs or {}):
+            return found
         if name in ("_to_copy", "copy_", "lift_fresh") and _crosses(name, args, found):
             raise NotFixedError(f"{func.name()} moves between host and device")
         return found
@@ -72,6 +74,13 @@ def _dropout(func: Any, args: Any, kwargs: dict[str, Any]) -> float:
             given = args[place] if place < len(args) else kwargs.get("dropout_p")
             return float(given or 0.0)
     return 0.0
+
+
+def _is_beside(args: Any, kwargs: dict[str, Any]) -> bool:
+    """Return whether a copy has memory of the host that stays, and nobody waits for it."""
+    waits = not (args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
+    on_host = [one for one in args[:2] if one.device.type == "cpu"]
+    return not waits and all(one.is_pinned() for one in on_host)
 
 
 def _crosses(name: str, args: Any, found: torch.Tensor) -> bool:

@@ -32,16 +32,20 @@ class Shelf:
         self.taken = 0
         """Places that were ever made."""
 
-    def checkpoint(self, function: Callable[..., Any], *args: Any, stays: bool = False) -> Any:
+    def checkpoint(
+        self, function: Callable[..., Any], *args: Any, stays: bool = False, **options: Any
+    ) -> Any:
         """Call `function(*args)`, which runs again in the backward pass.
 
         Args:
             function: of a layer.
             args: the first is the layer's input, which nothing else holds; others are held.
             stays: keep the input on the device: the last layer's is needed first.
+            options: of torch's checkpoint.
         """
+        options = {"use_reentrant": False, **options}
         if not args or not torch.is_grad_enabled():
-            return checkpoint(function, *args, use_reentrant=False)
+            return checkpoint(function, *args, **options)
         hidden, *others = args
         self._settle()
         away = Away(self, hidden, self._last() if self._last is not None else None)
@@ -50,7 +54,7 @@ class Shelf:
             away.leave()
         # torch keeps the random state of the devices of tensors that it is given
         sign = hidden.new_empty(0)
-        found = checkpoint(partial(_run, function, others, away), sign, use_reentrant=False)
+        found = checkpoint(partial(_run, function, others, away), sign, **options)
         away.forget()
         return found
 

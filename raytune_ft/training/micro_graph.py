@@ -22,7 +22,6 @@ from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from raytune_ft.kernels.dropout import draw_seed
 from raytune_ft.kernels.linear import shared_buffers
@@ -89,7 +88,6 @@ def refusal(engine: Engine, room: Room) -> str | None:
         "ZeRO-3 parts the weights": any(hasattr(p, "ds_id") for p in module.parameters()),
         "the fast path does not take this model's attention": not (fast.is_on and fast.packed),
         "the model changes its logits behind the head": not own,
-        "tensors wait on the host": bool(getattr(room.layout, "hosted", ())),
         "DeepSpeed sums gradients within them": not engine.sums_apart,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
@@ -291,9 +289,8 @@ def _without_states(layers: list[Any]) -> Iterator[None]:
     again = [layer for layer in layers if layer.gradient_checkpointing]
     before = [layer._gradient_checkpointing_func for layer in again]
     for layer in again:
-        layer._gradient_checkpointing_func = partial(
-            checkpoint, use_reentrant=False, preserve_rng_state=False
-        )
+        own = layer._gradient_checkpointing_func  # it may take the layer's input to the host
+        layer._gradient_checkpointing_func = partial(own, preserve_rng_state=False)
     try:
         yield
     finally:

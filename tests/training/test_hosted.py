@@ -22,7 +22,7 @@ from raytune_ft.config.estimates.setting import EMBEDDING, HEAD, INPUTS, LADDER
 from raytune_ft.config.schema import Recipe, TrainSection
 from raytune_ft.data.packing import collate
 from raytune_ft.kernels import transfer
-from raytune_ft.model import host_head, hosting, loading
+from raytune_ft.model import capturable, host_head, hosting, loading
 from raytune_ft.model.generate import stream_ids
 from raytune_ft.model.host_embedding import HostEmbedding
 from raytune_ft.model.host_head import HostHead
@@ -36,7 +36,9 @@ from raytune_ft.training.engine import TorchEngine
 from raytune_ft.training.guarding.dry_step import _full_pack
 from raytune_ft.training.laid_out import decoder_layers, lay_out
 from raytune_ft.training.optim import build_optimizer, restore, set_lr, state_of
+from raytune_ft.training.step import seed_step
 from tests.conftest import make_tiny_model
+from tests.training import micro
 
 CPU = torch.device("cpu")
 LAYERS = 4
@@ -335,3 +337,42 @@ def test_tables_are_loaded_where_they_are_to_lie(
     before, after = plain.state_dict(), hosted.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+def test_passes_of_fixed_shapes_have_things_on_the_host_too(model: Path) -> None:
+    """Nothing in them asks the device, so that a GPU replays them from a graph."""
+    again = {"model.gradient_checkpointing": True}
+    fixed, free = micro.side(model, "fixed", **again), micro.side(model, None, **again)
+    lay_out(fixed.engine.module.model, Layout(1, 3, LAYERS, hosted=ALL))
+    step, n_targets = micro.batches()[0]
+    losses = []
+    for one in (fixed, free):
+        seed_step(7, 1)
+        losses.append([float(one.engine.forward_backward(batch, n_targets)) for batch in step])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    for name, gradient in fixed.gradients().items():
+        expected = free.gradients()[name]
+        assert float((gradient - expected).abs().max()) <= 2e-6 * float(expected.abs().max())
+    assert fixed.micro is not None and fixed.micro.seen_safe
+    assert not fixed.micro.refused and not fixed.said
+
+
+def test_a_copy_beside_the_device_s_work_is_one_that_nobody_waits_for() -> None:
+    class Pinned:
+        device = CPU
+
+        def __init__(self, pinned: bool) -> None:
+            self.pinned = pinned
+
+        def is_pinned(self) -> bool:
+            return self.pinned
+
+    class There:
+        device = torch.device("cuda", 0)
+
+    for pinned, beside, expected in (
+        (True, True, True), (True, False, False), (False, True, False),
+    ):  # fmt: skip
+        for pair in ((There(), Pinned(pinned)), (Pinned(pinned), There())):
+            assert capturable._is_beside((*pair, beside), {}) is expected
+            assert capturable._is_beside(pair, {"non_blocking": beside}) is expected
