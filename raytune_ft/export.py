@@ -128,6 +128,8 @@ def merge(
         _write_report(place, report, losses)
         for line in report.drift.table():
             tell(line)
+        if report.n_merged and not any(layer.moved for layer in report.drift.layers):
+            tell(f"{result}: the adapter changes nothing, all its updates are 0; was it trained?")
 
     merging.merge_to(
         source, result, target, max_shard_size, chosen, recipe.model, layout, finish,
@@ -162,7 +164,7 @@ def _to_format(
         read = merging.read_merge(source, result, chosen, recipe.model)
     targets.check(target, folder, read)
     place = Path(out).expanduser() if out else folder.path / f"merged-{form}"
-    needed = merging.bytes_of(read.original.folder)
+    needed = merging.bytes_of(read.original.folder) * target.room
     replace = out is None or (again and _is_of(folder, place))
     with new_folder(place, needed, replace=replace) as inside:
         targets.write(target, folder, read, inside, limit, tell)

@@ -101,7 +101,8 @@ def loss_of(folder: Path, recipe: Recipe, packs: Iterable[Pack]) -> float:
 def _on_other_base(
     run: RunFolder, recipe: Recipe, merged: Path, other: str, packs: Iterable[Pack]
 ) -> float:
-    with tempfile.TemporaryDirectory(prefix=".other_base_", dir=merged.parent) as scratch:
+    # inside the folder that is being written, which a killed process leaves as a whole
+    with tempfile.TemporaryDirectory(prefix=".other_base_", dir=merged) as scratch:
         folder = Path(scratch) / "model"
         merge_to(
             Path(run.info()["model_folder"]), run.adapter, folder, base=other, section=recipe.model

@@ -41,6 +41,11 @@ class Target:
         """The type of a GGUF file; None for other formats."""
         return self.name.removeprefix(GGUF) if self.name.startswith(GGUF) else None
 
+    @property
+    def room(self) -> int:
+        """How many times the base's bytes it needs on the disk, at most."""
+        return 2 if self.gguf == "f32" or self.gguf in quantizer.BY_PROGRAM else 1
+
     @classmethod
     def of(cls, name: str) -> Target:
         """Read `--format`.

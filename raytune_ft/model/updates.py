@@ -61,7 +61,12 @@ class LowRank:
     by_column: bool = False
 
     def fits(self, shape: torch.Size) -> bool:
-        return shape == (self.left.shape[0], self.right.shape[1])
+        lengths = shape[-1 if self.by_column else 0]
+        return (
+            shape == (self.left.shape[0], self.right.shape[1])
+            and self.left.shape[1] == self.right.shape[0]
+            and (self.lengths is None or self.lengths.numel() == lengths)
+        )
 
     def apply(self, weight: torch.Tensor) -> Applied:
         factor = self._factor(weight)
@@ -87,7 +92,7 @@ class LowRank:
             found = torch.stack([part.sum(0) for part in squares]).sum(0)
         else:
             found = torch.cat([part.sum(1) for part in squares])
-        return self.lengths.double() / found.sqrt()
+        return self.lengths.double().flatten() / found.sqrt()
 
 
 @dataclass(frozen=True)
@@ -168,7 +173,10 @@ def updates_of(config: Any, weights: Mapping[str, torch.Tensor]) -> dict[str, Up
         if found := _split(place, PARTS):
             layers.setdefault(found[0], {})[PARTS[found[1]]] = tensor
         elif found := _split(place, TOKEN_ROWS):
-            updates[f"{found[0]}.weight"] = TokenRows(_indices(config, found[0]), tensor)
+            indices = _indices(config, found[0])
+            if len(indices) != len(tensor):
+                return None
+            updates[f"{found[0]}.weight"] = TokenRows(indices, tensor)
         elif "lora_" not in place and (found := _split(place, WHOLE)):
             updates[f"{found[0]}.{found[1].rpartition('.')[2]}"] = Replaced(tensor)
         else:
@@ -209,8 +217,9 @@ def _scale(config: Any, module: str, rank: int) -> float:
 def _indices(config: Any, module: str) -> list[int]:
     chosen = config.trainable_token_indices
     if isinstance(chosen, dict):
-        return list(next(ids for key, ids in chosen.items() if f".{module}".endswith(f".{key}")))
-    return list(chosen)
+        fitting = (ids for key, ids in chosen.items() if f".{module}".endswith(f".{key}"))
+        return list(next(fitting, ()))
+    return list(chosen or ())
 
 
 def _split(place: str, ends: Collection[str]) -> tuple[str, str] | None:

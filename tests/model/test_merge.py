@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from raytune_ft.config.schema import LoraSection, ModelSection
 from raytune_ft.errors import ModelError, RecipeError
 from raytune_ft.model.adapter import merge_to, save_adapter
 from raytune_ft.model.original import Original
-from raytune_ft.model.tensors import ShardWriter, size_bytes
+from raytune_ft.model.tensors import ShardWriter, size_bytes, stream_tensors
 from tests.conftest import make_tiny_model
 from tests.model.test_adapter import base, logits, trained
 
@@ -156,6 +159,7 @@ def test_bad_sizes(text: str) -> None:
         size_bytes(text)
 
 
+@settings(deadline=None)
 @given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=12), limit=st.integers(4, 200))
 def test_shards_hold_everything_once_within_the_limit(
     tmp_path_factory: pytest.TempPathFactory, lengths: list[int], limit: int
@@ -174,3 +178,77 @@ def test_shards_hold_everything_once_within_the_limit(
     found = {k: v for shard in shards for k, v in shard.items()}
     assert sum(map(len, shards)) == len(found) == len(tensors)
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("changes", [{}, {"use_dora": True}])
+def test_one_tensor_is_held_at_a_time(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    """Of those that were written none is left when the next one comes."""
+    save_adapter(
+        trained(tiny_model, LoraSection.model_validate({"r": 4, **changes})), tmp_path / "a", "b"
+    )
+    alive: list[weakref.ref[torch.Tensor]] = []
+    most, real = 0, ShardWriter.add
+
+    def add(self: ShardWriter, name: str, tensor: torch.Tensor) -> None:
+        nonlocal most
+        gc.collect()
+        most = max(most, sum(ref() is not None for ref in alive))
+        alive.append(weakref.ref(tensor))
+        real(self, name, tensor)
+
+    monkeypatch.setattr(ShardWriter, "add", add)
+    report = merge_to(tiny_model, tmp_path / "a", tmp_path / "out")
+    assert len(alive) == report.n_tensors == 21
+    assert most == 0
+
+
+def test_a_head_longer_than_its_room(tmp_path: Path) -> None:
+    """Many small tensors of long names: what was written moves back."""
+    writer = ShardWriter(tmp_path, 10**6)
+    tensors = {f"{'long' * 20}.{i}": torch.full((i % 5,), float(i)) for i in range(90)}
+    for name, tensor in tensors.items():
+        writer.add(name, tensor)
+    assert writer.close() == 1
+    found = load_file(tmp_path / "model.safetensors")
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    assert all(
+        torch.equal(tensor, tensors[name])
+        for name, tensor in stream_tensors([tmp_path / "model.safetensors"])
+    )
+
+
+@pytest.mark.parametrize(
+    "damage, says",
+    [
+        (lambda content: content[:-9], "is cut off; copy the file again"),
+        (lambda content: b"\xff" * 8 + content[8:], "cannot be read"),
+        (lambda content: content.replace(b'"F32"', b'"X32"'), "tensors of type X32"),
+        (lambda _content: b"", "cannot be read"),
+    ],
+)
+def test_damaged_bases_are_one_line(
+    tmp_path: Path, damage: Callable[[bytes], bytes], says: str
+) -> None:
+    make_model(tmp_path / "base")
+    save_adapter(trained(tmp_path / "base", LoraSection(r=2)), tmp_path / "a", "b")
+    file = tmp_path / "base/model.safetensors"
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(ModelError, match=says) as caught:
+        merge_to(tmp_path / "base", tmp_path / "a", tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "base"]
+
+
+def test_an_adapter_that_does_not_fit_itself(tiny_model: Path, tmp_path: Path) -> None:
+    """A of another rank than B, and DoRA lengths of another number."""
+    save_adapter(trained(tiny_model, LoraSection(r=4, use_dora=True)), tmp_path / "a", "b")
+    file = tmp_path / "a/adapter_model.safetensors"
+    good = load_file(file)
+    for end in ("lora_A.weight", "lora_magnitude_vector"):
+        name = next(key for key in good if key.endswith(f"q_proj.{end}"))
+        save_file({**good, name: good[name][1:].contiguous()}, file)
+        with pytest.raises(ModelError, match=r"adapter target .*q_proj.weight' .* does not fit"):
+            merge_to(tiny_model, tmp_path / "a", tmp_path / "out")
