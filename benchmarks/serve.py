@@ -5,8 +5,8 @@ number over the time that the engine, driven directly and with as many at once, 
 answer (Little's law), and the same for every side. So a slower side has more under way.
 Run: python -m benchmarks.serve [--model NAME|FOLDER | --made 7b] [--at 1 8 32 128] [--tiny]
 Prints a line of JSON per side and level, then a table with ratios. `prefill` is one pass over a
-prompt of the same length in an idle process. On a GPU `generate_batch` is transformers' own
-engine, asked for all answers at once.
+prompt of the same length in an idle process. `engine_at_once` and, with --generate-batch,
+transformers' own engine get all requests of a level at once.
 """
 
 from __future__ import annotations
@@ -76,18 +76,21 @@ def machine(model: str, args: argparse.Namespace) -> Row:
 
 
 def pilot(model: str, args: argparse.Namespace, folder: Path) -> tuple[dict[int, float], list[Row]]:
-    """Return the rate of arrivals for each level, and how long one prompt's pass takes."""
-    rates = {}
+    """Return the rate of arrivals for each level, and rows of what was measured for it."""
+    rates, rows = {}, []
     with SIDES["engine"](model, folder) as side:
         asyncio.run(warmed(side.ask))
         for level in args.at:
-            load = load_of(level, 1e9, args.words, args.tokens, seed=level + 1000)
-            began = time.perf_counter()
-            asyncio.run(run(side.ask, load))
-            rates[level] = level / (time.perf_counter() - began)
-    row = {"side": "prefill", "at": 0, "ttft_p50_ms": prefill_ms(model, args)}
-    told(row)
-    return rates, [row]
+            for seed in (1000, 2000):  # on a GPU the first one captures
+                load = load_of(level, 1e9, args.words, args.tokens, seed=level + seed)
+                began = time.perf_counter()
+                seen = asyncio.run(run(side.ask, load))
+                rates[level] = level / (time.perf_counter() - began)
+            rows.append({"side": "engine_at_once", "at": level, **summary(seen)})
+            told(rows[-1])
+    rows.append({"side": "prefill", "at": 0, "ttft_p50_ms": prefill_ms(model, args)})
+    told(rows[-1])
+    return rates, rows
 
 
 def prefill_ms(model: str, args: argparse.Namespace) -> float:
@@ -189,10 +192,13 @@ def table(rows: list[Row], args: argparse.Namespace) -> str:
     lines += ["", f"prefill of one prompt alone: {prefill} ms", ""]
     for level in args.at:
         ours = best(rows, "endpoint", level)
-        for other in ("engine", "transformers", "generate_batch"):
+        for other in ("engine", "transformers"):
             theirs = best(rows, other, level)
             if ours and theirs:
                 lines.append(f"at {level}: endpoint / {other} = {ours / theirs:.2f}")
+        at_once, batch = best(rows, "engine_at_once", level), best(rows, "generate_batch", level)
+        if at_once and batch:
+            lines.append(f"at {level}: engine at once / generate_batch = {at_once / batch:.2f}")
         first = [r for r in rows if r["side"] == "endpoint" and r["at"] == level]
         if first and prefill and first[0].get("ttft_p50_ms"):
             lines.append(f"at {level}: TTFT / prefill = {first[0]['ttft_p50_ms'] / prefill:.2f}")

@@ -156,6 +156,19 @@ class _RowsLayer(CacheLayerMixin):  # type: ignore[misc]
         return int(self.keys.shape[2])
 
 
+class _RowsCache(Cache):  # type: ignore[misc]
+    """The layers of a lane."""
+
+    def __init__(self, layers: list[_RowsLayer], where: _Where) -> None:
+        super().__init__(layers=layers)
+        self._where = where
+
+    @property
+    def places(self) -> torch.Tensor:
+        """Each new token's place in its row (B, P), for positions that are biases (ALiBi)."""
+        return self._where.places
+
+
 class Lane:
     """R rows of S tokens of one model, the first of them in use."""
 
@@ -166,7 +179,7 @@ class Lane:
         """Tokens whose keys and values each row in use has."""
         self._where = _Where()
         layers = [_RowsLayer(layer, rows, size, self._where) for layer in like.layers]
-        self.cache: Cache = Cache(layers=layers)
+        self.cache = _RowsCache(layers, self._where)
         self.device: torch.device = layers[0].keys.device
         self._masks = _Masks(model)
         self._columns = torch.arange(size, device=self.device)
@@ -350,7 +363,11 @@ def probed(model: nn.Module) -> Cache:
         like = growing()
         prefill(model, like, ids[:2], 0)
         plain = [prefill(model, growing(), ids[start:6], 0) for start in (0, 3)]
-        _compare(model, like, ids, plain)
+        try:
+            _compare(model, like, ids, plain)
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+            why = f"{type(error).__name__}: {error}".partition("\n")[0]
+            raise NotBatchedError(f"its passes take no rows side by side ({why})") from None
     return like
 
 

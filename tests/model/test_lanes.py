@@ -119,6 +119,16 @@ def test_every_kind_of_base(kind: str, tmp_path: Path) -> None:
     assert come_and_go(model) < (CLOSE if kind in ("eager", "lora") else 0.05)
 
 
+def test_a_short_row_beside_a_long_one_keeps_its_nearness() -> None:
+    """ALiBi in bfloat16: a bias counted from the end of all keys has no room for small steps."""
+    model: Any = model_of("alibi").to(torch.bfloat16)
+    with torch.no_grad():
+        rows = Rows(model, size=1600)
+        for length in (5, 1500):
+            rows.join(rows.ids(length))
+        assert max(rows.step() for _ in range(3)) < 0.03
+
+
 def test_a_pass_asks_the_device_for_nothing() -> None:
     """So that it can be captured; and nothing of it is bound to the rows' lengths."""
     rows = Rows(model_of("llama"))

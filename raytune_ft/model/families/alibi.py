@@ -55,16 +55,20 @@ def biased_mask(
         n_queries: Q.
         n_keys: K.
         like: a tensor of the wanted type and device.
-        n_past: keys before the first query; none: the queries are the last of the keys.
+        n_past: keys before the first query; none: the queries are the last of the keys. Or (B, Q):
+            each query's place among the keys of its own row.
 
     Returns:
         (B or 1, H, Q, K). Built in float32: bfloat16 cannot hold the index of a far key.
     """
     keys = torch.arange(n_keys, device=like.device)
     first = n_keys - n_queries if n_past is None else n_past
-    queries = torch.arange(n_queries, device=like.device) + first
-    distance = keys - queries.unsqueeze(1)  # (Q, K), 0 or less where seen
-    allowed = (distance <= 0)[None, None]
+    if isinstance(first, torch.Tensor) and first.dim() == 2:
+        distance = (keys - first.unsqueeze(-1)).unsqueeze(1)  # (B, 1, Q, K)
+    else:
+        queries = torch.arange(n_queries, device=like.device) + first
+        distance = (keys - queries.unsqueeze(1))[None, None]
+    allowed = distance <= 0  # seen
     added: torch.Tensor | float = 0.0
     if mask is not None and mask.dim() == 2:
         allowed = allowed & mask[:, None, None, :].bool()
@@ -109,7 +113,9 @@ class AlibiLlamaModel(LlamaModel):  # type: ignore[misc]
         n_queries = inputs_embeds.shape[1]
         n_past, n_keys = 0, n_queries
         if past_key_values is not None:  # one of fixed size holds more keys than are past
-            n_past = past_key_values.get_seq_length()
+            # rows side by side have a place each (`model.lanes`)
+            places = getattr(past_key_values, "places", None)
+            n_past = past_key_values.get_seq_length() if places is None else places
             n_keys, _ = past_key_values.get_mask_sizes(n_queries, 0)
         mask = attention_mask
         if kwargs.get("packed") is None:  # otherwise layers bias their scores themselves
