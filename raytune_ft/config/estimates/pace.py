@@ -116,7 +116,7 @@ PASSES_OF_PARTS = 28
 BALANCE = 3.5
 """Exponent of the norm that joins the device's and the host's seconds."""
 UPDATE_BYTES, UPDATE_SECONDS = 30, 0.07
-"""Of an optimizer step: traffic per weight, and what DeepSpeed or paging takes besides."""
+"""Of an optimizer step: traffic per weight, and what DeepSpeed or bitsandbytes takes besides."""
 HOST_RATE, LINK_RATE = 20e9, 100e9
 """Bytes per second from and to the host, and between GPUs; assumed, not measured."""
 
@@ -175,7 +175,8 @@ def update_seconds(
     """Predict an optimizer step's seconds beside its micro-steps."""
     setting = Setting(recipe, counts, on_gpu=True, hosted=hosted)
     traffic = UPDATE_BYTES * counts.trained / setting.ranks / device.copies
-    slow = setting.zero.stage > 0 or recipe.train.optimizer.startswith("paged")
+    # bitsandbytes' optimizers wait for the device behind each tensor
+    slow = setting.zero.stage > 0 or recipe.train.optimizer not in ("adamw", "muon")
     on_host = setting.zero.optimizer_on_host
     offloaded = UPDATE_BYTES * counts.trained / setting.ranks / HOST_RATE if on_host else 0
     besides = UPDATE_SECONDS if slow else 0
