@@ -157,15 +157,16 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
     mailbox = config["mailbox"]
     rank = ray.train.get_context().get_world_rank()
     folder = RunFolder(config["run_path"])
-    with noise_to(folder.log), AskedToEnd() as killed:
+
+    def work() -> None:
         ahead.come_ready(Recipe.model_validate(config["recipe"]))
         job, supply = _told(mailbox)
         packs, validation = supply.of_rank(rank)
-        with asked_by(mailbox) as asked:
-            guards = Guards(interrupted=lambda: killed() or asked(), watched=True)
-            failures.guard(
-                lambda: worker.run(job, packs, validation, mailbox.put.remote, guards), folder, rank
-            )
+        worker.run(job, packs, validation, mailbox.put.remote, guards)
+
+    with noise_to(folder.log), AskedToEnd() as killed, asked_by(mailbox) as asked:
+        guards = Guards(interrupted=lambda: killed() or asked(), watched=True)
+        failures.guard(work, folder, rank)
     ray.train.report({"done": True})
 
 

@@ -6,7 +6,6 @@ starts, in a thread, while the rest is imported: `running` goes on from there.
 
 from __future__ import annotations
 
-from raytune_ft import survey
 from raytune_ft.cluster import noise_to, ray_beside
 from raytune_ft.config.schema import Recipe
 from raytune_ft.last_words import spoken_for
@@ -22,6 +21,8 @@ def train(recipe: Recipe, *, source: str, resume: str | None = None) -> int:
         source: what the user called the recipe, for the run's name and record.
         resume: folder of a run to go on with, from its last checkpoint.
     """
+    from raytune_ft import survey  # a second of imports; Ctrl-C there is answered in a line
+
     survey.check_names(recipe)
     survey.check_deepspeed(recipe)
     survey.model_folder(recipe.model.path)

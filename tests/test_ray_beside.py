@@ -91,7 +91,10 @@ def test_ctrl_c_at_any_moment_of_a_start(
     driver = runs.start(runs.write_recipe(tmp_path, tiny_model, chats, "stopped"))
     assert driver.stderr is not None
     if instant:
-        time.sleep(random.Random(instant).uniform(0.5, 12.0))
+        while not (tmp_path / "runs/stopped/run.log").exists():
+            assert driver.poll() is None
+            time.sleep(0.01)
+        time.sleep(random.Random(instant).uniform(0.0, 12.0))
     else:
         assert any("start Ray" in line for line in driver.stderr)
     driver.send_signal(signal.SIGINT)
