@@ -39,6 +39,8 @@ log = logging.getLogger(__name__)
 
 MOST_TOKENS = 8192
 """Tokens of a pass from which on the device takes longer than Python: graphs bring nothing."""
+SPARE = 32
+"""Part of a small device that stays free instead of `HEADROOM`: a layout leaves it no more."""
 HEADROOM = 2**30
 """Bytes that stay free beside a graph: gradients of a pass, workspaces, answers between steps."""
 
@@ -250,9 +252,10 @@ class _Pass:
         gc.collect()
         idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         torch.cuda.empty_cache()
-        free = torch.cuda.mem_get_info(device)[0]
-        if free < idle * (not owner.captured) + HEADROOM:  # the first one takes what passes took
-            owner.stay_plain(f"{free:,} bytes are free, {idle + HEADROOM:,} are wanted")
+        free, whole = torch.cuda.mem_get_info(device)
+        spare = min(HEADROOM, whole // SPARE)
+        if free < idle * (not owner.captured) + spare:  # the first one takes what passes took
+            owner.stay_plain(f"{free:,} bytes are free, {idle + spare:,} are wanted")
             return
         if owner.pool is None:
             owner.pool = torch.cuda.graph_pool_handle()
