@@ -17,10 +17,11 @@ from raytune_ft.model.loss import bounds_of
 from raytune_ft.training import micro_graph
 from raytune_ft.training.batching import empty_batch
 from raytune_ft.training.guarding.room import Room
+from raytune_ft.training.guarding.stragglers import ForwardClock
 from raytune_ft.training.micro_shapes import FEWEST_SEGMENTS, Shape
 from raytune_ft.training.step import seed_step
 from tests.training.engines import close
-from tests.training.micro import LENGTH, Side, batches, recipe_of, side
+from tests.training.micro import CPU, LENGTH, Side, batches, recipe_of, side
 
 WAITS = ("_local_scalar_dense", "nonzero", "item", "is_nonzero", "equal", "masked_select")
 DRAWS = ("randint", "rand", "bernoulli_", "native_dropout", "uniform_", "normal_", "random_")
@@ -215,6 +216,18 @@ def test_rows_side_by_side_keep_their_places() -> None:
     assert torch.equal(parts.places[: int(parts.count)], torch.cat([first, second]))
     assert parts.cu_seqlens[:5].tolist() == [0, 20, 64, 112, 128]
     assert Shape.holding(batch, 40) is None
+
+
+def test_fixed_passes_are_timed_for_who_is_slow(tiny_model: Path) -> None:
+    """They run no hook of the module, which times other passes."""
+    one = side(tiny_model, "fixed")
+    clock = one.engine.timed_by(ForwardClock(one.engine.module, CPU))
+    passes(one)
+    fixed = len(clock._spans)
+    assert clock.take() > 0
+    one.engine.micro = None
+    passes(one)
+    assert fixed == len(clock._spans) == len(batches()[0][0])
 
 
 def test_what_is_worth_a_graph(tiny_model: Path) -> None:
