@@ -47,9 +47,30 @@ def build(options: EngineOptions) -> ChatEngine:
         CheckpointError, ModelError, RecipeError: one line that names the path.
         ServeError: an engine that is asked for is not installed.
     """
-    from raytune_ft.chat.model import open_chat
+    import torch
 
-    return embedded(open_chat(options.path, options.bits), options)
+    from raytune_ft.chat.model import load_source
+    from raytune_ft.chat.source import find_source
+    from raytune_ft.serving.engines import vllm
+
+    source = find_source(options.path, options.bits)
+    if options.engine == "vllm":
+        vllm.check_installed()
+    wanted = options.engine == "vllm" or (
+        options.engine == "auto"
+        and torch.cuda.is_available()
+        and vllm.is_installed()
+        and vllm.why_not(source) is None
+    )
+    if wanted:
+        return vllm.VllmEngine(
+            source,
+            options.max_waiting,
+            slots=options.slots or vllm.SLOTS,
+            adapters=options.adapters,
+            max_adapters=options.max_adapters,
+        )
+    return embedded(load_source(source), options)
 
 
 def embedded(chat: ChatModel, options: EngineOptions) -> ChatEngine:

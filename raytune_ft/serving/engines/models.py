@@ -93,6 +93,10 @@ class Models:
             self._chats[name] = known
         return known
 
+    def adapter_folder(self, name: str) -> Path | None:
+        """Return where the adapter of that name lies, checked; None for what needs none."""
+        return None if name in (self.first, BASE) else self._source(name).adapter
+
     def is_loaded(self, name: str) -> bool:
         """Whether a model's weights are in memory."""
         return name in (self.first, BASE) or name in self._loaded
