@@ -2,9 +2,9 @@
 
 The same adapter is trained with frozen weights as they are and in float8, with the same seeds: a
 seed decides the adapter's beginning, the order of rows and dropout. One worker's training stack,
-without Ray. Held-out rows are measured as each run computes, and once more with the base's own
-weights, which is what an adapter is used with. Three seeds tell a spread poorly, so every figure
-is printed, with the differences seed by seed. On a CPU float8 is emulated, rounding for rounding.
+without Ray. Held-out rows are measured with the base's own weights on both sides, as runs do it:
+an adapter is used with these. Three seeds tell a spread poorly, so every figure is printed, with
+the differences seed by seed. On a CPU float8 is emulated, rounding for rounding.
 
 Rows are a file of one's own; of a folder's two files, one is held out. A line of JSON for each run
 goes to --out, and runs that stand there are not run again.
@@ -115,7 +115,7 @@ def recipe_of(args: argparse.Namespace, folder: Path, compute: str, seed: int) -
 
 
 def run(recipe: Any, folder: Path, place: Path, most: int, sharing: int) -> dict[str, Any]:
-    """Train once; return its losses, measured as it computes and with the base's own weights."""
+    """Train once; return its losses, in training and of held-out rows."""
     import torch
 
     from raytune_ft.training import worker
@@ -141,29 +141,24 @@ def run(recipe: Any, folder: Path, place: Path, most: int, sharing: int) -> dict
         "steps": len(lines), "tokens": sum(line["tokens"] for line in lines),
         "held_out_tokens": sum(int((pack.labels >= 0).sum()) for pack in held_out),
         "seconds": round(seconds, 1), "first_loss": losses[0], "last_losses": losses[-4:],
-        "val_loss": lines[-1]["val_loss"], **as_used(recipe, folder, kept, held_out),
+        "val_loss": lines[-1]["val_loss"],
+        "val_loss_before": None if recipe.model.compute == "fp8" else before(
+            recipe, folder, held_out
+        ),
         "fast_path": read_json(kept.run_json).get("fast_path"),
     }  # fmt: skip
 
 
-def as_used(recipe: Any, folder: Path, kept: Any, held_out: list[Any]) -> dict[str, float]:
-    """Measure held-out rows with the base's own weights: a new adapter, and the run's."""
+def before(recipe: Any, folder: Path, held_out: list[Any]) -> float:
+    """Measure held-out rows before training."""
     import torch
 
     from raytune_ft.training.build import build_engine
     from raytune_ft.training.evaluating.validation import held_out_figures
-    from raytune_ft.training.saving import checkpoint
 
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    section = recipe.model.model_copy(update={"compute": "auto"})
-    engine, _ = build_engine(recipe.model_copy(update={"model": section}), folder, device)
-    tokens = recipe.data.max_length
-    if recipe.model.compute == "auto":  # a new adapter changes nothing, the run's is measured
-        return {"val_loss_before": held_out_figures(engine, held_out, tokens)["val_loss"]}
-    loaded = checkpoint.load_latest(kept.checkpoints)
-    assert loaded is not None
-    engine.load(loaded.weights, loaded.optimizer)
-    return {"val_loss_as_used": held_out_figures(engine, held_out, tokens)["val_loss"]}
+    engine, _ = build_engine(recipe, folder, device)
+    return held_out_figures(engine, held_out, recipe.data.max_length)["val_loss"]
 
 
 def rows_of(recipe: Any, most: int) -> tuple[Any, list[Any]]:
@@ -198,15 +193,12 @@ def table(lines: list[dict[str, Any]]) -> str:
     """Return every figure as Markdown, and what follows from seeds that both sides have."""
     by = {(line["compute"], line["seed"]): line for line in lines}
     seeds = sorted({seed for _, seed in by if all((side, seed) in by for side in SIDES)})
-    rows = ["| seed | before | own weights | float8 | difference | float8, used with own weights |"
-            " difference |", "| --- | --- | --- | --- | --- | --- | --- |"]  # fmt: skip
+    rows = ["| seed | before | own weights | float8 | difference |",
+            "| --- | --- | --- | --- | --- |"]  # fmt: skip
     for seed in seeds:
-        plain, eight = (by[side, seed] for side in SIDES)
-        values = [plain["val_loss_before"], plain["val_loss"], eight["val_loss"],
-                  eight["val_loss"] - plain["val_loss"], eight["val_loss_as_used"],
-                  eight["val_loss_as_used"] - plain["val_loss"]]  # fmt: skip
-        shown = [f"{v:+.4f}" if place in (3, 5) else f"{v:.4f}" for place, v in enumerate(values)]
-        rows.append(f"| {seed} | {' | '.join(shown)} |")
+        own, eight = (by[side, seed]["val_loss"] for side in SIDES)
+        first = by["auto", seed]["val_loss_before"]
+        rows.append(f"| {seed} | {first:.4f} | {own:.4f} | {eight:.4f} | {eight - own:+.4f} |")
     return "\n".join([*rows, *verdicts(by, seeds)])
 
 
@@ -214,22 +206,20 @@ def verdicts(by: dict[tuple[str, int], dict[str, Any]], seeds: list[int]) -> Ite
     """Yield means, the spread of the seeds, and whether float8 lies inside it."""
     if len(seeds) < 2:
         return
-    plain = [by["auto", seed]["val_loss"] for seed in seeds]
-    wide = max(plain) - min(plain)
-    yield (
-        f"own weights: {mean(plain):.4f}, of {len(seeds)} seeds from {min(plain):.4f} to "
-        f"{max(plain):.4f}, standard deviation {stdev(plain):.4f}"
-    )
-    for name, key in (("as trained", "val_loss"), ("used with own weights", "val_loss_as_used")):
-        found = [by["fp8", seed][key] for seed in seeds]
-        apart = [f - by["auto", seed]["val_loss"] for f, seed in zip(found, seeds, strict=True)]
-        error = stdev(apart) / len(apart) ** 0.5
-        inside = [min(plain) <= value <= max(plain) for value in (mean(found), *found)]
+    own, eight = ([by[side, seed]["val_loss"] for seed in seeds] for side in SIDES)
+    for name, found in (("own weights", own), ("float8", eight)):
         yield (
-            f"float8, {name}: {mean(found):.4f}, {mean(apart):+.4f} seed by seed, standard error "
-            f"{error:.4f}; the mean lies {'inside' if inside[0] else 'outside'} the seeds' spread "
-            f"of {wide:.4f}, and so do {sum(inside[1:])} of {len(found)} runs"
+            f"{name}: {mean(found):.4f}, from {min(found):.4f} to {max(found):.4f}, standard "
+            f"deviation {stdev(found):.4f}"
         )
+    apart = [b - a for a, b in zip(own, eight, strict=True)]
+    inside = [min(own) <= value <= max(own) for value in (mean(eight), *eight)]
+    error = stdev(apart) / len(apart) ** 0.5
+    yield (
+        f"float8 seed by seed {mean(apart):+.4f}, standard error {error:.4f}; its mean lies "
+        f"{'inside' if inside[0] else 'outside'} the seeds' spread of {max(own) - min(own):.4f}, "
+        f"and so do {sum(inside[1:])} of {len(eight)} runs"
+    )
 
 
 if __name__ == "__main__":

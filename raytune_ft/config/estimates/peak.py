@@ -291,11 +291,12 @@ def _unpacked(setting: Setting) -> float:
 
 
 def _shared(setting: Setting) -> float:
-    """Return the buffer into which the fast path unpacks weights, and an input in float8."""
-    rounded = setting.tokens * setting.counts.mlp if setting.in_float8 else 0
-    if not (setting.has_fast_linears and setting.unpacks):
-        return rounded
-    return setting.counts.largest_linear * (1 if setting.in_float8 else setting.width) + rounded
+    """Return the buffer into which the fast path unpacks weights, and what float8 takes besides."""
+    largest, quantised = setting.counts.largest_linear, setting.recipe.model.quantization != "none"
+    if setting.in_float8:  # an input, a weight, and held-out losses' buffer, which stays
+        weight = 0 if setting.resident else largest
+        return setting.tokens * setting.counts.mlp + weight + quantised * largest * setting.width
+    return largest * setting.width if setting.has_fast_linears and setting.unpacks else 0
 
 
 def _buckets(setting: Setting) -> float:

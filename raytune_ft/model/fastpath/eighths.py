@@ -1,6 +1,6 @@
 """Float8: a model on the fast path in, the same with its frozen products in float8, lines out.
 
-Only training and held-out losses multiply so; answers, the merged model and whoever loads the
+Only training multiplies so; held-out losses, answers, the merged model and whoever loads the
 adapter have the base's own weights (docs/fp8.md).
 """
 

@@ -15,11 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from raytune_ft.kernels.launch import multiplies_in_triton
 from raytune_ft.kernels.linear import Base, Lora, adapted
 from raytune_ft.model.fastpath.lane import LANE
 
 PART = "fast_part"
 """Attribute of a layer that takes part."""
+OLD_GPU = "{} on a GPU before Ampere"
 PLAIN_LORA = ("peft.tuners.lora.layer.Linear", "peft.tuners.lora.bnb.Linear4bit")
 """PEFT's classes whose update is B A alone."""
 
@@ -29,12 +31,19 @@ class Part:
     """What `adapted` needs to know of a layer."""
 
     base: Base
+    own: Base
+    """The same weight, never in float8."""
     adapter: str | None
     """Name of its update; None: it has none."""
     dtype: torch.dtype
     """Of its inputs and outputs."""
     stream: int = 0
     """Tells its dropout from that of other layers under one seed."""
+
+    def base_of(self, layer: Any) -> Base:
+        """Return the frozen weight as it is multiplied now: in float8 while training alone."""
+        in_own_type = self.base.eighths is not None and not layer.training
+        return self.own if in_own_type else self.base
 
     def lora(self, layer: Any) -> Lora | None:
         """Return the update as it is now."""
@@ -71,7 +80,7 @@ class FastLora:
         part: Part = getattr(self, PART)
         if args or kwargs or not LANE.is_fast or not part.fits(self, x):
             return super().forward(x, *args, **kwargs)  # type: ignore[misc, no-any-return]
-        return _adapted(x, [part], [part.lora(self)])[0]
+        return _adapted(x, [part], [self])[0]
 
 
 def outputs(layers: Sequence[nn.Module], x: torch.Tensor) -> list[torch.Tensor]:
@@ -84,13 +93,13 @@ def outputs(layers: Sequence[nn.Module], x: torch.Tensor) -> list[torch.Tensor]:
     ]
     if len(fitting) < len(layers):
         return [layer(x) for layer in layers]
-    return _adapted(x, fitting, [p.lora(layer) for p, layer in zip(fitting, layers, strict=True)])
+    return _adapted(x, fitting, layers)
 
 
 def _adapted(
-    x: torch.Tensor, parts: Sequence[Part], loras: Sequence[Lora | None]
+    x: torch.Tensor, parts: Sequence[Part], layers: Sequence[nn.Module]
 ) -> list[torch.Tensor]:
-    pairs = [(part.base, lora) for part, lora in zip(parts, loras, strict=True)]
+    pairs = [(p.base_of(layer), p.lora(layer)) for p, layer in zip(parts, layers, strict=True)]
     # one seed for all layers of a batch: to draw one is a launch
     seed = LANE.packed.seed if LANE.packed is not None else None
     return adapted(x, pairs, seed, parts[0].stream)
@@ -122,7 +131,7 @@ def part_of(layer: Any, *, resident: bool, stream: int) -> Part:
     base = Base(linear)
     if resident:
         base.resident()
-    return Part(base, adapter, _compute_dtype(linear), stream)
+    return Part(base, Base(linear), adapter, _compute_dtype(linear), stream)
 
 
 def has_dropout(layer: Any) -> bool:
@@ -143,6 +152,9 @@ def _lora_refusal(layer: Any) -> str | None:
     kind = f"{type(layer).__module__}.{type(layer).__name__}"
     if kind not in PLAIN_LORA:
         return f"{type(layer).__name__} of {type(layer).__module__}"
+    weight = layer.lora_A[name].weight
+    if has_dropout(layer) and not multiplies_in_triton(weight.device):
+        return OLD_GPU.format("dropout")
     return None if layer.lora_B[name].bias is None else "the update has a bias"
 
 
