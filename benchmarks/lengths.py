@@ -79,7 +79,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--table", type=Path, help="print the tables of an --out file")
     parser.add_argument("--tiny", action="store_true", help="a rehearsal")
-    parser.set_defaults(shrink=1, unit=UNIT, step_tokens=STEP_TOKENS, long=LONG, cap=20.0)
+    parser.set_defaults(shrink=1, unit=UNIT, step_tokens=STEP_TOKENS, long=LONG, cap=20.0, one=None)
     args = parser.parse_args()
     if args.tiny:
         parser.set_defaults(**TINY)
