@@ -41,7 +41,21 @@ class Tiles:
 
 
 FORWARD = Tiles()
-BACKWARD = Tiles(warps=8, each=2)
+HOPPER = {
+    1: Tiles(each=3),
+    2: Tiles(columns=128, warps=8, stages=2, each=1),
+    3: Tiles(warps=8, each=2),
+}
+"""By adapters of one launch of `project_backward`: the fewest instructions for a number of x that
+keep their sums in registers, by the machine code (docs/performance.md)."""
+ELSEWHERE = {
+    1: Tiles(stages=2, each=3),
+    2: Tiles(columns=32, stages=2, each=2),
+    3: Tiles(columns=32, stages=2, each=2),
+}
+"""The same where products take their numbers from registers: GPUs before Hopper, and consumers'."""
+WIDE = Tiles(warps=8, stages=2, each=2)
+"""For ranks above `MOST_RANK`."""
 MOST = 3
 """Adapters of one launch of `project_backward`, whose sums stay in registers ..."""
 MOST_RANK = 64
@@ -73,7 +87,7 @@ def project_backward(
     gradient: Tensor,
     mask: Mask,
     x_gradient: Tensor | None,
-    tiles: Tiles = BACKWARD,
+    tiles: Tiles | None = None,
     *,
     adds: bool = True,
 ) -> Tensor:
@@ -96,11 +110,12 @@ def _backward(
     gradient: Tensor,
     mask: Mask,
     x_gradient: Tensor | None,
-    tiles: Tiles,
+    tiles: Tiles | None,
     adds: bool,
 ) -> Tensor:
     rows, columns = x.shape
     n, rank, _ = a.shape
+    tiles = tiles or _backward_tiles(x.device, n, rank)
     grid_k, steps = ceil_div(columns, tiles.columns), ceil_div(rows, tiles.rows)
     each = steps_each(x.device, grid_k, steps, each=tiles.each)
     parts = ceil_div(steps, each)
@@ -113,6 +128,13 @@ def _backward(
         BESIDE=tiles.beside, **_constants(tiles),
     )  # fmt: skip
     return out[0] if parts == 1 else out.sum(0)
+
+
+def _backward_tiles(device: torch.device, adapters: int, rank: int) -> Tiles:
+    if rank > MOST_RANK:
+        return WIDE
+    is_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    return (HOPPER if is_hopper else ELSEWHERE)[adapters]
 
 
 def _constants(tiles: Tiles) -> dict[str, int]:

@@ -27,6 +27,12 @@ def _installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+@cache
+def multiplies_in_triton(device: torch.device) -> bool:
+    """Tell whether Triton's products are worth it: it knows no tensor cores before Ampere's."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def ceil_div(value: int, unit: int) -> int:
     """Return how many units hold `value`."""
     return -(-value // unit)

@@ -16,9 +16,10 @@ from torch import nn
 
 from raytune_ft.kernels.attention import attend
 from raytune_ft.kernels.capped_attention import attend_capped
+from raytune_ft.kernels.launch import multiplies_in_triton
 from raytune_ft.kernels.rope import rope
 from raytune_ft.model.fastpath.lane import Packed
-from raytune_ft.model.fastpath.linears import outputs
+from raytune_ft.model.fastpath.linears import OLD_GPU, outputs
 
 FORM = "fast_attention"
 """Attribute of a block that takes part."""
@@ -148,6 +149,8 @@ def form_of(block: Any, config: Any, slopes: list[float] | None) -> Form | str:
 def _refusal(block: Any, config: Any) -> str | None:
     if _cap(block) is not None and _dropout(block):
         return f"capped scores with dropout {_dropout(block)} of attention weights"
+    if _cap(block) is not None and not multiplies_in_triton(_device(block)):
+        return OLD_GPU.format("capped scores")
     if not block.is_causal or getattr(block, "is_cross_attention", False):
         return "attention to later tokens"
     if type(block).__name__ == "GPTBigCodeAttention" and not block.multi_query:
@@ -158,6 +161,10 @@ def _refusal(block: Any, config: Any) -> str | None:
 def _dropout(block: Any) -> float:
     found = getattr(block, "attention_dropout", getattr(block, "attn_dropout", 0.0))
     return float(found or 0.0)
+
+
+def _device(block: nn.Module) -> torch.device:
+    return next(block.parameters()).device
 
 
 def _cap(block: Any) -> float | None:
