@@ -94,12 +94,23 @@ def test_training_that_cannot_fit_is_refused_before_anything_is_made(
     call: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    one_gpu(monkeypatch, 8)
+    one_gpu(monkeypatch, 6)
     said = call("train", NAME)
     assert (said.code, len(said.err.splitlines())) == (4, 1), said.err
     assert "internlm/internlm-7b: needs about" in said.err
-    assert "each GPU has 8.0 GiB; set " in said.err
+    assert "each GPU has 6.0 GiB; set " in said.err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_card_of_8_gib_is_planned_for_with_things_on_the_host(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one_gpu(monkeypatch, 8)
+    seen = outlook.check_memory(load_recipe(NAME))
+    assert seen is not None and seen.choice is not None
+    assert seen.needed <= 8 * GIB
+    assert seen.choice.layout.hosted
+    assert "and head on the host: about " in seen.line()
 
 
 def recipe(**train: object) -> Recipe:
