@@ -222,7 +222,10 @@ class _Pass:
         return total.detach()
 
     def watched(self) -> torch.Tensor:
-        """Do the same, but add gradients when all are there; NotFixedError leaves none behind."""
+        """Do the same under a watch; NotFixedError leaves no gradient behind."""
+        if not any(bool(place.any()) for place in self.places.values()):
+            return self._watched_from_zero()
+        # gradients beside those of earlier passes, until all are there
         parameters = [self.owner.engine.trained[name] for name in self.places]
         with Watch(), _without_states(self.owner.layers):
             total = self._loss()
@@ -232,6 +235,17 @@ class _Pass:
                 if gradient is not None:
                     place.add_(gradient)
         return total.detach()
+
+    def _watched_from_zero(self) -> torch.Tensor:
+        """Do so as a step's first pass, which takes no memory that others do not take."""
+        try:
+            with Watch():
+                return self.work()
+        except (NotFixedError, torch.OutOfMemoryError):
+            with torch.no_grad():
+                for place in self.places.values():
+                    place.zero_()
+            raise
 
     def _loss(self) -> torch.Tensor:
         parts = self.shape.parts(self.row)
