@@ -68,7 +68,10 @@ def handler_of(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 self._answer({"transfer": "basic", "objects": objects})
             elif "/commit/" in path:
                 hub.commits.append([json.loads(line) for line in body.splitlines()])
-                self._answer({"commitUrl": f"{hub.url}/x/commit/1", "commitOid": "1" * 40})
+                name = path.removeprefix("/api/models/").partition("/commit/")[0]
+                self._answer(
+                    {"commitUrl": f"{hub.url}/{name}/commit/{'1' * 40}", "commitOid": "1" * 40}
+                )
             else:
                 self._answer({"error": f"no {path}"}, 404)
 
