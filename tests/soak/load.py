@@ -30,6 +30,8 @@ class Seen:
     status: int
     seconds: float
     retry_after: str | None = None
+    ended: float = 0.0
+    """When it was over, by time.perf_counter."""
 
 
 def question(model: str, seed: int, **fields: Any) -> dict[str, Any]:
@@ -53,7 +55,8 @@ async def asked(client: httpx.AsyncClient, body: dict[str, Any]) -> Seen:
                 outcome = _whole(status, await response.aread())
     except BROKEN:
         outcome = "cut off"
-    return Seen(outcome, status, time.perf_counter() - start, wait)
+    ended = time.perf_counter()
+    return Seen(outcome, status, ended - start, wait, ended)
 
 
 def _whole(status: int, body: bytes) -> Outcome:
@@ -131,6 +134,12 @@ async def leave_streams(url: str, model: str, n_clients: int, at_once: int) -> i
 def _client(url: str, most: int | None, headers: dict[str, str] | None = None) -> httpx.AsyncClient:
     limits = httpx.Limits(max_connections=most, max_keepalive_connections=most)
     return httpx.AsyncClient(base_url=url, timeout=120, limits=limits, headers=headers)
+
+
+def goodput(seen: list[Seen], start: float, seconds: float) -> float:
+    """Return whole answers a second over a stretch, without what begins and ends a measurement."""
+    whole = [one for one in seen if one.outcome == "whole" and start < one.ended < start + seconds]
+    return len(whole) / seconds
 
 
 def ledger(seen: list[Seen]) -> Counter[str]:

@@ -175,14 +175,15 @@ def test_overload_keeps_goodput(started: Start, times: int) -> None:
     """The excess is refused at once, and what is accepted is answered (G17)."""
 
     async def measured(live: Live) -> tuple[float, float, list[load.Seen]]:
-        stop = time.monotonic() + 20
-        full = await load.closed_loop(
-            live.url, live.model, 8, lambda: time.monotonic() < stop, max_tokens=200
-        )
-        capacity = load.ledger(full)["whole"] / 20
+        """Measure both between their fifth second and their end, where places are full."""
         start = time.perf_counter()
-        seen = await load.open_loop(live.url, live.model, times * capacity, 40, max_tokens=200)
-        return capacity, load.ledger(seen)["whole"] / (time.perf_counter() - start), seen
+        full = await load.closed_loop(
+            live.url, live.model, 8, lambda: time.perf_counter() < start + 25, max_tokens=200
+        )
+        capacity = load.goodput(full, start + 5, 20)
+        start = time.perf_counter()
+        seen = await load.open_loop(live.url, live.model, times * capacity, 45, max_tokens=200)
+        return capacity, load.goodput(seen, start + 5, 40), seen
 
     with started(slots=4, max_waiting=4) as live:
         capacity, goodput, seen = asyncio.run(measured(live))
