@@ -33,11 +33,11 @@ def gather(table: Tensor, ids: Tensor, *, directly: bool = True) -> Tensor:
         out = table.new_empty(ids.numel(), table.shape[1], device=ids.device, pin_memory=False)
         host_rows_triton.gather(table, ids.reshape(-1).contiguous(), out)
         return out.view(*ids.shape, table.shape[1])
-    rows = nn_rows(table, ids.to(table.device))
+    rows = rows_there(table, ids.to(table.device))
     return rows.to(ids.device)
 
 
-def nn_rows(table: Tensor, ids: Tensor) -> Tensor:
+def rows_there(table: Tensor, ids: Tensor) -> Tensor:
     """Return the rows of ids on the table's own device."""
     return torch.nn.functional.embedding(ids, table)
 
@@ -52,4 +52,4 @@ def reads_host(table: Tensor, device: torch.device) -> str | None:
         found: Any = gather(table, ids).cpu()
     except (RuntimeError, ValueError, TypeError) as error:
         return str(error).strip().partition("\n")[0] or type(error).__name__
-    return None if torch.equal(found, nn_rows(table, ids.cpu())) else "it reads other numbers"
+    return None if torch.equal(found, rows_there(table, ids.cpu())) else "it reads other numbers"
