@@ -112,16 +112,19 @@ class Models:
             CheckpointError, ModelError, ServeError: one line that names its folder.
         """
         source = self._source(name)
-        gone = None
-        if len(self._loaded) >= self._most:
-            gone = next(held for held in self._loaded if held not in in_use)
-            self._evict(gone)
         key = f"served_{self._made}"
         self._made += 1
         self.model = _added(self.model, cast(Path, source.adapter), key)
         self._loaded[name] = key
-        self._active = "?"  # peft has its own mind of what is active behind an addition
+        # one that is there must be active, also while the base computes without any
+        self.model.set_adapter(key, inference_mode=True)
+        self._active = "?"
         log.info("adapter %s is loaded", name)
+        if len(self._loaded) <= self._most:
+            return None
+        # only now: one that cannot be read must not cost another its place
+        gone = next(held for held in self._loaded if held not in (*in_use, name))
+        self._evict(gone)
         return gone
 
     def use(self, name: str) -> None:
@@ -135,13 +138,13 @@ class Models:
             tuner.disable_adapter_layers()
         else:
             tuner.enable_adapter_layers()
-            tuner.set_adapter(self._loaded.get(name, "default"), inference_mode=True)
+            self.model.set_adapter(self._loaded.get(name, "default"), inference_mode=True)
         self._active = name
 
     def _evict(self, name: str) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of which one is active now, which `use` sets
-            self.model.base_model.delete_adapter(self._loaded.pop(name))
+            self.model.delete_adapter(self._loaded.pop(name))
         self._active = "?"
         log.info("adapter %s is dropped", name)
 
