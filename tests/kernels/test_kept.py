@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from raytune_ft.config.estimates import peak
+from raytune_ft.config.estimates import peak, setting
 from raytune_ft.config.estimates.peak import kept_per_token
 from raytune_ft.config.estimates.setting import Setting
 from raytune_ft.config.schema import Recipe
@@ -28,7 +28,7 @@ BOUNDS = (0, 9, TOKENS)
 
 
 def test_tiles_are_those_of_the_fast_path() -> None:
-    assert (peak.TILE, peak.LONG) == (blocks.TILE, blocks.LONG)
+    assert (setting.TILE, setting.LONG) == (blocks.TILE, blocks.LONG)
     assert peak.FUSED_ROWS == loss.FUSED_ROWS
 
 
@@ -40,7 +40,7 @@ def test_a_fast_layer_keeps_what_is_planned(
     dropout: float, targets: Any, tile: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No mask of dropout, no copy of what a norm or an adapter reads; of tiles their inputs."""
-    for module in (blocks, peak) if tile else ():
+    for module in (blocks, setting) if tile else ():
         monkeypatch.setattr(module, "TILE", tile)
         monkeypatch.setattr(module, "LONG", tile)
     make_tiny_model(tmp_path, num_key_value_heads=4)

@@ -40,7 +40,7 @@ _READS = {
 """Layers that read one tensor with others."""
 FOUR_NORMS = frozenset({"gemma2", "gemma3_text", "glm4"})
 NORMED_HEADS = frozenset({"qwen3", "gemma3_text"})
-NOT_FAST = frozenset({"gemma2", "gpt_bigcode"})
+NOT_FAST = frozenset({"mixtral"})
 """Types whose attention or MLP keeps its own way under `model.fast_path`."""
 
 
