@@ -32,12 +32,11 @@ from raytune_ft.serving.protocol import (
     parse_request,
 )
 from raytune_ft.serving.record import LEFT, Record, record_of
-from raytune_ft.serving.refusal import RequestError
+from raytune_ft.serving.refusal import RequestError, overloaded
 from raytune_ft.serving.tool_calls import Call, CallReader, Read
 
 logger = logging.getLogger(__name__)
 
-RETRY_AFTER_S = 2
 DEFAULT_LIMIT = 1024
 """Tokens of an answer, for chats that name no limit."""
 DEFAULT_TEXT_LIMIT = 16
@@ -117,7 +116,7 @@ class Completions:
             return
         load = self._engine.load()
         if load.running + load.waiting + self._in_intake >= load.slots + waiting:
-            raise busy(f"{waiting} requests wait already; try again later")
+            raise overloaded(f"{waiting} requests wait already; try again later")
 
     async def _encoded(self, request: Asked, encode: Callable[[], list[int]]) -> list[int]:
         """Return the prompt's ids, made in a thread: a long conversation takes a second."""
@@ -319,17 +318,10 @@ def check_model(engine: ChatEngine, name: str) -> None:
         )
 
 
-def busy(message: str) -> RequestError:
-    """Return the refusal of a request that there is no room for now."""
-    return RequestError(
-        message, status=429, code="rate_limit_exceeded", retry_after_s=RETRY_AFTER_S
-    )
-
-
 def told(error: RaytuneError) -> RequestError:
     """Return what a client is told of an error of ours."""
     if isinstance(error, EngineBusyError):
-        return busy(str(error))
+        return overloaded(str(error))
     if isinstance(error, ServeError):
         return RequestError(str(error), status=503, retry_after_s=1)
     return RequestError(str(error), "messages", status=422)

@@ -3,7 +3,8 @@
 Ray calls `middlewares` there because RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names it. In: every
 request and every answer. Out: requests without the headers by which a client could steer Serve,
 and answers of OpenAI's form where Serve or nobody would have answered: above all an error event at
-the end of a stream whose replica has died, which otherwise would only stop.
+the end of a stream whose replica has died, which otherwise would only stop. While all places are
+taken, what comes is refused here, so that an overload costs the replicas next to nothing.
 """
 
 from __future__ import annotations
@@ -11,13 +12,16 @@ from __future__ import annotations
 import json
 import logging
 import re
+import time
+from collections.abc import Callable
 from typing import Any
 
 from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from raytune_ft.serving.refusal import error_body
+from raytune_ft.serving.limits import LIMITED
+from raytune_ft.serving.refusal import OVERLOADED_HEADER, error_body, overloaded
 from raytune_ft.serving.sending import REQUEST_ID, send_json
 
 logger = logging.getLogger(__name__)
@@ -25,6 +29,9 @@ logger = logging.getLogger(__name__)
 CALLBACK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 IMPORT_PATH = "raytune_ft.serving.front:middlewares"
 RETRY_AFTER_S = 1
+STREAK, PAUSE_S = 2, 0.1
+"""Refusals by replicas one after the other that begin a pause, and how long it is: shorter than
+those that wait take to be answered, so that no place stays empty because of it."""
 GONE = "the replica that had this request is gone; send it again"
 HIDDEN = frozenset({"/-/routes"})
 """Serve's own route that lists applications, and asks for no key."""
@@ -44,7 +51,7 @@ class Front:
     """Keep Serve's own words from clients, and leave no answer open."""
 
     def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+        self._app, self._places = app, Places()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
@@ -57,7 +64,12 @@ class Front:
         if scope["path"] in HIDDEN:
             await send_json(send, 404, error_body("no such route", 404))
             return
-        answer = Outgoing(send)
+        asks = scope["path"] in LIMITED and scope.get("method") == "POST"
+        if asks and self._places.taken():
+            error = overloaded("all places are taken; try again later")
+            await send_json(send, error.status, error.body(), error.headers())
+            return
+        answer = Outgoing(send, self._places if asks else None)
         try:
             await self._app({**scope, "headers": cleaned(scope["headers"])}, receive, answer)
         except Exception:
@@ -65,11 +77,28 @@ class Front:
         await answer.close()
 
 
+class Places:
+    """What the replicas' last answers tell of their places."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock, self._streak, self._until = clock, 0, 0.0
+
+    def taken(self) -> bool:
+        """Whether a request would be refused anyway."""
+        return self._clock() < self._until
+
+    def note(self, *, full: bool) -> None:
+        """Learn from an answer."""
+        self._streak = self._streak + 1 if full else 0
+        if self._streak >= STREAK:
+            self._until = self._clock() + PAUSE_S
+
+
 class Outgoing:
     """One answer on its way to the client."""
 
-    def __init__(self, send: Send) -> None:
-        self._send = send
+    def __init__(self, send: Send, places: Places | None = None) -> None:
+        self._send, self._places = send, places
         self._started = self._ended = self._streams = False
         self._own: tuple[int, bytes] | None = None
 
@@ -78,6 +107,8 @@ class Outgoing:
         if message["type"] == "http.response.start":
             headers = Headers(scope=message)
             kind = headers.get("content-type", "")
+            if self._places is not None:
+                self._places.note(full=OVERLOADED_HEADER in headers)
             if message["status"] >= 400 and not kind.startswith("application/json"):
                 self._own = message["status"], b""
                 return

@@ -17,6 +17,10 @@ ERROR_TYPES = {
     503: "server_error",
 }
 
+OVERLOADED, OVERLOADED_HEADER = "overloaded", "X-Raytune-Full"
+"""Code and header of a refusal because all places are taken, by which `serving.front` knows it."""
+RETRY_AFTER_S = 2
+
 UNION_ARMS = frozenset({"str", "float", "int", "bool"})
 """Names that pydantic puts into the place of a field which may be of several types."""
 
@@ -47,9 +51,15 @@ class RequestError(Exception):
     def headers(self) -> dict[str, str]:
         """Return what tells a client whether to come again, and when."""
         if self.retry_after_s is not None:
-            return {"Retry-After": str(self.retry_after_s)}
+            full = {OVERLOADED_HEADER: "1"} if self.code == OVERLOADED else {}
+            return {"Retry-After": str(self.retry_after_s), **full}
         # OpenAI's client asks a second time after 408, unless it is told not to
         return {"x-should-retry": "false"} if self.status == 408 else {}
+
+
+def overloaded(message: str) -> RequestError:
+    """Return the refusal of a request that there is no place for now."""
+    return RequestError(message, status=429, code=OVERLOADED, retry_after_s=RETRY_AFTER_S)
 
 
 def error_body(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from raytune_ft.serving.front import Front, cleaned, middlewares
+from raytune_ft.serving.front import PAUSE_S, Front, Places, cleaned, middlewares
 
 
 def answered(*messages: Any, path: str = "/", error: Exception | None = None) -> Any:
@@ -109,6 +109,55 @@ def test_headers_that_steer_serve_do_not_reach_it() -> None:
     assert cleaned([*kept, *((name, b"\xff") for name in steering)]) == kept
     for ids in ([b"a b"], [b"\xff"], [b"x" * 65], [b"a", b"b"]):
         assert cleaned([(b"x-request-id", value) for value in ids]) == []
+
+
+def test_an_overload_is_refused_in_front_for_a_moment() -> None:
+    """Two refusals by replicas, and the next requests do not reach them; other routes do."""
+    reached: list[str] = []
+
+    async def full(scope: Any, receive: Any, send: Any) -> None:
+        reached.append(scope["path"])
+        await send(start(429, b"application/json", (b"x-raytune-full", b"1")))
+        await send(part(b"{}", more=False))
+
+    front = Front(full)
+
+    async def ask(path: str, method: str = "POST") -> tuple[int, bytes | None]:
+        sent: list[Any] = []
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        async def receive() -> Any:
+            return {"type": "http.disconnect"}
+
+        scope = {"type": "http", "path": path, "method": method, "headers": []}
+        await front(scope, receive, send)
+        return sent[0]["status"], dict(sent[0]["headers"]).get(b"retry-after")
+
+    async def all_of_them() -> list[tuple[int, bytes | None]]:
+        chats = [await ask("/v1/chat/completions") for _ in range(5)]
+        return [*chats, await ask("/v1/models", "GET")]
+
+    by_replicas, in_front = (429, None), (429, b"2")
+    answers = asyncio.run(all_of_them())
+    assert answers == [*[by_replicas] * 2, *[in_front] * 3, by_replicas]
+    assert reached == ["/v1/chat/completions"] * 2 + ["/v1/models"]
+
+
+def test_places_are_asked_for_again_after_a_moment() -> None:
+    now = [5.0]
+    places = Places(lambda: now[0])
+    places.note(full=True)
+    places.note(full=False)
+    places.note(full=True)
+    assert not places.taken()
+    places.note(full=True)
+    assert places.taken()
+    now[0] += PAUSE_S
+    assert not places.taken()
+    places.note(full=False)
+    assert not places.taken()
 
 
 def test_serve_finds_the_front_by_its_name() -> None:
