@@ -62,7 +62,9 @@ def chosen(recipe: Recipe, model: Path, gib: float) -> Choice:
 def built(recipe: Recipe, model: Path, choice: Choice) -> tuple[Engine, Room, list[str]]:
     told: list[str] = []
     room = Room.of(recipe, None, told.append, choice)
-    engine, _ = build_engine(room.fitting(), model, CUDA, resident=room.is_resident)
+    engine, _ = build_engine(
+        room.fitting(), model, CUDA, resident=room.is_resident, hosted=room.hosted, tell=told.append
+    )
     return engine, room, told
 
 

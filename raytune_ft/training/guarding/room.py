@@ -86,7 +86,7 @@ class Room:
 
     @property
     def hosted(self) -> tuple[str, ...]:
-        """What lies on the host, by the names of `peak.LADDER`."""
+        """What lies on the host, by the names of `setting.LADDER`."""
         return () if self.layout is None else self.layout.hosted
 
     @property
