@@ -220,23 +220,19 @@ def _project_backward(
 ):  # fmt: skip
     start, part = tl.program_id(0) * TILE_K, tl.program_id(1)
     r = tl.arange(0, RANK)
-    # a tile of x is (p, 32): threads load what they hold of a product's result, so that both see
-    # the same bits; made for each apart, the bits are a fifth of all instructions
     high: tl.constexpr = TILE_M // 16
     low: tl.constexpr = TILE_K // 32 // BESIDE
-    place = tl.arange(0, TILE_M * TILE_K // 32)
-    row_of = place // 8 % high * 16 + place // (8 * high * BESIDE * low) * 8 + place % 8
-    chunk = place // (8 * high) % BESIDE * low + place // (8 * high * BESIDE) % low
+    row_of, chunk = _places(TILE_M * TILE_K // 32, high, BESIDE, low)
     column = start + chunk[:, None] * 32 + tl.arange(0, 32)[None, :]
     group = start // SPAN + chunk[:, None] * 4 + tl.arange(0, 4)[None, :]
     key = tl.load(seed)
     size = rank * columns
     mixed = start + _mixed(tl.arange(0, TILE_K))
     a += r[:, None] * columns + mixed[None, :]
-    inside_a = (r < rank)[:, None] & (mixed < columns)[None, :]
-    a0 = tl.load(a, mask=inside_a, other=0.0)
-    a1 = tl.load(a + size, mask=inside_a, other=0.0) if ADAPTERS > 1 else a0
-    a2 = tl.load(a + 2 * size, mask=inside_a, other=0.0) if ADAPTERS > 2 else a0
+    known_a = (r < rank)[:, None] & (mixed < columns)[None, :]
+    a0 = tl.load(a, mask=known_a, other=0.0)
+    a1 = tl.load(a + size, mask=known_a, other=0.0) if ADAPTERS > 1 else a0
+    a2 = tl.load(a + 2 * size, mask=known_a, other=0.0) if ADAPTERS > 2 else a0
     total0 = tl.zeros((RANK, TILE_K), dtype=tl.float32)
     total1, total2 = total0, total0
     for step in range(STEPS):
@@ -249,23 +245,10 @@ def _project_backward(
         back = gradient + natural.to(tl.int64)[:, None] * gradient_stride + r[None, :]
         there = (natural < rows)[:, None] & (r < rank)[None, :]
         known = key, threshold, row, group
-        through = tl.zeros((TILE_M * TILE_K // 32, 4, 8), dtype=tl.float32)
-        total0, through = _back(
-            tile, a0, total0, through, back, there, stream, known,
-            ROUNDS, WANTED, high, BESIDE, low,
+        total0, total1, total2, through = _all_back(
+            tile, (a0, a1, a2), (total0, total1, total2), back, rank, there, stream, known,
+            ADAPTERS, ROUNDS, WANTED, high, BESIDE, low,
         )  # fmt: skip
-        if ADAPTERS > 1:
-            back += rank
-            total1, through = _back(
-                tile, a1, total1, through, back, there, stream + 1, known,
-                ROUNDS, WANTED, high, BESIDE, low,
-            )  # fmt: skip
-        if ADAPTERS > 2:
-            back += rank
-            total2, through = _back(
-                tile, a2, total2, through, back, there, stream + 2, known,
-                ROUNDS, WANTED, high, BESIDE, low,
-            )  # fmt: skip
         if WANTED:
             to = x_gradient + across * x_gradient_stride + column
             new = through.reshape(tile.shape) * growth
@@ -280,6 +263,43 @@ def _project_backward(
         tl.store(out + size, total1 * growth, mask=inside)
     if ADAPTERS > 2:
         tl.store(out + 2 * size, total2 * growth, mask=inside)
+
+
+@triton.jit
+def _all_back(
+    tile, a, totals, back, rank, there, stream, known,
+    ADAPTERS: tl.constexpr, ROUNDS: tl.constexpr, WANTED: tl.constexpr,
+    HIGH: tl.constexpr, BESIDE: tl.constexpr, LOW: tl.constexpr,
+):  # fmt: skip
+    """Add all adapters' shares of a tile to their sums; return these and that of x."""
+    total0, total1, total2 = totals
+    through = tl.zeros((HIGH * 16 * BESIDE * LOW, 4, 8), dtype=tl.float32)
+    total0, through = _back(
+        tile, a[0], total0, through, back, there, stream, known, ROUNDS, WANTED, HIGH, BESIDE, LOW
+    )
+    if ADAPTERS > 1:
+        total1, through = _back(
+            tile, a[1], total1, through, back + rank, there, stream + 1, known,
+            ROUNDS, WANTED, HIGH, BESIDE, LOW,
+        )  # fmt: skip
+    if ADAPTERS > 2:
+        total2, through = _back(
+            tile, a[2], total2, through, back + 2 * rank, there, stream + 2, known,
+            ROUNDS, WANTED, HIGH, BESIDE, LOW,
+        )  # fmt: skip
+    return total0, total1, total2, through
+
+
+@triton.jit
+def _places(COUNT: tl.constexpr, HIGH: tl.constexpr, BESIDE: tl.constexpr, LOW: tl.constexpr):
+    """Return rows and stretches of 32 columns of a tile's places (p,); their order: `_back`.
+
+    Threads load what they hold of a product's result, so that both see the same bits: made for
+    each apart, the bits are a fifth of all instructions.
+    """
+    place = tl.arange(0, COUNT)
+    row = place // 8 % HIGH * 16 + place // (8 * HIGH * BESIDE * LOW) * 8 + place % 8
+    return row, place // (8 * HIGH) % BESIDE * LOW + place // (8 * HIGH * BESIDE) % LOW
 
 
 @triton.jit
