@@ -300,6 +300,7 @@ def test_closing_ends_running_and_waiting_answers(endless: ChatModel) -> None:
 
     asyncio.run(shut())
     assert not engine.healthy()
+    assert engine._memory.taken == 0
 
 
 def test_a_model_that_cannot_be_batched_answers_one_at_a_time(

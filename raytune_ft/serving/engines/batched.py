@@ -137,7 +137,9 @@ class BatchedEngine(ChatEngine):
         return sum(self._desk.counts())
 
     def close(self) -> None:
-        """End all answers and refuse all that wait."""
+        """End all answers, refuse all that wait, and give the memory for keys and values back."""
         self._desk.close()
         self._worker.join(timeout=60)
         self._scribe.close()
+        if not self._worker.is_alive():
+            self._memory.spare()

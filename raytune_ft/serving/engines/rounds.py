@@ -289,7 +289,8 @@ class Rounds:
         """Choose and hand over a token of each answer; return which have ended by it."""
         chosen = chooser.choose(logits)
         events, ends = [], []
-        ids, broken = chosen.ids.tolist(), chosen.broken.tolist()
+        # together: each question to a GPU waits for it
+        ids, broken = torch.stack([chosen.ids, chosen.broken.to(chosen.ids.dtype)]).tolist()
         for place, (answer, token) in enumerate(zip(answers, ids, strict=True)):
             end: Finish | BaseException | None = None
             if broken[place]:
