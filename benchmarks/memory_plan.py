@@ -31,6 +31,8 @@ ACCUMULATION = 2
 WARM, TIMED = 2, 2
 RESIDENT = "resident"
 """A cell's setting: the fast path's layers keep a quantised base unpacked."""
+HOSTED = ("hosted1", "hosted2", "hosted3")
+"""Others: the embedding lies on the host; layer inputs, too; the head, too."""
 AHEAD = 2
 """Processes alive: one measures, the other imports."""
 
@@ -111,9 +113,8 @@ def recipe_of(cell: str, args: argparse.Namespace) -> tuple[Any, dict[str, Any]]
     body["data"]["max_length"] = int(length)
     sizes = {"micro_batch_size": int(micro), "accumulation": ACCUMULATION}
     body["train"] |= {"layout": "recipe", **sizes}
-    for setting in (
-        one for one in rest if one != RESIDENT
-    ):  # such as zero1, lora.dropout=0, model.fast_path=auto
+    # such as zero1, lora.dropout=0, model.fast_path=auto
+    for setting in (one for one in rest if one != RESIDENT and one not in HOSTED):
         name, is_pair, value = setting.partition("=")
         section, _, key = name.partition(".")
         if is_pair:
@@ -150,7 +151,7 @@ def measure(cell: str, args: argparse.Namespace, pipe: Any) -> None:
     loading.load_model = made  # 14 GB from a disk would take longer than the steps
     rates = probe(device).__dict__ if on_gpu else None
     began = time.perf_counter()
-    engine, _ = build_engine(recipe, Path(), device, resident=is_resident(cell))
+    engine, _ = build_engine(recipe, Path(), device, **way_of(cell))
     marks.add("engine")
     ready = time.perf_counter() - began
     times = steps(engine, recipe, shape["vocab_size"], marks)
@@ -169,9 +170,13 @@ def measure(cell: str, args: argparse.Namespace, pipe: Any) -> None:
     }))  # fmt: skip
 
 
-def is_resident(cell: str) -> bool:
-    """Tell whether a cell's quantised base lies unpacked beside its codes."""
-    return RESIDENT in cell.split(",")
+def way_of(cell: str) -> dict[str, Any]:
+    """Return whether a cell's base lies unpacked beside its codes, and what lies on the host."""
+    from raytune_ft.config.estimates.setting import LADDER
+
+    words = cell.split(",")
+    steps = [HOSTED.index(word) for word in words if word in HOSTED]
+    return {"resident": RESIDENT in words, "hosted": LADDER[steps[0]] if steps else ()}
 
 
 CHANGED = ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
@@ -201,15 +206,13 @@ def print_table(file: Path) -> None:
             continue
         recipe, shape = recipe_of(got["cell"], args)
         counts = count(shape | got["shape"], recipe)
-        resident = is_resident(got["cell"])
-        parts = memory_bytes(recipe, counts, on_gpu=got["outside"] > 0, resident=resident)
+        way = way_of(got["cell"])
+        parts = memory_bytes(recipe, counts, on_gpu=got["outside"] > 0, **way)
         beside = parts.pop("GPU context", 0)
         total = sum(parts.values())
         known = device_called(got["device"])
         seconds = [
-            micro_seconds(recipe, counts, one, resident=resident)
-            for one in (known, _probed(got))
-            if one
+            micro_seconds(recipe, counts, one, **way) for one in (known, _probed(got)) if one
         ] or [0.0]
         sizes = " | ".join(f"{parts.get(name, 0) / GIB:.2f}" for name in parts_shown)
         print(
