@@ -177,7 +177,7 @@ def _by_bounds(
     max_seqlen: int,
     scale: float,
     window: int | None,
-    dropout: float,
+    dropout: float = 0.0,
 ) -> Tensor:
     rows, heads, length, width = q.shape
     ends = (x.transpose(1, 2).reshape(rows * length, x.shape[1], width) for x in (q, k, v))

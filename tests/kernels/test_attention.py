@@ -130,7 +130,8 @@ def test_a_mask_made_once_serves_as_well_as_one_made_anew() -> None:
     assert mask.stride(-2) % 16 == 0  # torch would copy it in every layer
 
 
-def test_flash_attention_is_called_as_torch_declares_it() -> None:
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_flash_attention_is_called_as_torch_declares_it(dropout: float) -> None:
     """Shapes and arguments only: its kernels run on a GPU, see tests/gpu."""
     q, k, v = (
         torch.randn(ROWS, n, LENGTH, 16, device="meta", dtype=torch.bfloat16, requires_grad=True)
@@ -138,7 +139,7 @@ def test_flash_attention_is_called_as_torch_declares_it() -> None:
     )
     bounds = torch.zeros(6, dtype=torch.int32, device="meta")
 
-    found = attention._by_bounds(q, k, v, bounds, 7, 0.4, 3)
+    found = attention._by_bounds(q, k, v, bounds, 7, 0.4, 3, dropout)
     gradients = torch.autograd.grad(found.sum(), (q, k, v))
 
     assert found.shape == (ROWS, LENGTH, 4, 16)
