@@ -63,7 +63,7 @@ def build_api(
     """
     options = options or ApiOptions()
     metrics = metrics or Metrics(engine, options.replica)
-    api = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    api = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     _add_errors(api)
     _add_v1(api, engine, options)
     _add_health(api, engine, metrics, gather)

@@ -91,11 +91,15 @@ def bodies(draw: st.DrawFn, model: str) -> bytes:
     kind = draw(st.sampled_from([ChatRequest, CompletionRequest]))
     names, valid = described(kind)
     fields = draw(valid)
+    if draw(st.booleans()):  # many fields together are hardly ever right
+        kept = {"model", "messages", "prompt", *draw(st.lists(st.sampled_from(names), max_size=2))}
+        fields = {name: value for name, value in fields.items() if name in kept}
     fields |= {"model": model, "max_tokens": draw(st.integers(1, 3))}
     fields.pop("max_completion_tokens", None)
-    if kind is ChatRequest and fields.get("messages") and draw(st.booleans()):
-        fields["messages"][-1] = {"role": "user", "content": draw(WORDS)}
-    match draw(st.integers(0, 7)):
+    if draw(st.booleans()):
+        asked = {"role": "user", "content": draw(WORDS)}
+        fields |= {"messages": [asked]} if kind is ChatRequest else {"prompt": draw(WORDS)}
+    match draw(st.integers(0, 11)):
         case 0 | 1:
             name = draw(st.sampled_from([*names, "n", "tools", "unknown"]))
             fields[name] = draw(JSON)
@@ -120,7 +124,8 @@ def requests(draw: st.DrawFn, model: str) -> Made:
     target = draw(posts if likely else st.sampled_from(PATHS))
     headers = [(b"Content-Type", b"application/json")] if draw(st.integers(0, 9)) else []
     value = st.binary(max_size=30).map(lambda b: b.translate(None, b"\r\n\x00"))
-    headers += draw(st.lists(st.tuples(st.sampled_from(HEADERS), value), max_size=2))
+    if draw(st.booleans()):
+        headers += draw(st.lists(st.tuples(st.sampled_from(HEADERS), value), max_size=2))
     body = draw(bodies(model)) if method in ("POST", "PUT", "PATCH") else b""
     return Made(method, quoted(target), tuple(headers), body)
 
