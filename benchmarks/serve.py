@@ -31,6 +31,11 @@ Row = dict[str, Any]
 def main() -> None:
     """Run all sides over all levels, in order and back where asked to, and print."""
     args = arguments()
+    if args.threads:  # where others compute too, threads that wait for each other take all time
+        os.environ["OMP_NUM_THREADS"] = str(args.threads)
+        import torch
+
+        torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         model = args.model
@@ -77,7 +82,9 @@ def machine(model: str, args: argparse.Namespace) -> Row:
 
 def pilot(model: str, args: argparse.Namespace, folder: Path) -> tuple[dict[int, float], list[Row]]:
     """Return the rate of arrivals for each level, and rows of what was measured for it."""
-    rates, rows = {}, []
+    rates: dict[int, float] = {}
+    rows: list[Row] = [{"side": "prefill", "at": 0, "ttft_p50_ms": prefill_ms(model, args)}]
+    told(rows[0])
     with SIDES["engine"](model, folder) as side:
         asyncio.run(warmed(side.ask))
         for level in args.at:
@@ -88,8 +95,6 @@ def pilot(model: str, args: argparse.Namespace, folder: Path) -> tuple[dict[int,
                 rates[level] = level / (time.perf_counter() - began)
             rows.append({"side": "engine_at_once", "at": level, **summary(seen)})
             told(rows[-1])
-    rows.append({"side": "prefill", "at": 0, "ttft_p50_ms": prefill_ms(model, args)})
-    told(rows[-1])
     return rates, rows
 
 
@@ -228,6 +233,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--times", type=float, default=3.0, help="requests per one under way")
     parser.add_argument("--least", type=int, default=4, help="requests of a level at least")
     parser.add_argument("--passes", type=int, default=1, help="every second one goes backwards")
+    parser.add_argument("--threads", type=int, help="of torch, on every side")
     parser.add_argument("--generate-batch", action="store_true")
     parser.add_argument("--tiny", action="store_true", help="a rehearsal on a made model")
     return parser.parse_args()

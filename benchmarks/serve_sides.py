@@ -61,10 +61,12 @@ def engine(model: str, _folder: Path) -> Iterator[Side]:
 @contextmanager
 def endpoint(model: str, folder: Path) -> Iterator[Side]:
     """Start our endpoint as a user does."""
-    port = free_port()
+    port, threads = free_port(), os.environ.get("OMP_NUM_THREADS")
+    options: dict[str, Any] = {"max_waiting": MAX_WAITING}
+    options |= {"threads": int(threads)} if threads else {}
     code = (
         "import sys; from raytune_ft.serving.app import serve\n"
-        f"sys.exit(serve({model!r}, port={port}, options={{'max_waiting': {MAX_WAITING}}}))"
+        f"sys.exit(serve({model!r}, port={port}, options={options!r}))"
     )
     with _process([sys.executable, "-c", code], folder / "endpoint.log") as log:
         url = f"http://127.0.0.1:{port}"
