@@ -102,13 +102,14 @@ async def closed_loop(
 async def open_loop(
     url: str, model: str, per_second: float, seconds: float, **fields: Any
 ) -> list[Seen]:
-    """Send requests at a rate, whatever becomes of them."""
+    """Send requests at a rate, whatever becomes of them; half of them streams, as above."""
     tasks = []
     async with _client(url, None) as client:
         start = time.perf_counter()
         for number in range(int(per_second * seconds)):
             await asyncio.sleep(max(0.0, start + number / per_second - time.perf_counter()))
-            tasks.append(asyncio.ensure_future(asked(client, question(model, number, **fields))))
+            body = question(model, number, stream=number % 2 == 0, **fields)
+            tasks.append(asyncio.ensure_future(asked(client, body)))
         return list(await asyncio.gather(*tasks))
 
 
