@@ -109,7 +109,6 @@ def merge(
     Raises:
         RecipeError: nothing to merge, `out` is not empty, or the model has no native form.
     """
-    from raytune_ft.exporting import held_out as measuring
     from raytune_ft.model import merge as merging
 
     if form != "safetensors":
@@ -120,16 +119,11 @@ def merge(
     target = Path(out).expanduser() if out else folder.merged
     chosen = base_of(folder, recipe, base, layout, tell)
 
-    def finish(place: Path, report: merging.MergeReport) -> None:
+    def finish(place: Path, report: Any) -> None:
         _write_beside(folder, place, layout)
         beside.write_marker(place, {**marker(folder), "merged_into": chosen})
         card.write(folder, place, report)
-        losses = measuring.of_both(folder, recipe, place, chosen, held_out, tell)
-        _write_report(place, report, losses)
-        for line in report.drift.table():
-            tell(line)
-        if report.n_merged and not any(layer.moved for layer in report.drift.layers):
-            tell(f"{result}: the adapter changes nothing, all its updates are 0; was it trained?")
+        _report(folder, recipe, place, report, held_out, tell)
 
     merging.merge_to(
         source, result, target, max_shard_size, chosen, recipe.model, layout, finish,
@@ -233,7 +227,17 @@ def _write_beside(folder: RunFolder, place: Path, layout: str) -> None:
     beside.write_chat_files(folder, place)
 
 
-def _write_report(place: Path, report: Any, losses: dict[str, Any]) -> None:
+def _report(
+    folder: RunFolder, recipe: Recipe, place: Path, report: Any, held_out: bool | None, tell: Tell
+) -> None:
+    """Tell, and write down, what a merge did."""
+    from raytune_ft.exporting import held_out as measuring
+
+    losses = measuring.of_both(folder, recipe, place, report.base, held_out, tell)
+    for line in report.drift.table():
+        tell(line)
+    if report.n_merged and not any(layer.moved for layer in report.drift.layers):
+        tell(f"{folder.path}: the adapter changes nothing, its updates are 0; was it trained?")
     content = {
         "base": report.base,
         "n_merged": report.n_merged,

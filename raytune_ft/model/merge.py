@@ -116,21 +116,26 @@ def merge_to(
         check_free(out)
     check_layout(Original.of(base_folder), layout)
     merge = read_merge(base_folder, adapter_folder, base, section)
-    kind = cast(Base, base)
     with new_folder(out, bytes_of(base_folder), replace=replace) as folder:
         writer = ShardWriter(folder, limit)
-        for name, tensor in merge.tensors(layout):
-            writer.add(name, tensor)
-            del tensor
-        n_shards = writer.close()
-        write = copy_side_files if layout == "original" else write_native_files
-        write(merge.original, folder, untied=merge.untie, rows=merge.rows)
+        n_shards = _write(merge, writer, layout)
         report = MergeReport(
-            out, kind, merge.n_merged, len(writer.names), n_shards, writer.total_bytes,
+            out, cast(Base, base), merge.n_merged, len(writer.names), n_shards, writer.total_bytes,
             merge.in_memory, merge.drift,
         )  # fmt: skip
         finish(folder, report)
     return report
+
+
+def _write(merge: Merge, writer: ShardWriter, layout: Form) -> int:
+    """Write all tensors and what stands beside them; return the number of files."""
+    for name, tensor in merge.tensors(layout):
+        writer.add(name, tensor)
+        del tensor  # or it is held while the next one is made
+    n_shards = writer.close()
+    write = copy_side_files if layout == "original" else write_native_files
+    write(merge.original, writer.folder, untied=merge.untie, rows=merge.rows)
+    return n_shards
 
 
 def check_layout(original: Original, layout: Form) -> None:
