@@ -41,9 +41,11 @@ GRANULE = 32
 """Tokens to which a pass on a CPU rounds up what it looks at."""
 ROW_STEPS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 WIDTH_STEPS = (8, 16, 32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
-CLOSE, CLOSE_IN_HALVES = 1e-4, 0.05
-"""Of the largest logit, between a lane and plain passes. Halves also where layers are int8: they
-round activations by row, and choose the columns that stay float by the whole batch."""
+CLOSE, CLOSE_IN_HALVES = 0.01, 0.2
+"""Of the logits' spread, between a lane and plain passes (root mean squares). Sums in another
+order leave up to 5e-4 in float32 (30 trained layers, measured), a token too many or too few in a
+mask 1 to 5. Halves also where layers are int8: they round activations by row, and choose the
+columns that stay float by the whole batch."""
 
 
 class NotBatchedError(Exception):
@@ -384,6 +386,7 @@ def _compare(model: nn.Module, like: Cache, ids: list[int], plain: list[torch.Te
         found = lane.decode([token, token])
     expected = torch.cat(plain)
     exact = model_dtype(model) is torch.float32 and not getattr(model, "is_loaded_in_8bit", False)
-    far = (found - expected).abs().max() / expected.abs().max().clamp(min=1e-6)
+    spread = (expected - expected.mean(-1, keepdim=True)).norm().clamp(min=1e-6)
+    far = (found - expected).norm() / spread
     if not bool(far <= (CLOSE if exact else CLOSE_IN_HALVES)):
         raise NotBatchedError(f"rows side by side differ from rows alone by {float(far):.1e}")

@@ -37,17 +37,16 @@ class Endless(ChatModel):
     stop_ids = frozenset()  # type: ignore[assignment]
 
 
-def prompts(count: int, longest: int = 60) -> list[list[int]]:
+def prompts(count: int, words: int = 250) -> list[list[int]]:
     drawn = random.Random(1)
-    return [
-        [drawn.randrange(3, 250) for _ in range(drawn.randint(1, longest))] for _ in range(count)
-    ]
+    return [[drawn.randrange(3, words) for _ in range(drawn.randint(1, 60))] for _ in range(count)]
 
 
 def forced(lane: Lane, steps: int) -> torch.Tensor:
     """Begin four prompts in two passes, write the same tokens behind them; return all logits."""
     drawn, found = random.Random(2), []
-    some = prompts(4)
+    words = min(lane.model.get_input_embeddings().weight.shape[0], 250)  # type: ignore[operator]
+    some = prompts(4, words)
     for pair in (some[:2], some[2:]):
         for _ in pair:
             lane.join([], 0)
@@ -55,7 +54,7 @@ def forced(lane: Lane, steps: int) -> torch.Tensor:
     for step in range(steps):
         if step == steps // 2:
             lane.leave(1)
-        found.append(lane.decode([drawn.randrange(3, 250) for _ in lane.lengths]).clone())
+        found.append(lane.decode([drawn.randrange(3, words) for _ in lane.lengths]).clone())
     return torch.cat(found)
 
 

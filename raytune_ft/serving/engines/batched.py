@@ -13,8 +13,8 @@ another thread (`scribe`).
 
 Rows of a lane share their model, so requests of several adapters take turns lane by lane. An
 answer's token depends on its own prompt, rule and seed; rows side by side differ from rows alone
-by the rounding of float sums (up to 1e-4 of the largest logit in float32, which `lanes.probed`
-checks on the model at hand), so answers can differ only where two tokens are that close.
+by the rounding of float sums (1e-6 to 5e-4 of the logits' spread in float32; `lanes.probed` checks
+the model at hand), so answers can differ only where two tokens are that close.
 """
 
 from __future__ import annotations
