@@ -2,7 +2,7 @@
 
 Question: does `merge` stay under 4 GB of memory at InternLM-7B's shape, with LoRA or DoRA on all
 linear layers? Makes a base with random weights (13.5 to 14.6 GB), an adapter of rank 64, merges it
-in a process of its own, and removes all three. A sampler beside it reads the process's memory.
+in a process of its own, computes some rows of every layer again in float64, and removes all three.
 Run: python -m benchmarks.merge [--shape 7b|1b|135m] [--dora] [--base original|dequantized]
      [--layers N] [--folder DIR]
 Prints one JSON line; the disk needs twice the base's size.
@@ -29,7 +29,7 @@ CHECKED = 8
 NO_LINEAR = ("embed_tokens", "lm_head", "norm")
 
 WORK = """
-import resource, sys, time
+import re, sys, time
 from pathlib import Path
 from raytune_ft.config.schema import ModelSection
 from raytune_ft.model.merge import merge_to
@@ -38,7 +38,9 @@ begun = time.perf_counter()
 section = ModelSection(path=base, quantization=quantization)
 report = merge_to(Path(base), Path(adapter), Path(out), "2GB", kind, section)
 seconds = time.perf_counter() - begun
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+# not getrusage's, which begins with what the process that started this one had
+status = Path("/proc/self/status").read_text()
+peak = int(re.search(r"VmHWM:\\s+(\\d+) kB", status)[1]) * 1024
 print(report.n_shards, report.n_merged, report.size_bytes, report.in_memory, seconds, peak)
 """
 
@@ -115,13 +117,23 @@ def merge(place: Path, base: str) -> dict[str, Any]:
     }
 
 
+def places(folder: Path) -> dict[str, str]:
+    """Return the file of each tensor."""
+    from safetensors import safe_open
+
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as content:
+            found |= dict.fromkeys(content.keys(), file.name)
+    return found
+
+
 def check(place: Path, *, dora: bool) -> int:
     """Compute the first rows of each layer again, in float64; return how many are not those."""
     from safetensors import safe_open
 
     wrong = 0
-    index = json.loads((place / "out/model.safetensors.index.json").read_text())["weight_map"]
-    before = json.loads((place / "base/model.safetensors.index.json").read_text())["weight_map"]
+    index, before = places(place / "out"), places(place / "base")
     with safe_open(place / "adapter/adapter_model.safetensors", "pt") as adapter:
         for key in adapter.keys():  # noqa: SIM118  not a mapping
             if not key.endswith("lora_A.weight"):
