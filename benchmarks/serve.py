@@ -5,8 +5,8 @@ number over the time that the engine, driven directly and with as many at once, 
 answer (Little's law), and the same for every side. So a slower side has more under way.
 Run: python -m benchmarks.serve [--model NAME|FOLDER | --made 7b] [--at 1 8 32 128] [--tiny]
 Prints a line of JSON per side and level, then a table with ratios. `prefill` is one pass over a
-prompt of the same length in an idle process. `engine_at_once` and, with --generate-batch,
-transformers' own engine get all requests of a level at once.
+prompt of the same length in an idle process. `... at once` and, with --generate-batch,
+transformers' own engine get all requests of a level at once: what a side can do at most.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def pilot(model: str, args: argparse.Namespace, folder: Path) -> tuple[dict[int,
                 began = time.perf_counter()
                 seen = asyncio.run(run(side.ask, load))
                 rates[level] = level / (time.perf_counter() - began)
-            rows.append({"side": "engine_at_once", "at": level, **summary(seen)})
+            rows.append({"side": "pilot", "at": level, **summary(seen)})
             told(rows[-1])
     return rates, rows
 
@@ -134,6 +134,11 @@ def measured(
                 row |= summary(seen)
                 errors = sorted({one.error for one in seen if one.error})
                 rows.append(row | ({"errors": errors[:3]} if errors else {}))
+                told(rows[-1])
+                # where all sides keep up with arrivals they are equally fast: what each can do
+                load = load_of(level, 1e9, args.words, args.tokens, seed=level + 3000)
+                at_once = summary(asyncio.run(run(side.ask, load)))
+                rows.append({"side": f"{name} at once", "at": level, **at_once})
                 told(rows[-1])
     except (RuntimeError, ImportError, OSError) as error:
         told({"side": name, "did_not_run": str(error)[:600]})
@@ -196,12 +201,12 @@ def table(rows: list[Row], args: argparse.Namespace) -> str:
     prefill = next((r["ttft_p50_ms"] for r in rows if r["side"] == "prefill"), 0.0)
     lines += ["", f"prefill of one prompt alone: {prefill} ms", ""]
     for level in args.at:
-        ours = best(rows, "endpoint", level)
+        ours = best(rows, "endpoint at once", level)
         for other in ("engine", "transformers"):
-            theirs = best(rows, other, level)
+            theirs = best(rows, f"{other} at once", level)
             if ours and theirs:
-                lines.append(f"at {level}: endpoint / {other} = {ours / theirs:.2f}")
-        at_once, batch = best(rows, "engine_at_once", level), best(rows, "generate_batch", level)
+                lines.append(f"at {level}, at once: endpoint / {other} = {ours / theirs:.2f}")
+        at_once, batch = best(rows, "engine at once", level), best(rows, "generate_batch", level)
         if at_once and batch:
             lines.append(f"at {level}: engine at once / generate_batch = {at_once / batch:.2f}")
         first = [r for r in rows if r["side"] == "endpoint" and r["at"] == level]
