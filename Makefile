@@ -6,10 +6,10 @@ STAMP  := $(VENV)/.ready
 RUN    ?= runs/quickstart
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench bench-data exact faults mutants serve clean
+.PHONY: help setup demo test lint bench bench-data bench-gpu bench-serve exact faults mutants soak serve clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## make .venv with the exact versions of requirements.lock
 
@@ -44,6 +44,12 @@ bench-data: setup ## the data stream beside datasets + TRL; memory; resuming a m
 
 bench-gpu: setup ## the QLoRA step beside its peers, after the check that it is the same step; needs a GPU
 	@$(BIN)/python -m benchmarks.qlora_gpu $(ARGS)
+
+bench-soak: setup ## the endpoint under 20,000 generated requests, kills, redeploys, overload; hours on 2 cores
+	@$(BIN)/python -m pytest tests/soak -m soak -s
+
+serve: setup ## the endpoint beside its engine alone and beside `transformers serve`, under open load
+	@$(BIN)/python -m benchmarks.serve $(ARGS)
 
 exact: setup ## gradients of every way to train beside float64, sample by sample; 20 seeds twice
 	@$(BIN)/python -m pytest -m exact

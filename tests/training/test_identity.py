@@ -16,8 +16,8 @@ from raytune_ft.training.saving import identity
 
 FIXED_BY_SECTION = {
     "model": (
-        "path dtype quantization double_quant template eos_token method fast_path compute load_from "
-        "new_tokens"
+        "path dtype quantization double_quant template eos_token method fast_path compute "
+        "load_from new_tokens"
     ),
     "lora": (
         "r alpha dropout targets bias use_rslora use_dora modules_to_save "
