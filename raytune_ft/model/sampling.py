@@ -21,6 +21,8 @@ import torch
 
 FIRST = 256
 """Words that are put in order at first where only a share of probability bounds them."""
+LEAST_HEAT = 1e-30
+"""Lower temperatures are this one: in float32 they would be 0, and 0 / 0 is no number."""
 _MASK = 2**64 - 1
 
 
@@ -164,7 +166,8 @@ class _Group:
             return
         self.index = torch.tensor(rows, device=device)
         mine = [rules[row] for row in rows]
-        self.heat = torch.tensor([rule.temperature for rule in mine], device=device)[:, None]
+        heat = [max(rule.temperature, LEAST_HEAT) for rule in mine]
+        self.heat = torch.tensor(heat, device=device)[:, None]
         share = [rule.top_p for rule in mine]
         self.share = torch.tensor(share, dtype=torch.float64, device=device)[:, None]
         bounds = [rule.top_k for rule in mine]
@@ -180,13 +183,13 @@ class _Group:
 
 def _anywhere(scores: torch.Tensor, group: _Group, at: torch.Tensor) -> torch.Tensor:
     """Draw from all words, in the vocabulary's order."""
-    shares = (scores / group.heat).softmax(-1).double().cumsum(-1)
+    shares = (_lowered(scores) / group.heat).softmax(-1).double().cumsum(-1)
     return _fallen(shares, at)
 
 
 def _ordered(scores: torch.Tensor, group: _Group, at: torch.Tensor) -> torch.Tensor:
     """Draw from the likeliest words, in order of likelihood."""
-    words = scores.shape[-1]
+    scores, words = _lowered(scores), scores.shape[-1]
     looked = min(words, group.looked)
     whole = (scores / group.heat).logsumexp(-1, keepdim=True) if group.open else None
     values, ids = scores.topk(looked)
@@ -200,6 +203,11 @@ def _ordered(scores: torch.Tensor, group: _Group, at: torch.Tensor) -> torch.Ten
     kept = shares.masked_fill(before - shares >= group.share, 0.0)
     place = _fallen(kept.cumsum(-1), at)
     return ids.gather(1, place[:, None])[:, 0]
+
+
+def _lowered(scores: torch.Tensor) -> torch.Tensor:
+    """Return scores of which 0 is the highest: a low temperature makes no infinity of them."""
+    return scores - scores.amax(-1, keepdim=True)
 
 
 def _cumulated(values: torch.Tensor, whole: torch.Tensor | None, group: _Group) -> torch.Tensor:

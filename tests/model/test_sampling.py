@@ -50,6 +50,14 @@ def test_shares_are_those_of_transformers(temperature: float, top_p: float, top_
     assert not bool((found[expected == 0] > 0).any())
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-38, 1e-6])
+@pytest.mark.parametrize(("top_p", "top_k"), [(1.0, 0), (0.75, 40), (0.9, 0)])
+def test_next_to_no_temperature_is_greedy(temperature: float, top_p: float, top_k: int) -> None:
+    logits = torch.randn(3, WORDS, generator=torch.Generator().manual_seed(2)) * 30
+    (ids,) = choose([Sampling(temperature, top_p, top_k)] * 3, logits)
+    assert ids == logits.argmax(-1).tolist()
+
+
 def test_penalties_count_what_the_answer_has() -> None:
     logits = torch.tensor([[3.0, 2.5, 1.0, 0.0]])
     often = Sampling(0.0, frequency_penalty=0.4)

@@ -18,7 +18,7 @@ from raytune_ft.model import lanes
 from raytune_ft.model.lanes import NotBatchedError
 from raytune_ft.serving.engine import EmbeddedEngine, EngineBusyError
 from raytune_ft.serving.engines import EngineOptions, embedded
-from raytune_ft.serving.engines.batched import BatchedEngine
+from raytune_ft.serving.engines.batched import FAILURES, BatchedEngine
 
 GREEDY = Sampling(temperature=0.0, max_new_tokens=12)
 LONG = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=450, seed=1)
@@ -240,25 +240,40 @@ def test_errors_of_one_request_end_no_other(many: BatchedEngine, endless: ChatMo
     assert many.in_use == 0
 
 
-def test_logits_that_are_no_numbers_end_their_request_alone(
-    many: BatchedEngine, endless: ChatModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def spoiled(endless: ChatModel) -> Iterator[int]:
+    """A word that makes logits that are no numbers."""
     weights = endless.model.get_input_embeddings().weight
     before = weights[77].clone()
     with torch.no_grad():
         weights[77] = float("nan")
-    try:
+    yield 77
+    with torch.no_grad():
+        weights[77] = before
 
-        async def both() -> list[Any]:
-            streams = [collect(many.submit(ids, GREEDY)) for ids in ([5, 77], [5, 6])]
-            return await asyncio.gather(*streams, return_exceptions=True)
 
-        broken, good = asyncio.run(both())
-    finally:
-        with torch.no_grad():
-            weights[77] = before
+def test_logits_that_are_no_numbers_end_their_request_alone(
+    many: BatchedEngine, endless: ChatModel, spoiled: int
+) -> None:
+    async def both() -> list[Any]:
+        streams = [collect(many.submit(ids, GREEDY)) for ids in ([5, spoiled], [5, 6])]
+        return await asyncio.gather(*streams, return_exceptions=True)
+
+    broken, good = asyncio.run(both())
     assert isinstance(broken, ServeError)
     assert told(good) == told(list(endless.pieces([5, 6], GREEDY)))
+
+
+def test_an_engine_that_fails_every_request_counts_as_broken(
+    many: BatchedEngine, spoiled: int
+) -> None:
+    for _ in range(FAILURES - 1):
+        answered_with_error(many, [5, spoiled], GREEDY)
+    assert many.healthy()
+    answered_with_error(many, [5, spoiled], GREEDY)
+    assert not many.healthy()
+    answered(many, [([5, 6], GREEDY)])
+    assert many.healthy()
 
 
 def test_memory_bounds_what_runs_and_a_request_beyond_it_is_refused(endless: ChatModel) -> None:

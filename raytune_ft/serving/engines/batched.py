@@ -41,6 +41,8 @@ logger = logging.getLogger(__name__)
 
 SLOTS = {"cpu": 64, "cuda": 256}
 """Requests that are answered at a time."""
+FAILURES = 8
+"""Passes in a row that may fail before the engine counts as broken, and its replica is replaced."""
 
 
 class BatchedEngine(ChatEngine):
@@ -117,8 +119,9 @@ class BatchedEngine(ChatEngine):
         return PieceStream(answer.out, lambda: self._desk.cancel(answer))
 
     def healthy(self) -> bool:
-        """Whether the threads live."""
-        return self._worker.is_alive() and self._scribe.alive() and not self._desk.closed
+        """Whether the threads live and requests are not failing one after the other."""
+        alive = self._worker.is_alive() and self._scribe.alive() and not self._desk.closed
+        return alive and self._rounds.failures < FAILURES
 
     def load(self) -> Load:
         """Return what there is to do now."""

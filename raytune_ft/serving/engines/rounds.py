@@ -79,6 +79,8 @@ class Rounds:
         self.part = PROMPT_PART.get(self._device.type, PROMPT_PART["cpu"])
         self.cached_tokens = 0
         """Tokens of prompts whose keys and values were there already."""
+        self.failures = 0
+        """Passes that have failed since the last one that gave tokens."""
 
     def work(self) -> None:
         """Answer until the desk is closed; then end all that is there."""
@@ -91,6 +93,7 @@ class Rounds:
                     self._round()
                 except Exception as error:  # an error of ours; what runs now is lost, no more
                     logger.exception("a round failed")
+                    self.failures += 1
                     self._fail_all(error)
         self._fail_all(ServeError(CLOSING))
 
@@ -199,6 +202,7 @@ class Rounds:
                     self._run([begun])
                 return
             logger.exception("a prompt failed")
+            self.failures += 1
             self._memory.settle(lane)
             self._left(batch[0].answer, error)
             return
@@ -219,6 +223,7 @@ class Rounds:
             if isinstance(error, torch.OutOfMemoryError):
                 self._memory.spare()
             logger.exception("a prompt failed")
+            self.failures += 1
             self._drop_long(error)
             return
         self._long = None
@@ -254,6 +259,7 @@ class Rounds:
             logits = self._retried(lambda: group.lane.decode([a.ids[-1] for a in group.rows]))
         except Exception as error:
             logger.exception("a pass failed")
+            self.failures += 1
             self._leave(group, range(len(group.rows)), error)
             return
         self._written(group, 0, logits)
@@ -271,6 +277,7 @@ class Rounds:
             ends = self._chosen(rows, chooser, logits)
         except Exception as error:
             logger.exception("tokens could not be chosen")
+            self.failures += 1
             self._leave(group, range(first, len(group.rows)), error)
             return
         self._leave(group, [first + at for at, end in enumerate(ends) if end], told=True)
@@ -304,6 +311,7 @@ class Rounds:
             events.append(Event(answer, shown, chosen.told.get(place), end))
             ends.append(end is not None)
         self._scribe.put(events)
+        self.failures = self.failures + 1 if all(broken) else 0
         return ends
 
     def _leave(
