@@ -45,10 +45,7 @@ bench-data: setup ## the data stream beside datasets + TRL; memory; resuming a m
 bench-gpu: setup ## the QLoRA step beside its peers, after the check that it is the same step; needs a GPU
 	@$(BIN)/python -m benchmarks.qlora_gpu $(ARGS)
 
-bench-soak: setup ## the endpoint under 20,000 generated requests, kills, redeploys, overload; hours on 2 cores
-	@$(BIN)/python -m pytest tests/soak -m soak -s
-
-serve: setup ## the endpoint beside its engine alone and beside `transformers serve`, under open load
+bench-serve: setup ## the endpoint beside its engine alone and beside `transformers serve`, under open load
 	@$(BIN)/python -m benchmarks.serve $(ARGS)
 
 exact: setup ## gradients of every way to train beside float64, sample by sample; 20 seeds twice
@@ -59,6 +56,9 @@ faults: setup ## 400 runs' processes killed at random instants, hangs, a full di
 	@$(BIN)/python -m pytest tests/data/test_ledger.py --kills=200
 	@$(BIN)/python -m pytest tests/faults --faults=4 --plain-faults=0 --ray-faults=0
 	@$(BIN)/python -m tests.faults.run --plain 300 --worlds 50 --ray 100 --json faults.json $(ARGS)
+
+soak: setup ## the endpoint under 20,000 generated requests, kills, redeploys, overload; hours on 2 cores
+	@$(BIN)/python -m pytest tests/soak -m soak -s
 
 mutants: setup ## plant known silent bugs, one at a time; the tests must find each
 	@$(BIN)/python -m tests.mutants.run $(ARGS)

@@ -62,7 +62,10 @@ class Drift:
 
     def table(self) -> list[str]:
         """Return the screen's table: per kind of layer its mean lengths."""
-        lines = [f"{'layers':<16} {'number':>6} {'|dW|/|W|':>9} {'lost/|dW|':>10} {'at most':>8}"]
+        lines = [
+            "|dW|: how far the adapter moves a weight W; lost: how far quantisation had moved it",
+            f"{'layers':<16} {'number':>6} {'|dW|/|W|':>9} {'lost/|dW|':>10} {'at most':>8}",
+        ]
         for kind, layers in self.kinds():
             moved = mean(layer.moved / layer.weight for layer in layers if layer.weight)
             ratios = [layer.ratio for layer in layers if layer.ratio is not None]

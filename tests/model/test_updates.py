@@ -268,4 +268,4 @@ def test_the_report_has_the_lengths_of_both_differences(tmp_path: Path) -> None:
         assert json.loads(json.dumps(layer.as_json()))["lost_over_moved"] == layer.ratio
         kinds = [kind for kind, _ in report.drift.kinds()]
         assert kinds == ["up_proj"]
-        assert report.drift.table()[1].startswith("up_proj")
+        assert report.drift.table()[2].startswith("up_proj")
