@@ -29,6 +29,7 @@ from typing import Any
 
 from benchmarks import qlora_gpu, qlora_ours, qlora_rows
 from benchmarks.lengths_table import print_tables
+from benchmarks.lines import Lines
 
 LENGTHS, CAPS, SIDES = (2048, 8192, 32768, 131072), (8.0, 16.0, 24.0, 80.0), ("ours", "unsloth")
 STEP_TOKENS = 16 * 2048
@@ -90,30 +91,13 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-class Lengths:
+class Lengths(Lines):
     """Runs cells and tries, keeps their lines, knows when the time is over."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
-        self.lines: list[dict[str, Any]] = []
-        self.begun = time.monotonic()
+        super().__init__(args)
         self.took: dict[str, float] = {}
         self.waiting: Child | None = None
-
-    @property
-    def left_s(self) -> float:
-        """Seconds left of the budget."""
-        return float(self.args.budget) - (time.monotonic() - self.begun)
-
-    def emit(self, **values: Any) -> dict[str, Any]:
-        """Keep a line and print it."""
-        line = {**values, "at_s": round(time.monotonic() - self.begun, 1)}
-        self.lines.append(line)
-        print(json.dumps(line), flush=True)
-        if self.args.out is not None:
-            with self.args.out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-        return line
 
     def prepare(self) -> None:
         """Write shape, tokenizer and, where a peer reads them from a disk, weights and ids."""

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import qlora_gate, qlora_ours, qlora_rows
+from benchmarks.lines import Lines
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = tuple(qlora_ours.CHANGES)
@@ -111,29 +112,12 @@ def write_weights(args: argparse.Namespace) -> dict[str, Any]:
     return {"gb": round(size / 1e9, 2), "seconds": round(time.perf_counter() - begun, 1)}
 
 
-class Bench:
+class Bench(Lines):
     """Runs pieces as processes, keeps their lines, and knows when the time is over."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
-        self.begun = time.monotonic()
-        self.lines: list[dict[str, Any]] = []
+        super().__init__(args)
         self.took: dict[str, float] = {}
-
-    def emit(self, **values: Any) -> dict[str, Any]:
-        """Keep a line and print it."""
-        line = {**values, "at_s": round(time.monotonic() - self.begun, 1)}
-        self.lines.append(line)
-        print(json.dumps(line), flush=True)
-        if self.args.out is not None:
-            with self.args.out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-        return line
-
-    @property
-    def left_s(self) -> float:
-        """Seconds left of the budget."""
-        return float(self.args.budget) - (time.monotonic() - self.begun)
 
     def run(self, name: str, **more: Any) -> dict[str, Any]:
         """Run a piece or a variant to its end and keep its line, or what it said instead."""

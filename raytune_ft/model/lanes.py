@@ -18,8 +18,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -50,13 +49,6 @@ columns that stay float by the whole batch."""
 
 class NotBatchedError(Exception):
     """A model cannot answer several requests at a time here; says why."""
-
-
-class Choosing(Protocol):
-    """Switches a model to an adapter or to none for a while."""
-
-    def __call__(self) -> AbstractContextManager[Any]:
-        """Return the context of one pass."""
 
 
 def model_dtype(model: nn.Module) -> torch.dtype:

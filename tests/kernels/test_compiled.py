@@ -155,7 +155,7 @@ def test_gate(gelu: bool) -> None:
     _assert_reads_wide(_compiled(swiglu_triton._backward_kernel, pointers, constants), 0)
 
 
-@pytest.mark.parametrize(("dtype", "caps"), [(BF16, False), (FLOAT32, True)])
+@pytest.mark.parametrize(("dtype", "caps"), [(BF16, False), (FLOAT32, False), (FLOAT32, True)])
 def test_loss(dtype: str, caps: bool) -> None:
     from raytune_ft.kernels import cross_entropy_triton
 

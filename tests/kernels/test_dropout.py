@@ -83,7 +83,9 @@ def test_a_mask_is_named_by_seed_and_stream() -> None:
     assert torch.equal(again[:9, :17], kept(_mask(stream=6), 1, 9, 17))
 
 
-@pytest.mark.parametrize(("dtype", "adds"), [(torch.float32, True), (torch.float16, False)])
+@pytest.mark.parametrize(
+    ("dtype", "adds"), [(torch.float32, True), (torch.float16, True), (torch.float16, False)]
+)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_products_and_gradients(
     shape: tuple[int, int, int, int], dtype: torch.dtype, adds: bool, way: str

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-import socket
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 
 from raytune_ft.chat import Piece, Sampling
-from raytune_ft.serving.api import build_api
 from raytune_ft.serving.engine import ChatEngine, EngineBusyError, PieceStream
-from raytune_ft.serving.guard import GuardRules
 
 CHROMIUM = shutil.which("chromium")
 FLAGS = [
@@ -74,23 +69,6 @@ class Scripted(ChatEngine):
 
     def close(self) -> None:
         """Nothing to stop."""
-
-
-@contextmanager
-def served(engine: ChatEngine, rules: GuardRules) -> Iterator[str]:
-    """Serve an engine with uvicorn in a thread; yields its URL."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
-    config = uvicorn.Config(build_api(engine, rules), port=port, log_level="error")
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        thread.join(0.02)
-    yield f"http://127.0.0.1:{port}/"
-    server.should_exit = True
-    thread.join(10)
 
 
 @pytest.fixture

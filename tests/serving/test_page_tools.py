@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from raytune_ft.serving.guard import GuardRules
-from tests.serving.browser import Scripted, answered, say, served
+from tests.serving.browser import Scripted, answered, say
+from tests.soak.local import served
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
