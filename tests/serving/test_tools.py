@@ -13,7 +13,8 @@ from openai import OpenAI
 from raytune_ft.data.templating.templates import get_template
 from raytune_ft.serving.engine import EmbeddedEngine
 from raytune_ft.serving.guard import GuardRules
-from tests.serving.browser import Scripted, served
+from tests.serving.browser import Scripted
+from tests.soak.local import served
 
 TOOLS: list[Any] = [
     {
