@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.ready
 RUN    ?= runs/quickstart
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench bench-data bench-gpu bench-serve exact faults mutants soak serve clean
+.PHONY: help setup demo test lint bench bench-data bench-gpu bench-serve bench-tune cluster exact faults mutants soak serve clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +47,12 @@ bench-gpu: setup ## the QLoRA step beside its peers, after the check that it is 
 
 bench-serve: setup ## the endpoint beside its engine alone and beside `transformers serve`, under open load
 	@$(BIN)/python -m benchmarks.serve $(ARGS)
+
+bench-tune: setup ## trials on one shared base beside trials of their own: trials an hour, memory
+	@$(BIN)/python -m benchmarks.tune $(ARGS)
+
+cluster: setup ## several nodes, jobs, hosts in network namespaces (as root) and their faults
+	@$(BIN)/python -m pytest -m cluster -s tests/cluster
 
 exact: setup ## gradients of every way to train beside float64, sample by sample; 20 seeds twice
 	@$(BIN)/python -m pytest -m exact

@@ -18,6 +18,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+LONG = ("exact", "cluster")
+"""Marks of tests that run only where `-m` names them."""
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = ["red", "blue", "stone", "river", "cloud", "seven", "night", "green", "song", "glass"]
 
@@ -31,10 +33,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave the long proofs to `make exact`, which is `pytest -m exact`."""
-    if "exact" in config.option.markexpr:
-        return
-    whole = [item for item in items if item.get_closest_marker("exact")]
+    """Leave long proofs to targets of their own, such as `make exact`: `pytest -m exact`."""
+    left = [mark for mark in LONG if mark not in config.option.markexpr]
+    whole = [item for item in items if any(map(item.get_closest_marker, left))]
     config.hook.pytest_deselected(items=whole)
     items[:] = [item for item in items if item not in whole]
 
