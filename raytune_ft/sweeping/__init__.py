@@ -1,1 +1,1 @@
-"""Sweeps: what is tried, how trials are chosen, run, stopped and judged, and what is shown of them."""
+"""Sweeps: what is tried, how trials are chosen, run, stopped and judged, what is shown of them."""
