@@ -29,6 +29,8 @@ __all__ = ["Cancelled", "Chance", "ChatModel", "Piece", "Sampling", "load_source
 
 Cancelled = Callable[[], bool]
 
+TAIL = 16
+"""Tokens at a prompt's end in which an open thought shows."""
 FALLBACK_CONTEXT = 2048
 """Tokens, for a config.json that states no max_position_embeddings."""
 
@@ -76,6 +78,12 @@ class ChatModel:
         `tools` are what the answer may call, JSON schemas in OpenAI's form.
         """
         return encode_prompt(self.with_system(messages), self.template, self.tokenizer, tools)
+
+    def thought(self, prompt_ids: Sequence[int]) -> bool | None:
+        """Whether a prompt ends inside a thought; None: answers show no thoughts."""
+        if not self.template.thinks or "</think>" in self.tokenizer.special_tokens:
+            return None  # a special token is never shown
+        return self.tokenizer.decode(prompt_ids[-TAIL:]).rstrip().endswith("<think>")
 
     def encode_text(self, text: str) -> list[int]:
         """Return a plain text's ids as pre-training has them: one BOS in front, no template."""

@@ -10,6 +10,7 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel
@@ -46,6 +47,18 @@ class Usage(BaseModel):
         return {**counts, "prompt_tokens_details": {"cached_tokens": self.cached_tokens}}
 
 
+@dataclass(frozen=True)
+class Said:
+    """An answer or a piece of it; what there is of it decides whether it is true."""
+
+    text: str = ""
+    calls: Sequence[Call] = ()
+    thought: str = ""
+
+    def __bool__(self) -> bool:
+        return bool(self.text or self.calls or self.thought)
+
+
 class Answer(ABC):
     """Builds the objects of one request."""
 
@@ -61,9 +74,7 @@ class Answer(ABC):
         }
 
     @abstractmethod
-    def whole(
-        self, text: str, calls: Sequence[Call], chances: Sequence[Chance] | None, finish: str
-    ) -> dict[str, Any]:
+    def whole(self, said: Said, chances: Sequence[Chance] | None, finish: str) -> dict[str, Any]:
         """Return the choice of a whole answer; `chances` None: log probabilities unasked."""
 
     @abstractmethod
@@ -72,11 +83,7 @@ class Answer(ABC):
 
     @abstractmethod
     def part(
-        self,
-        text: str,
-        calls: Sequence[Call],
-        chances: Sequence[Chance] | None,
-        finish: str | None = None,
+        self, said: Said, chances: Sequence[Chance] | None, finish: str | None = None
     ) -> dict[str, Any]:
         """Return the choice of one chunk; `finish` is set on the last one only."""
 
@@ -108,14 +115,14 @@ class ChatAnswer(Answer):
 
     prefix, whole_kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def whole(
-        self, text: str, calls: Sequence[Call], chances: Sequence[Chance] | None, finish: str
-    ) -> dict[str, Any]:
+    def whole(self, said: Said, chances: Sequence[Chance] | None, finish: str) -> dict[str, Any]:
         """Return the choice of a whole answer."""
-        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
-        if calls:
-            message["content"] = text or None
-            message["tool_calls"] = [call.shown() for call in calls]
+        message: dict[str, Any] = {"role": "assistant", "content": said.text, "refusal": None}
+        if said.thought:
+            message["reasoning_content"] = said.thought
+        if said.calls:
+            message["content"] = said.text or None
+            message["tool_calls"] = [call.shown() for call in said.calls]
         return {
             "index": 0,
             "message": message,
@@ -128,16 +135,14 @@ class ChatAnswer(Answer):
         return self._delta({"role": "assistant", "content": ""}, None, None)
 
     def part(
-        self,
-        text: str,
-        calls: Sequence[Call],
-        chances: Sequence[Chance] | None,
-        finish: str | None = None,
+        self, said: Said, chances: Sequence[Chance] | None, finish: str | None = None
     ) -> dict[str, Any]:
         """Return the choice of one chunk; a call is told whole."""
-        delta: dict[str, Any] = {"content": text} if text or chances else {}
-        if calls:
-            delta["tool_calls"] = [{"index": call.index, **call.shown()} for call in calls]
+        delta: dict[str, Any] = {"reasoning_content": said.thought} if said.thought else {}
+        if said.text or (chances and not said.thought):
+            delta["content"] = said.text
+        if said.calls:
+            delta["tool_calls"] = [{"index": call.index, **call.shown()} for call in said.calls]
         return self._delta(delta, chances, finish)
 
     def _delta(
@@ -156,24 +161,18 @@ class TextAnswer(Answer):
         super().__init__(model)
         self._offset = 0
 
-    def whole(
-        self, text: str, calls: Sequence[Call], chances: Sequence[Chance] | None, finish: str
-    ) -> dict[str, Any]:
+    def whole(self, said: Said, chances: Sequence[Chance] | None, finish: str) -> dict[str, Any]:
         """Return the choice of a whole answer."""
-        return self._choice(text, chances, finish)
+        return self._choice(said.text, chances, finish)
 
     def opening(self) -> None:
         """Return nothing: a text begins with its first piece."""
 
     def part(
-        self,
-        text: str,
-        calls: Sequence[Call],
-        chances: Sequence[Chance] | None,
-        finish: str | None = None,
+        self, said: Said, chances: Sequence[Chance] | None, finish: str | None = None
     ) -> dict[str, Any]:
         """Return the choice of one chunk."""
-        return self._choice(text, chances or None, finish)
+        return self._choice(said.text, chances or None, finish)
 
     def _choice(
         self, text: str, chances: Sequence[Chance] | None, finish: str | None

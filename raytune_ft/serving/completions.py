@@ -10,7 +10,7 @@ import asyncio
 import json
 import logging
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -20,7 +20,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from raytune_ft.chat.model import Chance, Piece, Sampling
 from raytune_ft.errors import RaytuneError, ServeError
-from raytune_ft.serving.answers import Answer, ChatAnswer, TextAnswer, Usage
+from raytune_ft.serving.answers import Answer, ChatAnswer, Said, TextAnswer, Usage
 from raytune_ft.serving.engine import ChatEngine, EngineBusyError, PieceStream
 from raytune_ft.serving.intake import read_body
 from raytune_ft.serving.options import ApiOptions
@@ -33,7 +33,8 @@ from raytune_ft.serving.protocol import (
 )
 from raytune_ft.serving.record import LEFT, Record, record_of
 from raytune_ft.serving.refusal import RequestError, overloaded
-from raytune_ft.serving.tool_calls import Call, CallReader, Read
+from raytune_ft.serving.thoughts import Reading, ThoughtReader
+from raytune_ft.serving.tool_calls import CallReader, Read
 
 logger = logging.getLogger(__name__)
 
@@ -71,8 +72,11 @@ class Completions:
             record.texts["messages"] = messages
             names = [tool["function"]["name"] for tool in request.offered]
             ids = await self._encoded(request, lambda: self._encode(request, messages))
+            opened = self._engine.thought(ids, model=request.model)
+            thoughts = ThoughtReader(reads=opened is not None, opened=bool(opened))
             pieces = self._submit(request, ids, DEFAULT_LIMIT)
-            return self._reply(request, record, pieces, ChatAnswer(request.model), names)
+            reading = Reading(thoughts, CallReader(names))
+            return self._reply(request, record, pieces, ChatAnswer(request.model), reading)
 
         return await self._respond(http, prepared)
 
@@ -85,7 +89,8 @@ class Completions:
             record.texts["prompt"] = request.text
             ids = await self._encoded(request, lambda: self._engine.encode_text(request.text))
             pieces = self._submit(request, ids, DEFAULT_TEXT_LIMIT)
-            return self._reply(request, record, pieces, TextAnswer(request.model), [])
+            reading = Reading(ThoughtReader(reads=False), CallReader([]))
+            return self._reply(request, record, pieces, TextAnswer(request.model), reading)
 
         return await self._respond(http, prepared)
 
@@ -159,14 +164,12 @@ class Completions:
         record: Record,
         submitted: Submitted,
         answer: Answer,
-        tools: Sequence[str],
+        reading: Reading,
     ) -> Reply:
         record.model, record.stream = request.model, bool(request.stream)
         record.prompt_tokens = submitted.n_prompt
         seconds = self._options.deadline_seconds - record.seconds
-        return Reply(
-            submitted.pieces, answer, CallReader(tools), record, Wanted.by(request), seconds
-        )
+        return Reply(submitted.pieces, answer, reading, record, Wanted.by(request), seconds)
 
 
 @dataclass(frozen=True)
@@ -195,8 +198,8 @@ class Wanted:
 class Part:
     """What one piece adds to an answer."""
 
-    text: str
-    calls: tuple[Call, ...]
+    told: Read
+    thought: str
     chances: tuple[Chance, ...]
     finish: str | None
 
@@ -208,12 +211,12 @@ class Reply:
         self,
         pieces: PieceStream,
         answer: Answer,
-        reader: CallReader,
+        reading: Reading,
         record: Record,
         wanted: Wanted,
         seconds: float,
     ) -> None:
-        self._pieces, self._answer, self._reader = pieces, answer, reader
+        self._pieces, self._answer, self._reading = pieces, answer, reading
         self._record, self._wanted = record, wanted
         self._ends = asyncio.get_running_loop().time() + seconds
         self.streamed = wanted.stream
@@ -221,12 +224,15 @@ class Reply:
     async def whole(self) -> dict[str, Any]:
         """Collect the answer; RequestError if it cannot be finished."""
         parts = [part async for part in self._parts()]
-        text = "".join(part.text for part in parts)
-        calls = [call for part in parts for call in part.calls]
+        text = "".join(part.told.text for part in parts)
+        calls = [call for part in parts for call in part.told.calls]
+        thought = "".join(part.thought for part in parts)
         chances = [chance for part in parts for chance in part.chances]
         self._record.texts["answer"] = text
         choice = self._answer.whole(
-            text, calls, chances if self._wanted.chances else None, parts[-1].finish or "stop"
+            Said(text, calls, thought),
+            chances if self._wanted.chances else None,
+            parts[-1].finish or "stop",
         )
         return self._answer.body(choice, self._usage())
 
@@ -239,7 +245,7 @@ class Reply:
                 yield _event(self._answer.chunk(opening))
             try:
                 async for part in self._parts():
-                    text += part.text
+                    text += part.told.text
                     for choice in self._choices(part):
                         yield _event(self._answer.chunk(choice))
             except RequestError as error:
@@ -256,10 +262,11 @@ class Reply:
         """Return the chunks of a part; the end of an answer has one of its own."""
         chances = part.chances if self._wanted.chances else ()
         choices = []
-        if part.text or part.calls or chances:
-            choices.append(self._answer.part(part.text, part.calls, chances))
+        said = Said(part.told.text, part.told.calls, part.thought)
+        if said or chances:
+            choices.append(self._answer.part(said, chances))
         if part.finish:
-            choices.append(self._answer.part("", (), None, part.finish))
+            choices.append(self._answer.part(Said(), None, part.finish))
         return choices
 
     async def _parts(self) -> AsyncIterator[Part]:
@@ -268,19 +275,14 @@ class Reply:
             while True:
                 piece = await self._next()
                 self._record.take(piece)
-                read = self._reader.push(piece.text)
-                if piece.finish is None:
-                    yield Part(read.text, read.calls, piece.chances, None)
-                    continue
-                rest = self._reader.flush()
-                read = Read(read.text + rest.text, read.calls + rest.calls)
-                finish = "tool_calls" if self._calls_only(piece) else piece.finish
+                finish: str | None = piece.finish
+                read, thought = self._reading.push(piece.text, final=finish is not None)
+                if finish == "stop" and self._reading.found:
+                    finish = "tool_calls"
                 self._record.finish = finish
-                yield Part(read.text, read.calls, piece.chances, finish)
-                return
-
-    def _calls_only(self, last: Piece) -> bool:
-        return last.finish == "stop" and self._reader.found > 0
+                yield Part(read, thought, piece.chances, finish)
+                if finish is not None:
+                    return
 
     async def _next(self) -> Piece:
         left = self._ends - asyncio.get_running_loop().time()

@@ -103,6 +103,10 @@ class ChatEngine(ABC):
         """Return a plain text's ids as training on plain text has them: one BOS in front."""
         raise ServeError(f"{self.name}: this engine continues conversations, not plain text")
 
+    def thought(self, prompt_ids: Sequence[int], *, model: str | None = None) -> bool | None:
+        """Whether a prompt ends inside a thought; None: the model's template knows none."""
+        return None
+
     @abstractmethod
     def submit(
         self, prompt_ids: Sequence[int], sampling: Sampling, *, model: str | None = None
@@ -181,6 +185,10 @@ class EmbeddedEngine(ChatEngine):
     def encode_text(self, text: str) -> list[int]:
         """Return a plain text's ids."""
         return self._chat.encode_text(text)
+
+    def thought(self, prompt_ids: Sequence[int], *, model: str | None = None) -> bool | None:
+        """Whether a prompt ends inside a thought."""
+        return self._chat.thought(prompt_ids)
 
     def submit(
         self, prompt_ids: Sequence[int], sampling: Sampling, *, model: str | None = None

@@ -44,6 +44,7 @@ class ChatTemplate:
         self._ends = Ends(_any_of({*tokenizer.special_tokens, *stops, eos}), stops)
         self._literals = _any_of(self._renderer.literals)
         self._shapes = Shapes(self._source, tokenizer.named_tokens)
+        self.thinks = "</think>" in self._source
         self.stop_ids = frozenset(ends | self._end_of_turn())
 
     def segments(

@@ -46,6 +46,11 @@ class Template(Protocol):
         """Ids that end an answer."""
         ...
 
+    @property
+    def thinks(self) -> bool:
+        """Whether it has words for reasoning, between think tags in front of an answer."""
+        ...
+
     def segments(
         self,
         messages: Sequence[Message],
@@ -107,6 +112,11 @@ class PromptTemplate:
     bos_ids: tuple[int, ...]
     eos_id: int
     stop_ids: frozenset[int]
+
+    @property
+    def thinks(self) -> bool:
+        """None of XTuner's templates has words for reasoning."""
+        return False
 
     def segments(
         self,

@@ -100,6 +100,10 @@ class BatchedEngine(ChatEngine):
         """Return a plain text's ids."""
         return self._models.chat(None).encode_text(text)
 
+    def thought(self, prompt_ids: Sequence[int], *, model: str | None = None) -> bool | None:
+        """Whether a prompt ends inside a thought."""
+        return self._models.chat(model).thought(prompt_ids)
+
     def submit(
         self, prompt_ids: Sequence[int], sampling: Sampling, *, model: str | None = None
     ) -> PieceStream:

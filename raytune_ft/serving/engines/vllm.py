@@ -129,6 +129,10 @@ class VllmEngine(ChatEngine):
         """Return a plain text's ids."""
         return self._chat(None).encode_text(text)
 
+    def thought(self, prompt_ids: Sequence[int], *, model: str | None = None) -> bool | None:
+        """Whether a prompt ends inside a thought."""
+        return self._chat(model).thought(prompt_ids)
+
     def submit(
         self, prompt_ids: Sequence[int], sampling: Sampling, *, model: str | None = None
     ) -> PieceStream:
