@@ -289,18 +289,25 @@ class RunSection(Section):
 class TuneSection(Section):
     """A sweep over recipe fields with Ray Tune."""
 
-    space: dict[str, list[Any] | dict[str, float]] = {}
-    """Dotted field -> list of choices, or {low, high} (`log: 1` for a log scale)."""
+    space: dict[str, str | list[Any] | dict[str, float]] = {}
+    """Dotted field -> list of choices, {low, high} (`log: 1` for a log scale, `step` for a grid),
+    or what it is tied to, such as `2 * lora.r`."""
+    search: Literal["random", "grid", "optuna"] = "random"
+    """How values are chosen: drawn, every combination (then `trials` is not read), or by what the
+    trials before gave (Optuna's TPE)."""
     trials: PositiveInt = 4
     """Runs of the sweep."""
     metric: str = "loss"
-    """Column of metrics.jsonl: `loss`, or `val_loss` where there is validation data."""
+    """Column of metrics.jsonl: `loss`, `val_loss` where there is validation data, or one of
+    `eval.metrics` as `val_chrf`."""
     mode: Literal["min", "max"] = "min"
     """Which end of the metric is good."""
     scheduler: Literal["none", "asha"] = "asha"
     """`asha` stops trials that fall behind; `none` runs each to its end."""
     concurrent: PositiveInt | None = None
     """Trials at once; null: as many as fit."""
+    shared_base: bool = False
+    """Train adapters of several trials in one process, on one frozen base."""
 
 
 class Recipe(Section):

@@ -64,7 +64,7 @@ FIELDS: dict[Effect, frozenset[str]] = {
         | {"chat_eval.system", "checkpoint.every", "checkpoint.keep"}
         | {"run." + name for name in ("max_failures", "name", "storage", "trackers", "workers")}
         | {"tune." + name for name in ("concurrent", "metric", "mode", "scheduler", "space")}
-        | {"tune.trials"}
+        | {"tune.search", "tune.shared_base", "tune.trials"}
     ),
 }
 """How a recipe's field counts -> the fields."""
