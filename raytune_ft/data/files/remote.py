@@ -96,12 +96,21 @@ def web_files() -> Any:
 
 @functools.lru_cache(maxsize=64)
 def _s3_files(bucket: str) -> Any:
+    from fsspec.implementations.arrow import ArrowFSWrapper
+
+    return ArrowFSWrapper(s3_files(bucket, connect_timeout=30, request_timeout=120))
+
+
+def s3_files(bucket: str, **limits: float) -> Any:
     """Return Arrow's S3 client: it comes with pyarrow, where s3fs would need botocore beside.
 
     Keys, profile, region and endpoint are read from the environment's names that AWS gave them;
     a bucket that anyone may read needs AWS_NO_SIGN_REQUEST=1 where there are no keys.
+
+    Args:
+        bucket: its region is looked up where nothing else tells it.
+        limits: `connect_timeout` and `request_timeout`, in seconds.
     """
-    from fsspec.implementations.arrow import ArrowFSWrapper
     from pyarrow import fs
 
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
@@ -109,13 +118,13 @@ def _s3_files(bucket: str) -> Any:
     if region is None and not endpoint:
         region = fs.resolve_s3_region(bucket)
     anonymous = os.environ.get("AWS_NO_SIGN_REQUEST", "").lower() in ("1", "true", "yes")
-    options: dict[str, Any] = {"region": region, "connect_timeout": 30, "request_timeout": 120}
+    options: dict[str, Any] = {"region": region, **limits}
     if anonymous:
         options["anonymous"] = True
     if endpoint:
         scheme, _, host = endpoint.rpartition("://")
         options |= {"endpoint_override": host.rstrip("/"), "scheme": scheme or "https"}
-    return ArrowFSWrapper(fs.S3FileSystem(**options))
+    return fs.S3FileSystem(**options)
 
 
 def version_of(info: Mapping[str, Any]) -> str:
