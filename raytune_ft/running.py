@@ -58,6 +58,7 @@ def carry_out(
         screen = Screen(
             recipe.train.log_every,
             console=Console(file=terminal, highlight=False),
+            kept=folder.lines,
         )
         if seen is not None:
             screen.line(seen.line())

@@ -1,13 +1,16 @@
 """What a person sees of a run: progress on a terminal, plain lines elsewhere, a summary panel.
 
-All of it goes to stderr; results for scripts go to stdout.
+All of it goes to stderr; results for scripts go to stdout. The lines are kept in the run's
+`lines.log` as well, where `raytune-ft logs` finds them.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -25,6 +28,8 @@ Event = dict[str, Any]
 
 SLOW_DATA = 0.05
 """Share of a step from which waiting for data is worth a word."""
+KEPT_WIDTH = 100
+"""Columns of the tables in a file."""
 MOMENTS = 4
 """Columns of answers that a terminal has room for; the report has all."""
 STAGES = {
@@ -45,10 +50,19 @@ STAGES = {
 
 
 class Screen:
-    """Shows the events of a run as they come; safe to call from one thread at a time."""
+    """Shows the events of a run as they come; safe to call from one thread at a time.
 
-    def __init__(self, log_every: int, *, console: Console | None = None) -> None:
+    Args:
+        log_every: steps between two lines.
+        console: where people look; by default stderr.
+        kept: file to which the lines are added as well.
+    """
+
+    def __init__(
+        self, log_every: int, *, console: Console | None = None, kept: Path | None = None
+    ) -> None:
         self.console = console or Console(stderr=True, highlight=False)
+        self._kept = _file_console(kept) if kept is not None else None
         self.log_every = log_every
         self.started = time.monotonic()
         self._stage = ""
@@ -89,17 +103,27 @@ class Screen:
         """Say that a stage began, or how far it is."""
         self({"kind": "stage", "name": name, "done": done, "total": total})
 
-    def line(self, text: str) -> None:
+    def line(self, text: str, style: str = "") -> None:
         """Print one line above the bars."""
-        self.console.print(text, soft_wrap=True)
+        shown = Text(text, style=style) if style else text
+        self.console.print(shown, soft_wrap=True)
+        self._keep(Text(text))
+
+    def _keep(self, shown: Table | Panel | Text) -> None:
+        if self._kept is not None:
+            with suppress(OSError):  # a full disk is told where it matters
+                self._kept.print(shown, soft_wrap=isinstance(shown, Text))
 
     def _on_stage(self, event: Event) -> None:
         name, total = str(event["name"]), int(event.get("total") or 0)
         label = STAGES.get(name, name)
-        if self._live is None:
-            if name != self._stage and name not in ("checkpoint", "train", "validation"):
-                self.line(f"[{time.monotonic() - self.started:6.1f} s] {label}")
-        else:
+        words = f"[{time.monotonic() - self.started:6.1f} s] {label}"
+        is_told = name != self._stage and name not in ("checkpoint", "train", "validation")
+        if is_told and self._live is None:
+            self.line(words)
+        elif is_told:
+            self._keep(Text(words))
+        if self._live is not None:
             done = int(event["done"] if "done" in event else event.get("step") or 0)
             self._bar(name, label, done, total, exact=bool(event.get("exact", True)))
         self._stage = name
@@ -127,7 +151,7 @@ class Screen:
             self.line(step_line(event))
 
     def _on_rows(self, event: Event) -> None:
-        self.console.print(Text(event["text"], style="yellow"), soft_wrap=True)
+        self.line(event["text"], style="yellow")
 
     def _on_fast_path(self, event: Event) -> None:
         for text in event["lines"]:
@@ -145,14 +169,27 @@ class Screen:
 
     def _on_restart(self, event: Event) -> None:
         why = f" ({event['why']})" if event.get("why") else ""
-        words = f"a worker was lost{why}; going on from the last checkpoint"
-        self.console.print(Text(words, style="yellow"), soft_wrap=True)
+        self.line(f"a worker was lost{why}; going on from the last checkpoint", style="yellow")
 
     def summary(self, summary: Summary, folder: str, next_commands: list[str]) -> None:
         """Print the answers side by side and the panel that ends a run."""
-        if summary.samples:
-            self.console.print(answers_table(summary))
-        self.console.print(_panel(summary, folder, next_commands))
+        shown: list[Table | Panel] = [answers_table(summary)] if summary.samples else []
+        for part in (*shown, _panel(summary, folder, next_commands)):
+            self.console.print(part)
+            self._keep(part)
+
+
+def _file_console(path: Path) -> Console | None:
+    """Open a run's lines, and say when a driver began; None where they cannot be kept."""
+    try:
+        file = path.open("a", encoding="utf-8", errors="replace", buffering=1)
+        file.write(f"--- {datetime.now().astimezone():%Y-%m-%d %H:%M:%S %z} ---\n")
+    except OSError:
+        return None
+    return Console(
+        file=file, width=KEPT_WIDTH, color_system=None, force_terminal=False, highlight=False,
+        legacy_windows=False,
+    )  # fmt: skip
 
 
 def step_line(event: Event) -> str:

@@ -11,6 +11,7 @@ from raytune_ft.config.schema import Recipe
 from raytune_ft.last_words import spoken_for
 from raytune_ft.new_run import new_folder, removed_unless_started
 from raytune_ft.resume import open_run, unheard
+from raytune_ft.training.guarding.attending import attended
 
 
 def train(recipe: Recipe, *, source: str, resume: str | None = None) -> int:
@@ -33,6 +34,7 @@ def train(recipe: Recipe, *, source: str, resume: str | None = None) -> int:
         removed_unless_started(folder),
         noise_to(folder.log) as terminal,
         spoken_for(lambda: unheard(folder), terminal.fileno()) as call_off,
+        attended(folder),
         ray_beside() as ray_start,
     ):
         from raytune_ft.running import carry_out  # seconds of imports, in which Ray starts

@@ -85,6 +85,11 @@ class RunFolder:
         return self.path / "run.log"
 
     @property
+    def lines(self) -> Path:
+        """What the run said for people, line by line, of all its drivers."""
+        return self.path / "lines.log"
+
+    @property
     def adapter(self) -> Path:
         return self.path / "adapter"
 
@@ -106,8 +111,18 @@ class RunFolder:
         """Return `running`, `done`, `failed` and the like; `interrupted` if its driver is gone."""
         info = self.info()
         said: str = info.get("status", "unknown")
-        gone = said == "running" and liveness.is_gone(info.get("driver") or {})
+        if said != "running":
+            return said
+        driver = info.get("driver") or {}
+        gone = liveness.is_gone(driver) or liveness.is_silent(driver, self.alive())
         return "interrupted" if gone else said
+
+    def alive(self) -> Any:
+        """Read the driver's last sign of life; None where there is none."""
+        try:
+            return read_json(self.path / liveness.ALIVE)
+        except CheckpointError:
+            return None
 
     def update(self, **fields: Any) -> None:
         """Change fields of run.json, whole or not at all."""
@@ -125,7 +140,7 @@ class RunFolder:
         driver = liveness.this_process()
         self.update(
             name=name, status="running", driver=driver, created=created, version=__version__,
-            **fields,
+            ended=None, **fields,
         )  # fmt: skip
         (self.path / STARTING).unlink(missing_ok=True)
 

@@ -1,17 +1,27 @@
 """Liveness: which process drives a run, and whether it is still there.
 
 A driver that is killed writes nothing more, so a run's record says who writes it and readers look.
+Where that process is another machine's, its signs of life (`attending`) decide.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
 START_FIELD = 19
 """Index of a process's start time in /proc/PID/stat, behind the command's closing bracket."""
+ALIVE = "alive.json"
+"""The driver's last sign of life."""
+BEAT_S = 20.0
+"""Between two of them."""
+SILENT_S = 120.0
+"""Without one, behind which a driver elsewhere counts as gone: five may be lost or late, and the
+clocks of two machines may differ by some seconds."""
 
 
 def this_process() -> dict[str, Any]:
@@ -42,6 +52,43 @@ def is_gone(process: dict[str, Any]) -> bool:
 def is_here(process: dict[str, Any]) -> bool:
     """Tell whether a process of this machine, as `this_process` described it, is at work."""
     return process.get("host") == socket.gethostname() and not is_gone(process)
+
+
+def is_silent(process: dict[str, Any], alive: object) -> bool:
+    """Tell whether a process of another machine has given no sign of life for too long.
+
+    Args:
+        process: as it described itself by `this_process`.
+        alive: content of the run's `alive.json`. None, or the sign of another process, tells
+            nothing: False.
+    """
+    if process.get("host") == socket.gethostname() or not isinstance(alive, dict):
+        return False
+    said = alive.get("time")
+    known = alive.get("driver") == process and isinstance(said, int | float)
+    return known and time.time() - float(said or 0) > SILENT_S
+
+
+def send(process: dict[str, Any], number: signal.Signals) -> None:
+    """Send a signal to a process of this machine, and to no other that got its number meanwhile.
+
+    Raises:
+        ProcessLookupError: it has ended.
+        PermissionError: it is another user's.
+    """
+    pid = int(process["pid"])
+    if not hasattr(os, "pidfd_open"):  # no Linux: the number may change hands between two lines
+        if not is_here(process):
+            raise ProcessLookupError(pid)
+        os.kill(pid, number)
+        return
+    descriptor = os.pidfd_open(pid)  # from here on it is this process or none
+    try:
+        if not is_here(process):
+            raise ProcessLookupError(pid)
+        signal.pidfd_send_signal(descriptor, number)
+    finally:
+        os.close(descriptor)
 
 
 def _began(pid: int) -> str | None:

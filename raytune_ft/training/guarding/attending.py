@@ -1,0 +1,162 @@
+"""Attending: a run's driver gives signs of life, and looks whether it was asked to stop.
+
+A driver on another machine has no number that a reader here could look up. So it writes down the
+time every few seconds, and reads what stands beside that. A request names the driver that it is
+for: one that was not obeyed stops no later driver of the same run.
+
+    alive.json   {"driver", "time"}, written by the driver, removed when it ends
+    stop.json    {"driver", "now"}, written by `raytune-ft stop`, removed by the driver
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, Protocol
+
+from raytune_ft.errors import Interrupted, RaytuneError
+from raytune_ft.training.guarding import liveness
+from raytune_ft.training.run_folder import RunFolder
+
+ALIVE = liveness.ALIVE
+REQUEST = "stop.json"
+LOOK_S = 2.0
+"""Between two looks whether a stop was asked for."""
+AGAIN_S = 1.0
+"""From the first signal of a stop at once to the second one."""
+KILL_S = 20.0
+"""From there until the process is killed that obeys neither: Ray takes seconds to end."""
+
+
+class Desk(Protocol):
+    """Where a run's small files lie; any method may raise OSError, and elsewhere RaytuneError."""
+
+    def read(self, name: str) -> bytes:
+        """Return a file's content."""
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a file, whole or not at all."""
+
+    def remove(self, name: str) -> None:
+        """Remove a file, if it is there."""
+
+
+class Here:
+    """The desk in a run folder of this machine.
+
+    Args:
+        folder: of the run.
+    """
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.path = folder.path
+
+    def read(self, name: str) -> bytes:
+        return (self.path / name).read_bytes()
+
+    def write(self, name: str, content: bytes) -> None:
+        temporary = self.path / f".{name}.{os.getpid()}"
+        temporary.write_bytes(content)
+        temporary.replace(self.path / name)
+
+    def remove(self, name: str) -> None:
+        (self.path / name).unlink(missing_ok=True)
+
+
+def ask(desk: Desk, driver: dict[str, Any], *, now: bool) -> None:
+    """Ask a driver to stop behind a checkpoint, or at once; OSError if it cannot be written."""
+    desk.write(REQUEST, json.dumps({"driver": driver, "now": now}).encode())
+
+
+@contextmanager
+def attended(folder: RunFolder, *more: Desk) -> Iterator[None]:
+    """While the block runs, give signs of life and obey requests; keep the words of its error.
+
+    A request becomes a Ctrl-C of this process, so that whatever would stop it in good order does.
+
+    Args:
+        folder: of the run that this process drives.
+        more: desks of the same run elsewhere.
+    """
+    over = threading.Event()
+    desks = (Here(folder), *more)
+    threads = [threading.Thread(target=_attend, args=(d, over), daemon=True) for d in desks]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    except RaytuneError as error:
+        _keep(folder, error)
+        raise
+    finally:
+        over.set()
+        for thread, desk in zip(threads, desks, strict=True):
+            thread.join(timeout=LOOK_S)
+            for name in (ALIVE, REQUEST):
+                with suppress(OSError, RaytuneError):
+                    desk.remove(name)
+
+
+def _keep(folder: RunFolder, error: RaytuneError) -> None:
+    """Write down how a run ended that had begun, where `raytune-ft logs` looks for it."""
+    if not folder.run_json.is_file():
+        return
+    with suppress(OSError, RaytuneError):  # of a full disk or a damaged record it was told already
+        folder.update(ended={"words": str(error), "code": error.exit_code})
+        with folder.lines.open("a", encoding="utf-8", errors="replace") as file:
+            mark = "" if isinstance(error, Interrupted) else "error: "
+            file.write(f"{mark}{error}\n")
+
+
+def _attend(desk: Desk, over: threading.Event) -> None:
+    own, beaten = liveness.this_process(), float("-inf")
+    while True:
+        with suppress(OSError, RaytuneError):  # the next look may find the disk or the network there again
+            if time.monotonic() - beaten >= liveness.BEAT_S:
+                desk.write(ALIVE, json.dumps({"driver": own, "time": time.time()}).encode())
+                beaten = time.monotonic()
+            if (request := _request(desk, own)) is not None and can_be_told():
+                desk.remove(REQUEST)
+                interrupt(own, now=bool(request.get("now")), over=over)
+        if over.wait(LOOK_S):
+            return
+
+
+def _request(desk: Desk, own: dict[str, Any]) -> dict[str, Any] | None:
+    try:
+        content = json.loads(desk.read(REQUEST))
+    except (FileNotFoundError, ValueError):
+        return None
+    mine = isinstance(content, dict) and content.get("driver") == own
+    return content if mine else None
+
+
+def can_be_told() -> bool:
+    """Tell whether a Ctrl-C reaches this process yet; one begun by `&` in a script ignores it."""
+    return signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
+
+
+def interrupt(process: dict[str, Any], *, now: bool, over: threading.Event) -> None:
+    """Send a process the signals of a stop.
+
+    Args:
+        process: as `liveness.this_process` described it.
+        now: whether it is not to wait for its checkpoint, and killed if it does not go.
+        over: set when it has ended.
+
+    Raises:
+        ProcessLookupError: it has ended, or its number is another process's.
+        PermissionError: it is another user's.
+    """
+    liveness.send(process, signal.SIGINT)
+    if not now or over.wait(AGAIN_S):
+        return
+    with suppress(ProcessLookupError):
+        liveness.send(process, signal.SIGINT)
+        if not over.wait(KILL_S):
+            liveness.send(process, signal.SIGKILL)
