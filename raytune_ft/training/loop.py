@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -58,15 +59,35 @@ def train(
     known_steps: int | None = None,
     room: Room | None = None,
 ) -> TrainState:
-    """Run from `state` to the end of the recipe's epochs, or to `max_steps`.
+    """Run from `state` to its end, as `training` says; return it."""
+    run = training(engine, recipe, steps, state, total_steps, hooks, emit, known_steps, room)
+    deque(run, maxlen=0)
+    return state
+
+
+def training(
+    engine: Engine,
+    recipe: Recipe,
+    steps: Iterator[StepData],
+    state: TrainState,
+    total_steps: int | None,
+    hooks: Hooks,
+    emit: Emit,
+    known_steps: int | None = None,
+    room: Room | None = None,
+) -> Iterator[None]:
+    """Run from `state` to the end of the recipe's epochs, or to `max_steps`; stop at each step.
 
     Args:
         steps: this rank's data, from `state`'s position on.
-        state: changed in place and returned.
+        state: changed in place.
         total_steps: of the whole run, where the learning rate goes by steps; None where it goes
             by rows.
         known_steps: of the whole run, where they are sure though the learning rate goes by rows.
         room: what a step does whose packs do not fit into memory; None: it ends the run.
+
+    Yields:
+        Behind each optimizer step, once all is done that comes before the next.
 
     Raises:
         TrainingError: the loss or gradient is not finite, or a step has no labelled token.
@@ -139,8 +160,8 @@ def train(
         if due:
             hooks.save(state)
             saved = state.step
+        yield
     hooks.sample(state.step, "after")
-    return state
 
 
 def next_step(

@@ -127,7 +127,7 @@ def _run(
         job.model_folder, recipe.model.eos_token, recipe.model.new_tokens
     )
     voice = Voice(model, tokenizer, get_template(recipe.model.template, tokenizer), engine)
-    state = _resume(engine, folder, recipe, job.data_fingerprint, emit)
+    state = resume(engine, folder, recipe, job.data_fingerprint, emit)
     if dry_step.wanted(engine):
         emit("stage", name="dry step")
         dry_step.find_room(engine, room)
@@ -144,7 +144,7 @@ def _run(
     place = Position(state.epoch, state.window, state.pack)
     with (
         guarded(guards, hooks, engine, recipe, folder) as safe_hooks,
-        _closing(packs(place)) as stream,
+        closing(packs(place)) as stream,
     ):
         batches = steps(stream, room, rank=rank(), workers=world_size())
         train(engine, recipe, batches, state, counted, safe_hooks, emit, known, room)
@@ -153,15 +153,20 @@ def _run(
     with engine.whole():
         if rank() == 0:
             emit("stage", name="export")
-            _export(recipe, voice, folder, Path(job.model_folder))
+            export(recipe, voice, folder, Path(job.model_folder))
     if rank() == 0:
         folder.update(**best.record(state, recipe.eval))
     return state
 
 
-def _resume(
+def resume(
     engine: Engine, folder: RunFolder, recipe: Recipe, data_fingerprint: str, emit: Emit
 ) -> TrainState:
+    """Give an engine what the newest checkpoint of a run holds; return where the run goes on.
+
+    Raises:
+        CheckpointError: it is of another recipe or of other rows.
+    """
     loaded = None
     if rank() == 0:
         for place in (folder.path, folder.checkpoints):
@@ -182,7 +187,7 @@ def _resume(
 
 
 @contextmanager
-def _closing(stream: Iterator[Placed]) -> Iterator[Iterator[Placed]]:
+def closing(stream: Iterator[Placed]) -> Iterator[Iterator[Placed]]:
     """End what makes packs ahead when training ends, however it ends."""
     try:
         yield stream
@@ -204,11 +209,11 @@ def _from_rank_0(number: int) -> int:
 
 def _first_batches(packs: PackStream, recipe: Recipe) -> list[TensorBatch]:
     """Return the micro-batches of the first step as one rank alone would have them."""
-    with _closing(packs(Position())) as stream:
+    with closing(packs(Position())) as stream:
         return next(steps(stream, recipe.train, rank=0, workers=1)).micro_batches
 
 
-def _export(recipe: Recipe, voice: Voice, folder: RunFolder, base: Path) -> None:
+def export(recipe: Recipe, voice: Voice, folder: RunFolder, base: Path) -> None:
     """Write the result, whole or not at all; CheckpointError if the disk refuses."""
     is_adapter = recipe.model.method == "lora"
     target = folder.adapter if is_adapter else folder.model

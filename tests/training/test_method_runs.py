@@ -163,7 +163,7 @@ class Results:
 @pytest.fixture(scope="module")
 def results(model: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Results:
     folder, seen = tmp_path_factory.mktemp("runs"), []
-    real = worker._export
+    real = worker.export
 
     def look(recipe: Recipe, voice: Any, run: RunFolder, base: Path) -> None:
         voice.model.eval()
@@ -172,7 +172,7 @@ def results(model: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -
 
     new = {"new_tokens": TOKENS}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(worker, "_export", look)
+        patch.setattr(worker, "export", look)
         adapted = train(recipe_of(model, rows, model=new), folder / "lora")
         full = train(recipe_of(model, rows, model={**new, "method": "full"}), folder / "full")
     merged = export.merge(str(adapted.path))
