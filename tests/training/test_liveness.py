@@ -43,7 +43,13 @@ def test_its_number_may_have_gone_to_another_process() -> None:
     assert liveness.is_gone({**own, "began": "an earlier boot 17"})
 
 
-@pytest.mark.parametrize("driver", [None, {"host": "another-host", "pid": 2**22, "began": "x 1"}])
+IN_ANOTHER_CONTAINER = {**liveness.this_process(), "numbers": "pid:[1]", "pid": 2**22}
+
+
+@pytest.mark.parametrize(
+    "driver",
+    [None, {"host": "another-host", "pid": 2**22, "began": "x 1"}, IN_ANOTHER_CONTAINER],
+)
 def test_what_nobody_here_can_tell_stands_as_written(tmp_path: Path, driver: object) -> None:
     write_json(tmp_path / "run.json", {"status": "running", "driver": driver})
     assert RunFolder(tmp_path).status() == "running"

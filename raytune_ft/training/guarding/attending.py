@@ -116,7 +116,7 @@ def _keep(folder: RunFolder, error: RaytuneError) -> None:
 def _attend(desk: Desk, over: threading.Event) -> None:
     own, beaten = liveness.this_process(), float("-inf")
     while True:
-        with suppress(OSError, RaytuneError):  # the next look may find the disk or the network there again
+        with suppress(OSError, RaytuneError):  # the next look may find disk and network well
             if time.monotonic() - beaten >= liveness.BEAT_S:
                 desk.write(ALIVE, json.dumps({"driver": own, "time": time.time()}).encode())
                 beaten = time.monotonic()

@@ -25,8 +25,14 @@ clocks of two machines may differ by some seconds."""
 
 
 def this_process() -> dict[str, Any]:
-    """Describe this process: host, number, and when it began, in the kernel's ticks since boot."""
-    return {"host": socket.gethostname(), "pid": os.getpid(), "began": _began(os.getpid())}
+    """Describe this process: host, number, and when it began, in the kernel's ticks since boot.
+
+    And whose number it is, for containers that have numbers of their own under a host's name.
+    """
+    return {
+        "host": socket.gethostname(), "numbers": _numbers(), "pid": os.getpid(),
+        "began": _began(os.getpid()),
+    }  # fmt: skip
 
 
 def is_gone(process: dict[str, Any]) -> bool:
@@ -36,7 +42,7 @@ def is_gone(process: dict[str, Any]) -> bool:
         process: as `this_process` described it. A number that went to another process since then
             is told by when that began.
     """
-    if process.get("host") != socket.gethostname():
+    if not _can_be_seen(process):
         return False
     pid = int(process["pid"])
     try:
@@ -51,7 +57,7 @@ def is_gone(process: dict[str, Any]) -> bool:
 
 def is_here(process: dict[str, Any]) -> bool:
     """Tell whether a process of this machine, as `this_process` described it, is at work."""
-    return process.get("host") == socket.gethostname() and not is_gone(process)
+    return _can_be_seen(process) and not is_gone(process)
 
 
 def is_silent(process: dict[str, Any], alive: object) -> bool:
@@ -62,7 +68,7 @@ def is_silent(process: dict[str, Any], alive: object) -> bool:
         alive: content of the run's `alive.json`. None, or the sign of another process, tells
             nothing: False.
     """
-    if process.get("host") == socket.gethostname() or not isinstance(alive, dict):
+    if _can_be_seen(process) or not isinstance(alive, dict):
         return False
     said = alive.get("time")
     known = alive.get("driver") == process and isinstance(said, int | float)
@@ -89,6 +95,21 @@ def send(process: dict[str, Any], number: signal.Signals) -> None:
         signal.pidfd_send_signal(descriptor, number)
     finally:
         os.close(descriptor)
+
+
+def _can_be_seen(process: dict[str, Any]) -> bool:
+    """Tell whether a process's number can be looked up here, should it still be there."""
+    numbers = process.get("numbers")
+    same = numbers is None or numbers == _numbers()
+    return same and process.get("host") == socket.gethostname()
+
+
+def _numbers() -> str | None:
+    """Name the room of numbers that this process is in; None where there is no /proc."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return None
 
 
 def _began(pid: int) -> str | None:
