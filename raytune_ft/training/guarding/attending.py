@@ -34,7 +34,10 @@ KILL_S = 20.0
 
 
 class Desk(Protocol):
-    """Where a run's small files lie; any method may raise OSError, and elsewhere RaytuneError."""
+    """Where a run's small files lie; any method may raise OSError, and elsewhere RaytuneError.
+
+    `storing.places.Place`, of a run's own folder, is one.
+    """
 
     def read(self, name: str) -> bytes:
         """Return a file's content."""
@@ -42,7 +45,7 @@ class Desk(Protocol):
     def write(self, name: str, content: bytes) -> None:
         """Write a file, whole or not at all."""
 
-    def remove(self, name: str) -> None:
+    def delete(self, prefix: str) -> None:
         """Remove a file, if it is there."""
 
 
@@ -64,8 +67,8 @@ class Here:
         temporary.write_bytes(content)
         temporary.replace(self.path / name)
 
-    def remove(self, name: str) -> None:
-        (self.path / name).unlink(missing_ok=True)
+    def delete(self, prefix: str) -> None:
+        (self.path / prefix).unlink(missing_ok=True)
 
 
 def ask(desk: Desk, driver: dict[str, Any], *, now: bool) -> None:
@@ -99,7 +102,7 @@ def attended(folder: RunFolder, *more: Desk) -> Iterator[None]:
             thread.join(timeout=LOOK_S)
             for name in (ALIVE, REQUEST):
                 with suppress(OSError, RaytuneError):
-                    desk.remove(name)
+                    desk.delete(name)
 
 
 def _keep(folder: RunFolder, error: RaytuneError) -> None:
@@ -121,7 +124,7 @@ def _attend(desk: Desk, over: threading.Event) -> None:
                 desk.write(ALIVE, json.dumps({"driver": own, "time": time.time()}).encode())
                 beaten = time.monotonic()
             if (request := _request(desk, own)) is not None and can_be_told():
-                desk.remove(REQUEST)
+                desk.delete(REQUEST)
                 interrupt(own, now=bool(request.get("now")), over=over)
         if over.wait(LOOK_S):
             return

@@ -107,7 +107,7 @@ def _can_be_seen(process: dict[str, Any]) -> bool:
 def _numbers() -> str | None:
     """Name the room of numbers that this process is in; None where there is no /proc."""
     try:
-        return os.readlink("/proc/self/ns/pid")
+        return str(Path("/proc/self/ns/pid").readlink())
     except OSError:
         return None
 
