@@ -15,7 +15,7 @@ from typing import Any
 
 import ray
 
-from raytune_ft import errors
+from raytune_ft import errors, seats
 from raytune_ft.cluster import noise_to
 from raytune_ft.config.schema import Recipe
 from raytune_ft.data.feeder import Supply
@@ -36,8 +36,6 @@ ASK_SECONDS = 0.5
 JOB_SECONDS = 0.1
 ALONE_SECONDS = 10.0
 """Behind the failure that ends a run, for workers that have not met it."""
-CPUS_PER_WORKER = 0.5
-"""Less than a core, so that several workers find room on a small machine."""
 
 
 class Workers:
@@ -76,7 +74,9 @@ def _trainer(recipe: Recipe, folder: RunFolder, mailbox: Any) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    on_gpu = ray.cluster_resources().get("GPU", 0) >= 1
+    there = ray.cluster_resources()
+    on_gpu = there.get("GPU", 0) >= 1
+    cpus = seats.cpus_per_worker(recipe.run.workers, there.get("CPU", 0))
     return TorchTrainer(
         train_loop_per_worker,
         train_loop_config={
@@ -89,7 +89,7 @@ def _trainer(recipe: Recipe, folder: RunFolder, mailbox: Any) -> Any:
         scaling_config=ScalingConfig(
             num_workers=recipe.run.workers,
             use_gpu=on_gpu,
-            resources_per_worker={"CPU": CPUS_PER_WORKER, **({"GPU": 1} if on_gpu else {})},
+            resources_per_worker={"CPU": cpus, **({"GPU": 1} if on_gpu else {})},
         ),
         run_config=RunConfig(
             name=f"attempt_{os.getpid()}",

@@ -11,7 +11,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from raytune_ft import survey
+from raytune_ft import seats, survey
 from raytune_ft.config import catalog
 from raytune_ft.config.estimates import gpus, pace
 from raytune_ft.config.estimates import layout as layouts
@@ -180,11 +180,13 @@ def check_memory(recipe: Recipe, kept: Choice | None = None) -> Outlook | None:
         kept: the layout of a run that is to go on, with which it goes on exactly.
 
     Raises:
+        RecipeError: there are fewer GPUs here than workers.
         MemoryPlanError: it clearly does not fit, in halves neither if `train.on_oom` is `halve`.
         ModelError: no family reads the model's config.json.
     """
     if os.environ.get("RAY_ADDRESS"):
         return None
+    seats.check(recipe)
     folder = survey.model_folder(recipe.model.path)
     shape = survey.read_config(folder) if folder else catalog.card_config(recipe.model.path)
     where = place()
