@@ -60,12 +60,12 @@ def test_a_driver_gives_signs_of_life_and_obeys_what_is_asked_of_it(tmp_path: Pa
     with driver_of(tmp_path) as process:
         wait_until(lambda: folder.alive() is not None)
         own = folder.info()["driver"]
-        assert folder.alive()["driver"] == own
+        assert liveness.at_work(folder.alive()) == own
         attending.ask(attending.Here(folder), own, now=False)
         assert process.wait(timeout=60) == 0
     assert folder.status() == "stopped"
-    left = {path.name for path in tmp_path.iterdir()}
-    assert not left & {attending.ALIVE, attending.REQUEST}, "nothing stops the run's next driver"
+    assert liveness.at_work(folder.alive()) is None and folder.alive()["over"]
+    assert not (tmp_path / attending.REQUEST).exists(), "nothing stops the run's next driver"
 
 
 def test_what_was_asked_of_an_earlier_driver_stops_no_later_one(tmp_path: Path) -> None:
@@ -103,6 +103,9 @@ def test_a_driver_elsewhere_is_told_by_its_signs_of_life(tmp_path: Path) -> None
     for age, status in ages.items():
         write_json(tmp_path / liveness.ALIVE, {"driver": driver, "time": time.time() - age})
         assert RunFolder(tmp_path).status() == status
+    over = {"driver": driver, "time": time.time(), "over": True}
+    write_json(tmp_path / liveness.ALIVE, over)
+    assert RunFolder(tmp_path).status() == "interrupted", "it said that it ended"
     write_json(tmp_path / liveness.ALIVE, {"driver": {**driver, "pid": 8}, "time": 0.0})
     assert RunFolder(tmp_path).status() == "running", "an earlier driver's sign tells nothing"
     (tmp_path / liveness.ALIVE).write_text("{")
@@ -118,3 +121,9 @@ def test_the_words_of_an_error_stay_with_the_run(tmp_path: Path) -> None:
     assert folder.lines.read_text() == "error: step 3: the loss is nan\n"
     folder.create("a", "model: {path: m}\n")
     assert json.loads(folder.run_json.read_text())["ended"] is None
+
+
+def test_nothing_is_left_of_a_run_that_never_began(tmp_path: Path) -> None:
+    with attending.attended(RunFolder(tmp_path)):
+        wait_until(lambda: (tmp_path / attending.ALIVE).is_file())
+    assert list(tmp_path.iterdir()) == []

@@ -4,7 +4,7 @@ A driver on another machine has no number that a reader here could look up. So i
 time every few seconds, and reads what stands beside that. A request names the driver that it is
 for: one that was not obeyed stops no later driver of the same run.
 
-    alive.json   {"driver", "time"}, written by the driver, removed when it ends
+    alive.json   {"driver", "time", "over"}, written by the driver; over: it has ended
     stop.json    {"driver", "now"}, written by `raytune-ft stop`, removed by the driver
 """
 
@@ -100,9 +100,12 @@ def attended(folder: RunFolder, *more: Desk) -> Iterator[None]:
         over.set()
         for thread, desk in zip(threads, desks, strict=True):
             thread.join(timeout=LOOK_S)
-            for name in (ALIVE, REQUEST):
-                with suppress(OSError, RaytuneError):
-                    desk.delete(name)
+            with suppress(OSError, RaytuneError):
+                desk.delete(REQUEST)
+                if folder.run_json.is_file():
+                    _beat(desk, over=True)
+                else:  # nothing came of the run, and nothing is left of it
+                    desk.delete(ALIVE)
 
 
 def _keep(folder: RunFolder, error: RaytuneError) -> None:
@@ -121,13 +124,18 @@ def _attend(desk: Desk, over: threading.Event) -> None:
     while True:
         with suppress(OSError, RaytuneError):  # the next look may find disk and network well
             if time.monotonic() - beaten >= liveness.BEAT_S:
-                desk.write(ALIVE, json.dumps({"driver": own, "time": time.time()}).encode())
+                _beat(desk, over=False)
                 beaten = time.monotonic()
             if (request := _request(desk, own)) is not None and can_be_told():
                 desk.delete(REQUEST)
                 interrupt(own, now=bool(request.get("now")), over=over)
         if over.wait(LOOK_S):
             return
+
+
+def _beat(desk: Desk, *, over: bool) -> None:
+    sign = {"driver": liveness.this_process(), "time": time.time(), "over": over}
+    desk.write(ALIVE, json.dumps(sign).encode())
 
 
 def _request(desk: Desk, own: dict[str, Any]) -> dict[str, Any] | None:

@@ -42,7 +42,7 @@ def is_gone(process: dict[str, Any]) -> bool:
         process: as `this_process` described it. A number that went to another process since then
             is told by when that began.
     """
-    if not _can_be_seen(process):
+    if not can_be_seen(process):
         return False
     pid = int(process["pid"])
     try:
@@ -57,22 +57,39 @@ def is_gone(process: dict[str, Any]) -> bool:
 
 def is_here(process: dict[str, Any]) -> bool:
     """Tell whether a process of this machine, as `this_process` described it, is at work."""
-    return _can_be_seen(process) and not is_gone(process)
+    return can_be_seen(process) and not is_gone(process)
 
 
 def is_silent(process: dict[str, Any], alive: object) -> bool:
-    """Tell whether a process of another machine has given no sign of life for too long.
+    """Tell whether a process of another machine has said its end, or nothing for too long.
 
     Args:
         process: as it described itself by `this_process`.
         alive: content of the run's `alive.json`. None, or the sign of another process, tells
             nothing: False.
     """
-    if _can_be_seen(process) or not isinstance(alive, dict):
+    if can_be_seen(process) or not isinstance(alive, dict) or alive.get("driver") != process:
         return False
+    return not _is_fresh(alive)
+
+
+def at_work(alive: object) -> dict[str, Any] | None:
+    """Return the process that gave a sign of life, if it is still there; None if it is not.
+
+    Args:
+        alive: content of a run's `alive.json`; None: there is none.
+    """
+    process = alive.get("driver") if isinstance(alive, dict) else None
+    if not isinstance(alive, dict) or not isinstance(process, dict) or alive.get("over"):
+        return None
+    lives = is_here(process) if can_be_seen(process) else _is_fresh(alive)
+    return process if lives else None
+
+
+def _is_fresh(alive: dict[str, Any]) -> bool:
     said = alive.get("time")
-    known = alive.get("driver") == process and isinstance(said, int | float)
-    return known and time.time() - float(said or 0) > SILENT_S
+    is_late = not isinstance(said, int | float) or time.time() - said > SILENT_S
+    return not (is_late or alive.get("over"))
 
 
 def send(process: dict[str, Any], number: signal.Signals) -> None:
@@ -97,7 +114,7 @@ def send(process: dict[str, Any], number: signal.Signals) -> None:
         os.close(descriptor)
 
 
-def _can_be_seen(process: dict[str, Any]) -> bool:
+def can_be_seen(process: dict[str, Any]) -> bool:
     """Tell whether a process's number can be looked up here, should it still be there."""
     numbers = process.get("numbers")
     same = numbers is None or numbers == _numbers()
