@@ -21,6 +21,7 @@ from raytune_ft.config.estimates.layout import Weighed
 from raytune_ft.config.estimates.pace import DEVICES, Device
 from raytune_ft.config.schema import Recipe
 from raytune_ft.errors import MemoryPlanError
+from raytune_ft.sweeping.space import with_values
 
 GIB = 2**30
 FILLED = 0.8
@@ -162,24 +163,17 @@ def heaviest(recipe: Recipe) -> Iterator[Recipe]:
     The last one has the largest number of every field at once. Ties and words are left alone.
     """
     yield recipe
-    largest = recipe
+    largest: dict[str, Any] = {}
     for name, choice in recipe.tune.space.items():
         if isinstance(choice, str):
             continue
         values = [choice["low"], choice["high"]] if isinstance(choice, dict) else choice
         for value in values:
-            yield with_field(recipe, name, value)
+            yield with_values(recipe, {name: value}, alone=True)
         numbers = [v for v in values if isinstance(v, (int, float)) and not isinstance(v, bool)]
         if numbers:
-            largest = with_field(largest, name, max(numbers))
-    yield largest
-
-
-def with_field(recipe: Recipe, name: str, value: Any) -> Recipe:
-    """Return a recipe with another value of one dotted field, which is not checked anew."""
-    section, _, key = name.partition(".")
-    own = getattr(recipe, section).model_copy(update={key: value})
-    return recipe.model_copy(update={section: own})
+            largest[name] = max(numbers)
+    yield with_values(recipe, largest, alone=True)
 
 
 class Layouts:

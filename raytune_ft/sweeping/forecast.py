@@ -23,7 +23,8 @@ from raytune_ft.config.schema import Recipe
 from raytune_ft.outlook import spoken
 from raytune_ft.sweeping import duration
 from raytune_ft.sweeping.duration import Cost
-from raytune_ft.sweeping.fit import Fit, Machine, Model, fit, heaviest, machine, with_field
+from raytune_ft.sweeping.fit import Fit, Machine, Model, fit, heaviest, machine
+from raytune_ft.sweeping.space import with_values
 from raytune_ft.sweeping.words import short_field, short_value
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ class Forecast:
     """If every trial runs to its end; None where steps are not known."""
     least: Cost | None = None
     """If all that may be stopped early are; equal to `most` where none may."""
+    cores: float = 1.0
+    """Of the machine for each trial: its threads."""
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
@@ -65,13 +68,8 @@ class Forecast:
     def hours(self, one: Cost) -> dict[str, float | None]:
         """Return the GPU-hours of a cost, or core-hours without GPUs."""
         name = "gpu_hours" if self.gpu_share else "core_hours"
-        return {name: None if one.busy is None else one.busy * self._device_share / 3600}
-
-    @property
-    def _device_share(self) -> float:
-        return self.gpu_share or self._cores
-
-    _cores: float = 1.0
+        share = self.gpu_share or self.cores
+        return {name: None if one.busy is None else one.busy * share / 3600}
 
 
 def forecast(
@@ -100,7 +98,7 @@ def forecast(
     where = machine(cluster)
     trials = [recipe] * n_trials
     if values is not None:
-        trials = [_with(recipe, each) for each in values]
+        trials = [with_values(recipe, each) for each in values]
     weighed = trials if values is not None else list(heaviest(recipe))
     found = fit(recipe, n_trials, weighed, where)
     lengths = _lengths(trials, steps, counted)
@@ -115,12 +113,6 @@ def forecast(
         found.concurrent, share, CPUS, None if most is None else most.seconds, lines, most, least,
         where.cores / found.concurrent,
     )  # fmt: skip
-
-
-def _with(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
-    for name, value in values.items():
-        recipe = with_field(recipe, name, value)
-    return recipe
 
 
 def _lengths(

@@ -1,0 +1,225 @@
+"""Board: a sweep's trials in, a leaderboard on the terminal, and lines where there is none.
+
+Best first, as `trials.ranked` orders them. On a terminal one table is drawn over and over; where
+output is piped each change is a line. Either way the whole table stands at the end.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from raytune_ft.config.schema import TuneSection
+from raytune_ft.screen import Screen
+from raytune_ft.sweeping.trials import DONE, FAILED, RUNNING, STOPPED, WAITING, Trial, ranked
+from raytune_ft.sweeping.words import assignments, figure, short_field, short_value
+from raytune_ft.training.watching.reporting import clock
+from raytune_ft.training.watching.reporting.series import number
+
+FILE = "leaderboard.jsonl"
+WIDTH = 80
+COLUMNS = 4
+"""Swept fields that have a column each; of more, all are in one."""
+TAIL = 2**16
+"""Bytes at the end of metrics.jsonl in which its last line stands."""
+STYLES = {DONE: "green", RUNNING: "cyan", STOPPED: "dim", WAITING: "dim"}
+
+
+class Board:
+    """The live leaderboard of one sweep; `update` it, and leave the block at the end.
+
+    Args:
+        screen: where the sweep tells everything else.
+        section: the recipe's `tune`.
+        total_steps: of a trial, as far as it is known.
+        now: seconds of a steady clock.
+    """
+
+    def __init__(
+        self,
+        screen: Screen,
+        section: TuneSection,
+        total_steps: int,
+        *,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.screen, self.section, self.total_steps = screen, section, total_steps
+        self.trials: list[Trial] = []
+        self._told: dict[int, tuple[str, int]] = {}
+        self._pace = Pace(total_steps, now)
+        self._live: Live | None = None
+
+    def __enter__(self) -> Board:
+        """Begin to draw, on a terminal."""
+        if self.screen.console.is_terminal:
+            self._live = Live(console=self.screen.console, refresh_per_second=4, transient=True)
+            self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Leave the whole table behind."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+        if self.trials:
+            self.screen.console.print(Text("leaderboard", style="italic"))
+            self.screen.console.print(self.table())
+
+    def update(self, trials: Sequence[Trial]) -> None:
+        """Show the trials as they are now."""
+        self.trials = ranked(trials, self.section.mode)
+        self._pace.update(trials)
+        if self._live is not None:
+            self._live.update(self.table(rows=max(3, self.screen.console.height - 8)))
+            return
+        for trial in sorted(trials, key=lambda one: one.number):
+            self._tell(trial)
+
+    def _tell(self, trial: Trial) -> None:
+        """Print a line if a trial's state changed, or its steps passed an interval."""
+        before, every = self._told.get(trial.number, (WAITING, 0)), self.screen.log_every
+        moved = trial.step // every > before[1] // every or (trial.step > 0 and before[1] == 0)
+        if trial.state != before[0] or (moved and trial.state == RUNNING):
+            left = self._pace.left(self.trials)
+            eta = "" if left is None else f" | sweep eta {clock(left)}"
+            self.screen.console.print(Text(self._line(trial) + eta), soft_wrap=True)
+            self._told[trial.number] = (trial.state, trial.step)
+
+    def _line(self, trial: Trial) -> str:
+        parts = [f"trial {trial.number}", assignments(trial.values)]
+        if trial.step:
+            parts.append(f"step {trial.step}/~{self.total_steps}")
+        if trial.metric is not None:
+            parts.append(f"{self.section.metric} {figure(trial.metric)}")
+        return " | ".join([*parts, trial.state])
+
+    def table(self, rows: int | None = None) -> RenderableType:
+        """Lay out the trials, and under them why some failed.
+
+        Args:
+            rows: trials shown at most; None: all.
+        """
+        begun = [one for one in self.trials if rows is None or one.state != WAITING]
+        shown = begun if rows is None else begun[:rows]
+        table = _table([name for one in self.trials for name in one.values], self.section.metric)
+        for place, trial in enumerate(shown, start=1):
+            table.add_row(*self._cells(place, trial, table), style=STYLES.get(trial.state))
+        more = len(begun) - len(shown)
+        notes = [Text(f"... {more} more", style="dim")] if more else []
+        notes += [
+            Text(f"trial {one.number} {one.state}", style="red", overflow="fold")
+            for one in self.trials
+            if one.state.startswith(FAILED)
+        ]
+        return Group(Text(self.headline(), style="bold"), table, *notes)
+
+    def headline(self) -> str:
+        """Say how far the sweep is."""
+        counts = Counter("failed" if one.state.startswith(FAILED) else one.state
+                         for one in self.trials)  # fmt: skip
+        parts = [f"{counts.pop(DONE, 0)} of {len(self.trials)} trials done"]
+        order = (RUNNING, STOPPED, "failed", WAITING)
+        parts += [f"{counts[state]} {state}" for state in order if counts[state]]
+        left = self._pace.left(self.trials)
+        return ", ".join(parts) + ("" if left is None else f" | at most {clock(left)} to go")
+
+    def _cells(self, place: int, trial: Trial, table: Table) -> list[Text]:
+        fields = list(dict.fromkeys(name for one in self.trials for name in one.values))
+        values = [short_value(trial.values.get(name)) for name in fields]
+        if len(fields) > COLUMNS:
+            values = [assignments(trial.values)]
+        speed = None if trial.state != RUNNING else speed_of(trial.folder)
+        steps = f"{trial.step}/~{self.total_steps}" if trial.state == RUNNING else f"{trial.step}"
+        return [
+            Text(str(place)),
+            Text(str(trial.number)),
+            *map(Text, values),
+            Text(figure(trial.metric)),
+            Text(steps),
+            Text("" if speed is None else f"{speed:,.0f}"),
+            Text("failed" if trial.state.startswith(FAILED) else trial.state),
+        ]
+
+
+def _table(names: Iterable[str], metric: str) -> Table:
+    fields = list(dict.fromkeys(names))
+    table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="bold")
+    table.add_column("", justify="right")
+    table.add_column("trial", justify="right")
+    if len(fields) > COLUMNS:
+        table.add_column("values", overflow="fold", ratio=1)
+    for name in fields if len(fields) <= COLUMNS else ():
+        table.add_column(
+            Text(short_field(name, fields)), justify="right", overflow="ellipsis", no_wrap=True
+        )
+    table.add_column(Text(metric), justify="right", no_wrap=True)
+    table.add_column("step", justify="right", no_wrap=True)
+    table.add_column("tok/s", justify="right", no_wrap=True)
+    table.add_column("state", no_wrap=True, min_width=len(STOPPED))
+    return table
+
+
+class Pace:
+    """When a sweep will be over, by the steps that its trials took while it was watched."""
+
+    def __init__(self, total_steps: int, now: Callable[[], float]) -> None:
+        self.total_steps, self.now = total_steps, now
+        self._first: tuple[float, int] | None = None
+        self._last = (0.0, 0)
+
+    def update(self, trials: Iterable[Trial]) -> None:
+        """Note the steps so far."""
+        seen = (self.now(), sum(one.step for one in trials))
+        self._first = self._first or seen
+        self._last = seen
+
+    def left(self, trials: Iterable[Trial]) -> float | None:
+        """Return seconds until all trials are over if none is stopped; None: not known yet."""
+        if self._first is None:
+            return None
+        (began, before), (now, after) = self._first, self._last
+        left = sum(max(0, self.total_steps - one.step) for one in trials if not one.is_over)
+        if after <= before or not left:
+            return None
+        return left * (now - began) / (after - before)
+
+
+def speed_of(folder: Path) -> float | None:
+    """Return the tokens per second of a run's last step; None where none is written yet."""
+    try:
+        with (folder / "metrics.jsonl").open("rb") as file:
+            file.seek(max(0, file.seek(0, 2) - TAIL))
+            lines = file.read().splitlines()
+        found = json.loads(lines[-1])
+    except (OSError, ValueError, IndexError):
+        return None
+    return number(found.get("tokens_per_s")) if isinstance(found, dict) else None
+
+
+def write_leaderboard(sweep: Path, section: TuneSection, trials: Iterable[Trial]) -> None:
+    """Write leaderboard.jsonl, a line for each trial, best first; whole or not at all."""
+    lines = (
+        {
+            "trial": one.number, **one.values, section.metric: one.metric, "steps": one.step,
+            "state": one.state, "seconds": one.seconds, "folder": str(one.folder),
+        }
+        for one in ranked(trials, section.mode)
+    )  # fmt: skip
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    temporary = sweep / f".{FILE}"
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(sweep / FILE)
