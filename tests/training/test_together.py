@@ -1,0 +1,144 @@
+"""Adapters on one base: each as if it were alone, whoever is beside it and whoever leaves."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from raytune_ft.config.schema import Recipe
+from raytune_ft.data import sources
+from raytune_ft.data.examples import Encoder
+from raytune_ft.data.packing import Position
+from raytune_ft.data.places import Placed, iter_packs
+from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
+from raytune_ft.data.windows import make_feed
+from raytune_ft.errors import Interrupted, RecipeError
+from raytune_ft.training import worker
+from raytune_ft.training.guarding.guards import Guards
+from raytune_ft.training.run_folder import Event, RunFolder, read_jsonl, write_json
+from raytune_ft.training.together import Outcome, run_together
+from raytune_ft.training.worker import Job
+
+TRIALS: list[dict[str, dict[str, Any]]] = [
+    {"lora": {"r": 4, "alpha": 8}, "train": {"lr": 5e-3}},
+    {"lora": {"r": 2, "alpha": 16}, "train": {"lr": 1e-3, "weight_decay": 0.1, "max_norm": 0.3}},
+    {
+        "lora": {"r": 8, "alpha": 8, "dropout": 0.3},
+        "train": {"lr": 2e-3, "betas": [0.8, 0.9], "scheduler": "linear", "warmup_steps": 2},
+    },
+]
+BASE: dict[str, dict[str, Any]] = {
+    "lora": {"dropout": 0.1},
+    "data": {"max_length": 96, "window": 16},
+    "train": {
+        "epochs": 2, "accumulation": 2, "micro_batch_size": 2, "deepspeed": "none", "max_steps": 6,
+    },
+    "checkpoint": {"every": 2, "keep": 2},
+    "chat_eval": {"every": None},
+    "run": {"trackers": []},
+}  # fmt: skip
+STEPS = 6
+
+
+def recipes_of(model: Path, rows: Path, **changes: dict[str, Any]) -> list[Recipe]:
+    content = {**BASE, "model": {"path": str(model)}}
+    content["data"] = {**BASE["data"], "sources": [{"path": str(rows)}]}
+    made = []
+    for trial in TRIALS:
+        own = {
+            section: {**content.get(section, {}), **trial.get(section, {}), **changes.get(section, {})}
+            for section in {*content, *trial, *changes}
+        }
+        made.append(Recipe.model_validate(own))
+    return made
+
+
+class Rows:
+    """Packs of a recipe's rows."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        source = sources.open_sources(recipe.data, recipe.train.seed)
+        tokenizer = TextTokenizer.from_folder(recipe.model.path)
+        self.feed = make_feed(source, Encoder.of(recipe, tokenizer), recipe.train.seed)
+        self.epochs = recipe.train.epochs
+
+    def packs(self, start: Position) -> Iterator[Placed]:
+        return iter_packs(self.feed, start, epochs=self.epochs)
+
+    def held_out(self) -> list[Any]:
+        return [placed.pack for placed in iter_packs(self.feed, Position(), epochs=1)][:3]
+
+
+def job_of(recipe: Recipe, folder: Path) -> Job:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "data.json", {"rows": 1, "used": 1, "formats": ["openai"], "steps": 9})
+    content = recipe.model_dump(mode="json")
+    return Job(content, str(folder), recipe.model.path, STEPS, sharing=64)
+
+
+def alone(recipes: Sequence[Recipe], folder: Path) -> list[RunFolder]:
+    rows = Rows(recipes[0])
+    for place, recipe in enumerate(recipes):
+        job = job_of(recipe, folder / str(place))
+        worker.run(job, rows.packs, rows.held_out, lambda event: None)
+    return [RunFolder(folder / str(place)) for place in range(len(recipes))]
+
+
+def together(
+    recipes: Sequence[Recipe],
+    folder: Path,
+    report: Any = lambda place, event: True,
+    *,
+    at_once: int,
+    guards: Guards = Guards(),  # noqa: B008, frozen
+) -> tuple[list[RunFolder], list[Outcome]]:
+    rows = Rows(recipes[0])
+    jobs = [job_of(recipe, folder / str(place)) for place, recipe in enumerate(recipes)]
+    found = run_together(jobs, rows.packs, rows.held_out, report, guards, at_once=at_once)
+    return [RunFolder(job.run_path) for job in jobs], found
+
+
+def losses(run: RunFolder) -> list[tuple[int, float, float | None]]:
+    return [(e["step"], e["loss"], e["val_loss"]) for e in read_jsonl(run.metrics)]
+
+
+def weights(run: RunFolder) -> dict[str, torch.Tensor]:
+    return load_file(run.adapter / "adapter_model.safetensors")
+
+
+def assert_alike(run: RunFolder, other: RunFolder, tolerance: float = 0.0) -> None:
+    for mine, theirs in zip(losses(run), losses(other), strict=True):
+        assert mine == pytest.approx(theirs, abs=tolerance)
+    theirs_by_name = weights(other)
+    for name, mine in weights(run).items():
+        torch.testing.assert_close(mine, theirs_by_name[name], rtol=0, atol=tolerance)
+
+
+@pytest.fixture(scope="module")
+def recipes(tiny_model: Path, chats: Path) -> list[Recipe]:
+    return recipes_of(tiny_model, chats)
+
+
+@pytest.fixture(scope="module")
+def lone(recipes: list[Recipe], tmp_path_factory: pytest.TempPathFactory) -> list[RunFolder]:
+    return alone(recipes, tmp_path_factory.mktemp("lone"))
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3])
+def test_each_is_as_if_alone(
+    recipes: list[Recipe], lone: list[RunFolder], tmp_path: Path, at_once: int
+) -> None:
+    runs, found = together(recipes, tmp_path, at_once=at_once)
+    assert all(outcome.is_done for outcome in found)
+    for run, other in zip(runs, lone, strict=True):
+        assert len(losses(run)) == STEPS
+        assert_alike(run, other, 0.0 if at_once == 1 else 1e-5)
