@@ -112,8 +112,8 @@ def throughput(bench: Bench, n: int, first: int, *, each: bool = False) -> None:
 
 def _model(bench: Bench, n: int, found: dict[str, Any], each: bool) -> dict[str, Any]:
     """Return what docs/scaling.md predicts to be sent for a run's steps."""
-    from benchmarks.traffic import Trained, payloads, sent_by_model
     from raytune_ft.config.estimates.footprint import count
+    from raytune_ft.config.estimates.traffic import Trained, payloads, sent_by_model
     from raytune_ft.config.schema import Recipe
 
     if not found["steps"]:

@@ -1,9 +1,8 @@
-"""Traffic: what ranks send each other, counted as torch.distributed is asked, and by arithmetic.
+"""Traffic: what ranks send each other, counted as torch.distributed is asked.
 
 `Count` puts itself round the collectives of torch.distributed, which DeepSpeed, the plain engine
-and our own exchanges all call; it reads sizes and no tensor. `payloads` is the model of
-docs/scaling.md. A payload is the whole tensor of a collective: what is summed, or what every rank
-holds behind a gathering. `sent` turns it into the bytes that one rank sends in a ring.
+and our own exchanges all call; it reads sizes and no tensor. The model that it is held against is
+`raytune_ft.config.estimates.traffic`.
 """
 
 from __future__ import annotations
@@ -17,6 +16,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from raytune_ft.config.estimates.traffic import sent
 
 KINDS = {
     "all_reduce": ("all_reduce", "tensor"),
@@ -32,15 +33,8 @@ KINDS = {
     "reduce": ("reduce", "tensor"),
 }
 """Function of torch.distributed -> kind, and the argument that is the payload."""
-ROUNDS = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "broadcast": 1, "reduce": 1}
-"""Times that a ring passes (N - 1) / N of the payload on; of a broadcast, the mean over ranks."""
 SMALL = 1024
 """Bytes; below are norms, flags and losses, which every step exchanges whatever it trains."""
-
-
-def sent(kind: str, payload: float, ranks: int) -> float:
-    """Return the bytes that a rank sends for a collective in a ring (Patarasuk and Yuan 2009)."""
-    return ROUNDS[kind] * payload * (ranks - 1) / ranks
 
 
 @dataclass
@@ -116,52 +110,3 @@ def _size(given: Any) -> int:
     if torch.is_tensor(given):
         return given.numel() * given.element_size()
     return sum(_size(one) for one in given)
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What an optimizer step trains, and how."""
-
-    trained: int
-    """Elements of the trained weights."""
-    micro_steps: int
-    """Forward and backward passes per step and rank."""
-    width: int = 2
-    """Bytes of a weight as the model computes with it."""
-    summed: int = 4
-    """Bytes of a gradient as it is summed over ranks: float32, whatever the weights are."""
-    sharded: int = 0
-    """Elements, trained or frozen, that stage 3 cuts up; the small ones stay whole."""
-    fetches: int = 2
-    """Times per micro-step that stage 3 puts a weight together: forward and backward, or once for
-    both where it may keep it (`stage3_max_live_parameters`, `stage3_max_reuse_distance`)."""
-    whole: int = 0
-    """Elements that stage 3 leaves whole, weights of 100,000 and fewer each."""
-
-
-def payloads(stage: int, work: Trained, *, every_micro_step: bool = True) -> dict[str, int]:
-    """Return the payload in bytes of one optimizer step, by kind; padding is left out.
-
-    Args:
-        stage: of ZeRO; 0 is the plain engine.
-        work: what is trained.
-        every_micro_step: whether stage 2 sums gradients over ranks behind each micro-step, as
-            DeepSpeed does, or once a step.
-    """
-    gradients, weights = work.trained * work.summed, work.trained * work.width
-    if stage == 0:
-        return {"all_reduce": gradients}
-    if stage == 1 or (stage == 2 and not every_micro_step):
-        return {"all_reduce": gradients, "all_gather": weights}
-    if stage == 2:
-        return {"all_reduce": gradients * work.micro_steps, "all_gather": weights}
-    fetched = work.fetches * work.micro_steps * work.sharded * work.width
-    return {
-        "all_gather": fetched + work.whole * work.width,
-        "reduce_scatter": gradients * work.micro_steps,
-    }
-
-
-def sent_by_model(wanted: dict[str, int], ranks: int) -> float:
-    """Return the bytes that a rank sends for such payloads."""
-    return sum(sent(kind, size, ranks) for kind, size in wanted.items())

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.traffic import Count, Trained, count, payloads, sent, sent_by_model
+from benchmarks.traffic import SMALL, Count, count
+from raytune_ft.config.estimates.traffic import Trained, calls, payloads, sent, sent_by_model
 from raytune_ft.config.zero import WHOLE_GRADIENTS, sums_once
 from tests.ranks import run_ranks
 
@@ -91,8 +92,11 @@ def model_of(line: dict[str, Any]) -> dict[str, int]:
         sum(counts), MICRO_STEPS, WIDTH[dtype], sharded=sum(counts) - whole,
         fetches=2 if zero.endswith("none kept") else 1, whole=whole,
     )  # fmt: skip
-    stage = {"none": 0, "zero1": 1, "zero2": 2, "stage 2": 2}.get(zero, 3)
-    return payloads(stage, trained, every_micro_step=zero == "stage 2")
+    return payloads(stage_of(zero), trained, every_micro_step=zero == "stage 2")
+
+
+def stage_of(zero: str) -> int:
+    return {"none": 0, "zero1": 1, "zero2": 2, "stage 2": 2}.get(zero, 3)
 
 
 def head_again(line: dict[str, Any]) -> int:
@@ -113,6 +117,22 @@ def test_payloads_are_those_of_the_model(told: Any) -> None:
             more = PADDING * world * len(line["sizes"]) * MICRO_STEPS * 4
             off = found[kind] - wanted[kind]
             assert -line["small"] <= off <= more, (world, cell, kind, found, wanted)
+
+
+def test_collectives_are_as_many_as_the_model_says(told: Any) -> None:
+    """All gradients fit into one bucket here; the plain engine sends its tensors one by one."""
+    _, lines = told
+    for (zero, method, dtype), line in lines.items():
+        work = Trained(1, MICRO_STEPS)
+        wanted = calls(stage_of(zero), work, every_micro_step=zero == "stage 2")
+        found = line["calls"]
+        if zero == "none":
+            large = [s for s in line["sizes"].values() if 4 * torch.Size(s).numel() >= SMALL]
+            assert found == {"all_reduce": len(large)}
+        elif stage_of(zero) == 3:
+            assert found["reduce_scatter"] == wanted["reduce_scatter"]
+        else:
+            assert found == wanted, (zero, method, dtype)
 
 
 def test_zero2_sums_gradients_once_a_step_and_stage_2_at_each_micro_step(told: Any) -> None:
