@@ -30,6 +30,7 @@ from raytune_ft.data import stream
 from raytune_ft.data.ahead import Line, Made, last_line
 from raytune_ft.data.packing import Pack, Position
 from raytune_ft.data.places import Placed, placed, window_numbers
+from raytune_ft.data.shelf import Shelf
 from raytune_ft.data.windows import Feed, Window
 from raytune_ft.errors import TrainingError
 
@@ -64,6 +65,7 @@ class Feeder:
         readers: ranks that will ask.
         at_once: Ray Data tasks of a kind at the same time.
         node: id of the node that has the files; None if any node can read them.
+        keeps: whether readers begin and end when they like, so that windows are kept for all.
     """
 
     def __init__(
@@ -73,11 +75,13 @@ class Feeder:
         readers: int,
         at_once: int,
         node: str | None,
+        keeps: bool = False,
     ) -> None:
         reference = shared[0]
         feeds, made = ray.get(shared)
+        line = Shelf if keeps else Line
         self._lines = {
-            kind: Line(
+            kind: line(
                 feed.n_windows,
                 epochs[kind],
                 readers,
@@ -259,15 +263,17 @@ def feeding(
     at_once: int = 2,
     shared_folder: Path | None = None,
     begin: Sequence[str] = (),
+    keeps: bool = False,
 ) -> Iterator[Supply]:
     """Have windows made while the block runs; nothing goes on being made behind it.
 
     Args:
         rows: of each kind, such as `train` and `validation`.
-        readers: ranks that will read every kind.
+        readers: ranks that will read every kind; with `keeps` the most at a time.
         at_once: Ray Data tasks of a kind at the same time.
         shared_folder: as `stream.node_with` takes it.
         begin: kinds whose first windows are made before anybody asks.
+        keeps: as `Feeder` takes it.
     """
     feeds = {kind: each.feed for kind, each in rows.items()}
     made = {kind: [stream.made_table(w) for w in each.made] for kind, each in rows.items()}
@@ -283,7 +289,7 @@ def feeding(
             max_concurrency=2 * readers * len(rows) + 2,
             scheduling_strategy=stream.on_node(node),
         )
-        .remote(shared, epochs, readers, at_once, node)
+        .remote(shared, epochs, readers, at_once, node, keeps)
     )
     for kind in begin:
         actor.begin.remote(kind)
