@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import html
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
@@ -78,14 +80,25 @@ body{margin:0;padding:0;max-width:none;font-size:10.5pt} .charts{grid-template-c
 """
 
 
-def page(title: str, parts: list[str]) -> str:
-    """Put a page's parts into a whole document; `title` is escaped here, the parts are not."""
+def page(title: str, parts: list[str], *, style: str = "", script: str = "") -> str:
+    """Put a page's parts into a whole document; `title` is escaped here, the parts are not.
+
+    Args:
+        title: of the window.
+        parts: of the body.
+        style: further rules.
+        script: run behind the parts; the browser runs it by its hash, and no other.
+    """
+    policy, behind = POLICY, ""
+    if script:
+        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        policy, behind = f"{POLICY}; script-src 'sha256-{digest}'", f"<script>{script}</script>"
     return (
         "<!doctype html><html lang=en><meta charset=utf-8>"
-        f'<meta http-equiv=Content-Security-Policy content="{POLICY}">'
+        f'<meta http-equiv=Content-Security-Policy content="{policy}">'
         '<meta name=viewport content="width=device-width,initial-scale=1">'
-        f"<title>{text(title)}</title><style>{STYLE}</style>"
-        f"<body>{''.join(parts)}</body></html>\n"
+        f"<title>{text(title)}</title><style>{STYLE}{style}</style>"
+        f"<body>{''.join(parts)}{behind}</body></html>\n"
     )
 
 

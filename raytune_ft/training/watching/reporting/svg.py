@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from raytune_ft.training.watching.reporting.series import (
     Points,
@@ -58,6 +58,8 @@ class Chart:
     may_be_log: bool = False
     keys: bool = True
     """Whether the lines are named; not where the page does it once for all charts."""
+    groups: Mapping[str, str] = field(default_factory=dict)
+    """Label -> attributes of an element around the line, written by the page itself."""
 
     @property
     def is_empty(self) -> bool:
@@ -82,7 +84,9 @@ def draw(chart: Chart, width: int = 400, height: int = 220) -> str:
     y = _scale(low, high, height - BOTTOM, TOP, is_log=is_log)
     marks = ticks_log(low, high) if is_log else ticks(low, high)
     parts = [_rows(marks, y, width), _columns(first, last, x, width, height)]
-    parts += [_line(line, x, y, width) for line in lines]
+    for line in lines:
+        drawn, group = _line(line, x, y, width), chart.groups.get(line.label)
+        parts.append(f"<g {group}>{drawn}</g>" if group else drawn)
     parts.append(_legend(chart, lines))
     name = html.escape(chart.title)
     return (
