@@ -125,5 +125,5 @@ def test_the_words_of_an_error_stay_with_the_run(tmp_path: Path) -> None:
 
 def test_nothing_is_left_of_a_run_that_never_began(tmp_path: Path) -> None:
     with attending.attended(RunFolder(tmp_path)):
-        wait_until(lambda: (tmp_path / attending.ALIVE).is_file())
+        wait_until((tmp_path / attending.ALIVE).is_file)
     assert list(tmp_path.iterdir()) == []

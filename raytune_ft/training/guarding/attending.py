@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, Protocol
 
 from raytune_ft.errors import Interrupted, RaytuneError
@@ -150,6 +151,16 @@ def _request(desk: Desk, own: dict[str, Any]) -> dict[str, Any] | None:
 def can_be_told() -> bool:
     """Tell whether a Ctrl-C reaches this process yet; one begun by `&` in a script ignores it."""
     return signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
+
+
+def listens(process: dict[str, Any]) -> bool:
+    """Tell whether a Ctrl-C reaches a process of this machine yet."""
+    try:
+        lines = Path(f"/proc/{int(process['pid'])}/status").read_text(encoding="utf-8")
+    except OSError:
+        return True
+    ignored = next((line for line in lines.splitlines() if line.startswith("SigIgn:")), ": 0")
+    return not int(ignored.partition(":")[2], 16) >> (signal.SIGINT - 1) & 1
 
 
 def interrupt(process: dict[str, Any], *, now: bool, over: threading.Event) -> None:
