@@ -139,7 +139,7 @@ def adapted(
     Numbers: products in x's type, sums in float32; adapters of another type are rounded to x's at
     each use, and their gradients are summed in float32.
     """
-    plan = _Plan.of(parts, offset)
+    plan = Plan.of(parts, offset)
     if seed is None and any(run.p for run in plan.runs):
         seed = draw_seed(x.device)
     biases = [base.bias for base, _ in parts]
@@ -161,7 +161,7 @@ def shared_buffers() -> list[Tensor]:
 
 
 @dataclass(frozen=True)
-class _Run:
+class Run:
     """Neighbouring adapters of one rank and dropout, which go as one."""
 
     loras: range
@@ -172,16 +172,19 @@ class _Run:
     """Of the first one's mask."""
 
     def mask(self, seed: Tensor | None) -> Mask | None:
+        """Return what drops some of their input; None where nothing does."""
         return Mask(seed, self.stream, self.p) if self.p and seed is not None else None
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
+    """Layers on one input, and which of their adapters go as one."""
+
     parts: tuple[Part, ...]
     loras: tuple[Lora, ...]
     places: tuple[int, ...]
     """Of the layers that have them."""
-    runs: tuple[_Run, ...]
+    runs: tuple[Run, ...]
 
     @property
     def in_fp8(self) -> bool:
@@ -189,17 +192,18 @@ class _Plan:
         return any(base.eighths is not None for base, _ in self.parts)
 
     @classmethod
-    def of(cls, parts: Sequence[Part], offset: int) -> _Plan:
+    def of(cls, parts: Sequence[Part], offset: int) -> Plan:
+        """Plan a group whose first dropout has the stream `offset`."""
         found = [(place, lora) for place, (_, lora) in enumerate(parts) if lora is not None]
-        runs: list[_Run] = []
+        runs: list[Run] = []
         for index, (place, lora) in enumerate(found):
             last = runs[-1] if runs else None
-            new = _Run(range(index, index + 1), len(lora.a), lora.dropout, offset + place)
+            new = Run(range(index, index + 1), len(lora.a), lora.dropout, offset + place)
             if last is not None and (
                 (last.rank, last.p, last.stream + len(last.loras)) == (new.rank, new.p, new.stream)
             ):
                 both = range(last.loras.start, new.loras.stop)
-                runs[-1] = _Run(both, last.rank, last.p, last.stream)
+                runs[-1] = Run(both, last.rank, last.p, last.stream)
             else:
                 runs.append(new)
         places, loras = zip(*found, strict=True) if found else ((), ())
@@ -211,13 +215,13 @@ class _Adapted(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, plan: _Plan, x: Tensor, seed: Tensor | None, *tensors: Tensor | None
+        ctx: Any, plan: Plan, x: Tensor, seed: Tensor | None, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
-        biases, (a, b) = tensors[: len(plan.parts)], _halves(tensors[len(plan.parts) :])
-        flat = _rows(x)
-        inner = [project(flat, _stacked(a, run, x.dtype), run.mask(seed)) for run in plan.runs]
+        biases, (a, b) = tensors[: len(plan.parts)], halves(tensors[len(plan.parts) :])
+        flat = rows_of(x)
+        inner = [project(flat, stacked(a, run, x.dtype), run.mask(seed)) for run in plan.runs]
         eighth = quantize_rows(flat) if plan.in_fp8 else None
-        updates = dict(zip(plan.places, zip(_parts(plan, inner), b, strict=True), strict=True))
+        updates = dict(zip(plan.places, zip(parts_of(plan, inner), b, strict=True), strict=True))
         outputs = [
             _output(flat, eighth, part, bias, updates.get(place))
             for place, (part, bias) in enumerate(zip(plan.parts, biases, strict=True))
@@ -228,28 +232,28 @@ class _Adapted(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        plan: _Plan = ctx.plan
+        plan: Plan = ctx.plan
         x, seed, *saved = ctx.saved_tensors
         n = len(plan.loras)
-        (a, b), inner = _halves(saved[: 2 * n]), saved[2 * n :]
-        flat, outer = _rows(x), [_rows(gradient) for gradient in gradients]
+        (a, b), inner = halves(saved[: 2 * n]), saved[2 * n :]
+        flat, outer = rows_of(x), [rows_of(gradient) for gradient in gradients]
         wanted, bases_first = ctx.needs_input_grad[1], plan.in_fp8 or not plan.runs
-        dx = _through_bases(plan, outer, None) if wanted and bases_first else None
+        dx = through_bases(plan, outer, None) if wanted and bases_first else None
         if wanted and dx is None:
             dx = flat.new_empty(flat.shape)
         of_a: list[Tensor] = []
         of_b: list[Tensor] = []
         for number, (run, known) in enumerate(zip(plan.runs, inner, strict=True)):
-            back, gradients_of_b = _through_b(plan, run, outer, known, b)
+            back, gradients_of_b = through_b(plan, run, outer, known, b)
             of_b += gradients_of_b
-            stack = _stacked(a, run, x.dtype)
+            stack = stacked(a, run, x.dtype)
             adds = bases_first or number > 0
             of_a += project_backward(flat, stack, back, run.mask(seed), dx, adds=adds).unbind()
         if dx is not None and not bases_first:
             # the large products read the small ones' sum while they compute
-            dx = _through_bases(plan, outer, dx)
+            dx = through_bases(plan, outer, dx)
         adapters = [g.to(p.dtype) for g, p in zip([*of_a, *of_b], [*a, *b], strict=True)]
-        biases = _gradients_of_biases(plan, outer, ctx.needs_input_grad[3:])
+        biases = gradients_of_biases(plan, outer, ctx.needs_input_grad[3:])
         return None, None if dx is None else dx.view_as(x), None, *biases, *adapters
 
 
@@ -288,7 +292,7 @@ def _output(
     return out.addmm_(x, base.matrix(x.dtype).t())
 
 
-def _through_bases(plan: _Plan, outer: list[Tensor], total: Tensor | None) -> Tensor:
+def through_bases(plan: Plan, outer: list[Tensor], total: Tensor | None) -> Tensor:
     """Return the gradient of the input through the frozen weights, (T, in), added to `total`."""
     for (base, _), gradient in zip(plan.parts, outer, strict=True):
         if base.eighths is not None:
@@ -301,8 +305,8 @@ def _through_bases(plan: _Plan, outer: list[Tensor], total: Tensor | None) -> Te
     return cast(Tensor, total)
 
 
-def _through_b(
-    plan: _Plan, run: _Run, outer: list[Tensor], inner: Tensor, b: Sequence[Tensor]
+def through_b(
+    plan: Plan, run: Run, outer: list[Tensor], inner: Tensor, b: Sequence[Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
     """Return the gradient of what `project` gave for a run of adapters, and those of its B.
 
@@ -323,8 +327,8 @@ def _through_b(
     return back, of_b
 
 
-def _gradients_of_biases(
-    plan: _Plan, outer: list[Tensor], wanted: Sequence[bool]
+def gradients_of_biases(
+    plan: Plan, outer: list[Tensor], wanted: Sequence[bool]
 ) -> list[Tensor | None]:
     """Return the gradient of each layer's bias that is trained."""
     return [
@@ -333,24 +337,26 @@ def _gradients_of_biases(
     ]
 
 
-def _parts(plan: _Plan, inner: Sequence[Tensor]) -> Iterator[Tensor]:
+def parts_of(plan: Plan, inner: Sequence[Tensor]) -> Iterator[Tensor]:
     """Yield `dropout(x) A^T` of each adapter, (T, r), out of what runs of them gave."""
     for run, together in zip(plan.runs, inner, strict=True):
         yield from together.chunk(len(run.loras), dim=1)
 
 
-def _stacked(a: Sequence[Tensor], run: _Run, dtype: torch.dtype) -> Tensor:
+def stacked(a: Sequence[Tensor], run: Run, dtype: torch.dtype) -> Tensor:
+    """Return the A of a run of adapters as one, (adapters, r, in)."""
     if len(run.loras) == 1:
         return a[run.loras.start].to(dtype).unsqueeze(0)
     return torch.stack([a[index].to(dtype) for index in run.loras])
 
 
-def _halves(tensors: Sequence[Any]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+def halves(tensors: Sequence[Any]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Return all A and all B of a group's tensors."""
     middle = len(tensors) // 2
     return tensors[:middle], tensors[middle:]
 
 
-def _rows(x: Tensor) -> Tensor:
+def rows_of(x: Tensor) -> Tensor:
     """Return (T, features) with neighbouring columns, as kernels want it."""
     flat = x.reshape(-1, x.shape[-1])
     return flat if flat.stride(1) == 1 else flat.contiguous()

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import gc
-import shutil
 import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,6 @@ from raytune_ft.data.packing import Position
 from raytune_ft.data.places import Placed, iter_packs
 from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
 from raytune_ft.data.windows import make_feed
-from raytune_ft.errors import Interrupted, RecipeError
 from raytune_ft.training import worker
 from raytune_ft.training.guarding.guards import Guards
 from raytune_ft.training.run_folder import Event, RunFolder, read_jsonl, write_json
@@ -49,16 +46,18 @@ BASE: dict[str, dict[str, Any]] = {
 STEPS = 6
 
 
-def recipes_of(model: Path, rows: Path, **changes: dict[str, Any]) -> list[Recipe]:
-    content = {**BASE, "model": {"path": str(model)}}
-    content["data"] = {**BASE["data"], "sources": [{"path": str(rows)}]}
+def recipes_of(folder: Path, rows: Path, **changes: dict[str, Any]) -> list[Recipe]:
+    shared = {**BASE, "model": {"path": str(folder)}}
+    shared["data"] = {**BASE["data"], "sources": [{"path": str(rows)}]}
     made = []
     for trial in TRIALS:
-        own = {
-            section: {**content.get(section, {}), **trial.get(section, {}), **changes.get(section, {})}
-            for section in {*content, *trial, *changes}
+        parts = (shared, trial, changes)
+        sections = {section for part in parts for section in part}
+        content = {
+            section: {k: v for part in parts for k, v in part.get(section, {}).items()}
+            for section in sections
         }
-        made.append(Recipe.model_validate(own))
+        made.append(Recipe.model_validate(content))
     return made
 
 
@@ -142,3 +141,65 @@ def test_each_is_as_if_alone(
     for run, other in zip(runs, lone, strict=True):
         assert len(losses(run)) == STEPS
         assert_alike(run, other, 0.0 if at_once == 1 else 1e-5)
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_the_fast_path_is_so_too(
+    tiny_model: Path, chats: Path, tmp_path: Path, at_once: int
+) -> None:
+    """Its masks come from counters, here of each trial's own rows."""
+    fast = recipes_of(tiny_model, chats, model={"fast_path": True}, train={"max_steps": 3})
+    lone = alone(fast, tmp_path / "lone")
+    runs, _ = together(fast, tmp_path / "together", at_once=at_once)
+    for run, other in zip(runs, lone, strict=True):
+        assert len(losses(run)) == 3
+        assert_alike(run, other, 1e-5)
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_an_nf4_base_is_shared(tiny_model: Path, chats: Path, tmp_path: Path, at_once: int) -> None:
+    packed = recipes_of(
+        tiny_model,
+        chats,
+        model={"quantization": "nf4"},
+        train={"max_steps": 2},
+    )
+    lone = alone(packed, tmp_path / "lone")
+    runs, _ = together(packed, tmp_path / "together", at_once=at_once)
+    for run, other in zip(runs, lone, strict=True):
+        assert_alike(run, other, 1e-5)
+
+
+def test_one_that_is_given_up_is_not_missed(
+    recipes: list[Recipe], lone: list[RunFolder], tmp_path: Path
+) -> None:
+    """Its memory is free, and those beside it go on as before, to the bit."""
+    held: list[weakref.ref[torch.Tensor]] = []
+    left: list[int] = []
+
+    def report(place: int, event: Event) -> bool:
+        if event["kind"] == "step" and place == 0:
+            gc.collect()
+            left.append(sum(tensor() is not None for tensor in held))
+        if event["kind"] == "step" and place == 1 and not held:
+            held.extend(weakref.ref(p) for p in adapters_of_rank(recipes[1].lora.r))
+        return not (event["kind"] == "step" and place == 1 and event["step"] == 3)
+
+    runs, found = together(recipes, tmp_path, report, at_once=3)
+    assert [outcome.is_given_up for outcome in found] == [False, True, False]
+    assert losses(runs[1]) == losses(lone[1])[:3]
+    assert not runs[1].adapter.exists()
+    assert len(held) == 28
+    assert left[1] == 28
+    assert left[3:] == [0, 0, 0]
+    for place in (0, 2):
+        assert_alike(runs[place], lone[place])
+
+
+def adapters_of_rank(r: int) -> list[torch.Tensor]:
+    """Find the matrices of adapters of a rank among all objects there are."""
+    return [
+        p
+        for p in gc.get_objects()
+        if isinstance(p, torch.nn.Parameter) and p.requires_grad and p.ndim == 2 and r in p.shape
+    ]

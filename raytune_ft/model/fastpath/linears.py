@@ -17,7 +17,9 @@ from torch import nn
 
 from raytune_ft.kernels.launch import multiplies_in_triton
 from raytune_ft.kernels.linear import Base, Lora, adapted
+from raytune_ft.kernels.sliced import sliced
 from raytune_ft.model.fastpath.lane import LANE
+from raytune_ft.model.stacked import StackedLora
 
 PART = "fast_part"
 """Attribute of a layer that takes part."""
@@ -59,6 +61,8 @@ class Part:
 
     def fits(self, layer: Any, x: torch.Tensor) -> bool:
         """Tell whether the layer, now, on `x`, does nothing else than base and update."""
+        if isinstance(layer, StackedLora):
+            return all(self.fits(member, x) for member in layer.members)
         if x.dtype is not self.dtype or self.base.module.weight.requires_grad:
             return False
         if layer._forward_hooks or layer._forward_pre_hooks:
@@ -99,10 +103,23 @@ def outputs(layers: Sequence[nn.Module], x: torch.Tensor) -> list[torch.Tensor]:
 def _adapted(
     x: torch.Tensor, parts: Sequence[Part], layers: Sequence[nn.Module]
 ) -> list[torch.Tensor]:
-    pairs = [(p.base_of(layer), p.lora(layer)) for p, layer in zip(parts, layers, strict=True)]
+    bases = [part.base_of(layer) for part, layer in zip(parts, layers, strict=True)]
     # one seed for all layers of a batch: to draw one is a launch
     seed = LANE.packed.seed if LANE.packed is not None else None
-    return adapted(x, pairs, seed, parts[0].stream)
+    trials = max(len(_members(layer)) for layer in layers)
+    loras = [
+        [part.lora(_members(layer)[trial % len(_members(layer))])
+         for part, layer in zip(parts, layers, strict=True)]
+        for trial in range(trials)
+    ]  # fmt: skip
+    if trials > 1:
+        return sliced(x, bases, loras, seed, parts[0].stream)
+    return adapted(x, list(zip(bases, loras[0], strict=True)), seed, parts[0].stream)
+
+
+def _members(layer: Any) -> Sequence[Any]:
+    """Return the layers of one adapter each that a layer stands for: itself, as a rule."""
+    return layer.members if isinstance(layer, StackedLora) else (layer,)
 
 
 def is_lora(layer: Any) -> bool:
