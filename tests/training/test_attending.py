@@ -19,11 +19,11 @@ from raytune_ft.training.run_folder import RunFolder, write_json
 
 DRIVER = """
 import sys, time
-from raytune_ft.training.guarding import attending
+from raytune_ft.training.guarding import attending, liveness
 from raytune_ft.training.run_folder import RunFolder
 attending.LOOK_S = 0.2
 folder = RunFolder(sys.argv[1])
-folder.create("a", "model: {path: m}\\n")
+folder.update(name="a", status="running", driver=liveness.this_process())
 try:
     with attending.attended(folder):
         print("here", flush=True)
