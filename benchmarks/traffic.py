@@ -46,19 +46,21 @@ class Count:
     calls: dict[str, int] = field(default_factory=dict)
     small: int = 0
     """Bytes of the others."""
+    small_calls: int = 0
 
     def add(self, kind: str, size: int) -> None:
         """Note one collective."""
         if size < SMALL:
             self.small += size
+            self.small_calls += 1
             return
         self.payloads[kind] = self.payloads.get(kind, 0) + size
         self.calls[kind] = self.calls.get(kind, 0) + 1
 
     def take(self) -> Count:
         """Return what was counted, and begin anew."""
-        taken = Count(self.payloads, self.calls, self.small)
-        self.payloads, self.calls, self.small = {}, {}, 0
+        taken = Count(self.payloads, self.calls, self.small, self.small_calls)
+        self.payloads, self.calls, self.small, self.small_calls = {}, {}, 0, 0
         return taken
 
     def sent(self, ranks: int) -> float:
