@@ -26,9 +26,10 @@ from raytune_ft.training.watching.reporting import clock
 from raytune_ft.training.watching.reporting.series import number
 
 FILE = "leaderboard.jsonl"
-WIDTH = 80
-COLUMNS = 4
-"""Swept fields that have a column each; of more, all are in one."""
+SHORTEST = 9
+"""Characters of a field's name that are shown, however short its values are."""
+REASONS = 3
+"""Of failed trials that are shown while a sweep goes on."""
 TAIL = 2**16
 """Bytes at the end of metrics.jsonl in which its last line stands."""
 STYLES = {DONE: "green", RUNNING: "cyan", STOPPED: "dim", WAITING: "dim"}
@@ -115,16 +116,24 @@ class Board:
         """
         begun = [one for one in self.trials if rows is None or one.state != WAITING]
         shown = begun if rows is None else begun[:rows]
-        table = _table([name for one in self.trials for name in one.values], self.section.metric)
-        for place, trial in enumerate(shown, start=1):
-            table.add_row(*self._cells(place, trial, table), style=STYLES.get(trial.state))
-        more = len(begun) - len(shown)
-        notes = [Text(f"... {more} more", style="dim")] if more else []
-        notes += [
-            Text(f"trial {one.number} {one.state}", style="red", overflow="fold")
-            for one in self.trials
-            if one.state.startswith(FAILED)
-        ]
+        fields = list(dict.fromkeys(name for one in self.trials for name in one.values))
+        cells = [self._cells(place, one, fields) for place, one in enumerate(shown, start=1)]
+        heads = ["", "trial", *_heads(fields, cells), self.section.metric, "step", "tok/s", "state"]
+        if _width(heads, cells) > self.screen.console.width:  # their values in one column
+            heads[2 : 2 + len(fields)] = ["values"]
+            for row, one in zip(cells, shown, strict=True):
+                row[2 : 2 + len(fields)] = [assignments(one.values)]
+        table = _table(heads)
+        for row, one in zip(cells, shown, strict=True):
+            table.add_row(*map(Text, row), style=STYLES.get(one.state))
+        lost = [one for one in self.trials if one.state.startswith(FAILED)]
+        notes = [
+            Text(f"trial {one.number} {one.state}", style="red", no_wrap=rows is not None,
+                 overflow="fold" if rows is None else "ellipsis")
+            for one in lost[: None if rows is None else REASONS]
+        ]  # fmt: skip
+        if len(begun) > len(shown):
+            notes.append(Text(f"... {len(begun) - len(shown)} more", style="dim"))
         return Group(Text(self.headline(), style="bold"), table, *notes)
 
     def headline(self) -> str:
@@ -137,39 +146,44 @@ class Board:
         left = self._pace.left(self.trials)
         return ", ".join(parts) + ("" if left is None else f" | at most {clock(left)} to go")
 
-    def _cells(self, place: int, trial: Trial, table: Table) -> list[Text]:
-        fields = list(dict.fromkeys(name for one in self.trials for name in one.values))
-        values = [short_value(trial.values.get(name)) for name in fields]
-        if len(fields) > COLUMNS:
-            values = [assignments(trial.values)]
+    def _cells(self, place: int, trial: Trial, fields: Sequence[str]) -> list[str]:
         speed = None if trial.state != RUNNING else speed_of(trial.folder)
         steps = f"{trial.step}/~{self.total_steps}" if trial.state == RUNNING else f"{trial.step}"
         return [
-            Text(str(place)),
-            Text(str(trial.number)),
-            *map(Text, values),
-            Text(figure(trial.metric)),
-            Text(steps),
-            Text("" if speed is None else f"{speed:,.0f}"),
-            Text("failed" if trial.state.startswith(FAILED) else trial.state),
+            str(place),
+            str(trial.number),
+            *(short_value(trial.values.get(name, "")) for name in fields),
+            figure(trial.metric),
+            steps,
+            "" if speed is None else f"{speed:,.0f}",
+            "failed" if trial.state.startswith(FAILED) else trial.state,
         ]
 
 
-def _table(names: Iterable[str], metric: str) -> Table:
-    fields = list(dict.fromkeys(names))
+def _heads(fields: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
+    """Return the fields' names, cut where they are far longer than their values."""
+    heads = []
+    for column, name in enumerate(fields, start=2):
+        short = short_field(name, fields)
+        room = max([SHORTEST, *(len(row[column]) for row in cells)])
+        heads.append(short if len(short) <= room else short[: room - 1] + "…")
+    return heads
+
+
+def _width(heads: Sequence[str], cells: Sequence[Sequence[str]]) -> int:
+    """Return the columns of a terminal that a table takes."""
+    widest = [max(map(len, column)) for column in zip(heads, *cells, strict=True)]
+    return sum(widest) + 2 * (len(widest) - 1) + 1
+
+
+def _table(heads: Sequence[str]) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="bold")
-    table.add_column("", justify="right")
-    table.add_column("trial", justify="right")
-    if len(fields) > COLUMNS:
-        table.add_column("values", overflow="fold", ratio=1)
-    for name in fields if len(fields) <= COLUMNS else ():
-        table.add_column(
-            Text(short_field(name, fields)), justify="right", overflow="ellipsis", no_wrap=True
-        )
-    table.add_column(Text(metric), justify="right", no_wrap=True)
-    table.add_column("step", justify="right", no_wrap=True)
-    table.add_column("tok/s", justify="right", no_wrap=True)
-    table.add_column("state", no_wrap=True, min_width=len(STOPPED))
+    for head in heads:
+        if head == "values":
+            table.add_column(head, overflow="fold")
+            continue
+        left = head == "state"
+        table.add_column(Text(head), justify="left" if left else "right", no_wrap=True)
     return table
 
 

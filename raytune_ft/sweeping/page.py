@@ -56,6 +56,7 @@ STYLE = """
 {stroke-width:3}
 .trials td,.trials th{white-space:nowrap} .trials td:last-child,.trials th:last-child{
 white-space:normal;text-align:left;min-width:11rem;width:100%}
+.go{color:var(--soft);margin:.8rem 0 .3rem}
 tr.out{opacity:.3} tr.lit td{background:var(--panel)} a{color:var(--c0)}
 .chart .mark{paint-order:stroke;stroke:var(--page);stroke-width:3px;stroke-linejoin:round;
 pointer-events:none}
@@ -282,7 +283,7 @@ def _best(sweep: _Sweep) -> str:
         f"raytune-ft chat {shlex.quote(str(best.folder))}",
         f"raytune-ft train --config {shlex.quote(str(place / 'best.yaml'))} run.name={name}",
     ]
-    return f"{said}<p class=sub>Go on:</p><pre>{text(chr(10).join(commands))}</pre>"
+    return f"{said}<p class=go>Go on:</p><pre>{text(chr(10).join(commands))}</pre>"
 
 
 def _coordinates(sweep: _Sweep, looks: Mapping[int, str]) -> str:

@@ -19,7 +19,7 @@ def short_field(name: str, among: Iterable[str]) -> str:
 def short_value(value: Any) -> str:
     """Write a value in few characters: `2.05e-04`, `0.1`, `q_proj, v_proj`."""
     if isinstance(value, float):
-        return f"{value:.2e}" if value and abs(value) < 1e-3 else f"{value:.4g}"
+        return f"{value:.2e}" if value and abs(value) < 1e-2 else f"{value:.4g}"
     if isinstance(value, list):
         value = ", ".join(map(short_value, value))
     said = " ".join(str(value).split())
@@ -37,4 +37,6 @@ def figure(value: float | None) -> str:
     """Write a metric; `-` where there is none."""
     if value is None or not math.isfinite(value):
         return "-" if value is None else str(value)
-    return f"{value:.4f}" if abs(value) < 1000 else f"{value:.4g}"
+    return (
+        f"{value:.4f}" if abs(value) < 1000 else f"{value:,.1f}" if value < 1e6 else f"{value:.3g}"
+    )

@@ -79,7 +79,7 @@ def make_sweep(
     ledger = Ledger(folder.path)
     ledger.planned(chosen)
     depths = [_depth(each) for each in chosen]
-    middle = sorted(depths)[len(depths) // 2]
+    middle = float(np.median(depths)) if depths else 0.0
     for number, depth in enumerate(depths):
         ledger.started(number)
         is_running = number >= len(chosen) - running
