@@ -63,7 +63,7 @@ def machine(cluster: Mapping[str, float] | None = None) -> Machine:
 
     Args:
         cluster: what Ray says the cluster has (`ray.cluster_resources()`); None: this machine. Of
-            a cluster's memory nothing is known but what the names of its GPUs tell.
+            a cluster's GPUs no more is known than what their names tell.
     """
     if cluster is not None:
         count = int(cluster.get("GPU", 0))
@@ -71,7 +71,8 @@ def machine(cluster: Mapping[str, float] | None = None) -> Machine:
         known = [found for found in map(pace.device_called, names) if found is not None]
         smallest = min(known, key=lambda one: one.memory) if known and count else None
         free = None if smallest is None else smallest.memory
-        return Machine(max(1, int(cluster.get("CPU", 1))), None, count, free, smallest)
+        memory = int(cluster["memory"]) if "memory" in cluster else None
+        return Machine(max(1, int(cluster.get("CPU", 1))), memory, count, free, smallest)
     found, cores = gpus.visible(), os.cpu_count() or 1
     if not found:
         return Machine(cores, gpus.host_memory())

@@ -8,6 +8,7 @@ model's shape is on no card.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from rich.text import Text
 
 from raytune_ft import survey
 from raytune_ft.config.schema import Recipe
+from raytune_ft.errors import RecipeError
 from raytune_ft.outlook import spoken
 from raytune_ft.sweeping import duration
 from raytune_ft.sweeping.duration import Cost
@@ -86,20 +88,21 @@ def forecast(
     Args:
         recipe: of the sweep.
         n_trials: of the sweep.
-        values: of each trial, if they are known; else the space's extremes are weighed.
+        values: of each trial; where they are not known yet the space's extremes are weighed.
         steps: of a trial, where the rows were counted before.
         counted: the rows, from which each trial's own steps follow.
-        cluster: what Ray says the cluster has; None: this machine.
+        cluster: what Ray says it has (`ray.cluster_resources()`); it counts where RAY_ADDRESS
+            names a cluster, else this machine does.
 
     Raises:
         MemoryPlanError: one trial does not fit, or not as many as `tune.concurrent` says.
         ModelError: the model's folder is none.
     """
-    where = machine(cluster)
-    trials = [recipe] * n_trials
-    if values is not None:
-        trials = [with_values(recipe, each) for each in values]
-    weighed = trials if values is not None else list(heaviest(recipe))
+    where = machine(cluster if os.environ.get("RAY_ADDRESS") else None)
+    trials, weighed = [recipe] * n_trials, list(heaviest(recipe))
+    if values and all(values):
+        trials = [one for one in (_of(recipe, each) for each in values) if isinstance(one, Recipe)]
+        weighed = trials or weighed
     found = fit(recipe, n_trials, weighed, where)
     lengths = _lengths(trials, steps, counted)
     most = least = None
@@ -113,6 +116,14 @@ def forecast(
         found.concurrent, share, CPUS, None if most is None else most.seconds, lines, most, least,
         where.cores / found.concurrent,
     )  # fmt: skip
+
+
+def _of(recipe: Recipe, values: Mapping[str, Any]) -> Recipe | str:
+    """Return a trial's recipe, or why its values cannot be together: it will fail alone."""
+    try:
+        return with_values(recipe, values)
+    except RecipeError as error:
+        return str(error)
 
 
 def _lengths(
@@ -182,13 +193,15 @@ def print_dry_run(recipe: Recipe, trials: Sequence[Trial], *, as_json: bool = Fa
 
     Args:
         recipe: of the sweep.
-        trials: as they would run; those that a search has yet to choose are not among them.
+        trials: as they would run; their values are empty where a search chooses as it goes.
         as_json: plain values instead of tables.
 
     Raises:
         RecipeError, ModelError, DataError, MemoryPlanError: what the sweep would fail on.
     """
     found = survey.survey(recipe)
+    tried = ((one.number, _of(recipe, one.values)) for one in trials)
+    found.notes += [f"trial {n} cannot be: {why}" for n, why in tried if isinstance(why, str)]
     planned = forecast(
         recipe, len(trials), values=[one.values for one in trials], counted=found.counted
     )
@@ -200,6 +213,10 @@ def print_dry_run(recipe: Recipe, trials: Sequence[Trial], *, as_json: bool = Fa
     wide = sys.stdout.isatty()
     console = Console(highlight=False, width=None if wide else WIDTH)
     console.print(trials_table(recipe, trials))
+    if not any(one.values for one in trials):
+        console.print("values are chosen as the sweep goes, by what trials before gave; from:")
+        for name, choice in recipe.tune.space.items():
+            console.print(Text(f"  {name}: {choice}"), soft_wrap=True)
     for line in planned.lines:
         console.print(Text.assemble(("plan    ", "bold"), line), soft_wrap=True)
     for note in found.notes:

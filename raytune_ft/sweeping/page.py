@@ -11,6 +11,7 @@ import shlex
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib import resources
@@ -93,7 +94,8 @@ class Pages:
         began = self.now()
         if began < self._next:
             return False
-        self.write()
+        with suppress(OSError):  # a full disk ends a sweep in its own words, not for this page
+            self.write()
         took = self.now() - began
         self._next = self.now() + max(EVERY, took / SHARE)
         return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -207,6 +208,34 @@ def test_a_dry_run_as_json(
     assert least["steps"] <= most["steps"] and most["seconds"] > 0 and most["core_hours"] > 0
 
 
+def test_a_search_that_chooses_as_it_goes_is_weighed_by_the_extremes_of_its_space(
+    planned: tuple[Recipe, list[Trial]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, trials = planned
+    assert print_dry_run(recipe, [replace(one, values={}) for one in trials]) == 0
+    said = capsys.readouterr().out
+    assert "chosen as the sweep goes" in said and "lora.r: [4, 8]" in said
+    known, open_yet = (
+        forecast.forecast(recipe, 2, values=values, steps=3)
+        for values in ([one.values for one in trials], [{}, {}])
+    )
+    assert known.lines[0] == open_yet.lines[0]
+
+
+def test_a_trial_whose_values_cannot_be_together_is_noted_and_costs_nothing(
+    planned: tuple[Recipe, list[Trial]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, trials = planned
+    bad = replace(trials[0], number=7, values={"model.quantization": "nf4", "model.method": "full"})
+    assert print_dry_run(recipe, [trials[0], bad], as_json=True) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert any(note.startswith("trial 7 cannot be: ") for note in said["notes"])
+    alone = forecast.forecast(recipe, 1, values=[trials[0].values], steps=5)
+    both = forecast.forecast(recipe, 2, values=[trials[0].values, bad.values], steps=5)
+    assert alone.most is not None and both.most is not None
+    assert both.most.steps == alone.most.steps
+
+
 def test_neither_torch_nor_ray_is_needed_where_a_card_knows_the_model() -> None:
     code = (
         "import sys; from raytune_ft.config import loader;"
@@ -215,6 +244,9 @@ def test_neither_torch_nor_ray_is_needed_where_a_card_knows_the_model() -> None:
         "print(forecast(r, 4, cluster={'GPU': 1, 'CPU': 8, 'accelerator_type:H200': 1}).lines);"
         "assert not {'torch', 'ray', 'transformers'} & set(sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False,
+        env={**os.environ, "RAY_ADDRESS": "auto"},
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "trials at once" in done.stdout and "GPU-hours" in done.stdout
