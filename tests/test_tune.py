@@ -8,7 +8,8 @@ import pytest
 
 from raytune_ft.config.schema import Recipe
 from raytune_ft.errors import RecipeError
-from raytune_ft.tune import STEPS, check
+from raytune_ft.sweeping.checks import check
+from raytune_ft.sweeping.space import STEPS
 
 
 def recipe(space: dict[str, Any], **data: Any) -> Recipe:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from raytune_ft.config.zero import asked, unsharded
+from raytune_ft.config.zero import PRESETS, asked, unsharded
 
 if TYPE_CHECKING:
     from raytune_ft.config.schema import Recipe
@@ -27,6 +27,7 @@ def _problems(recipe: Recipe) -> Iterator[str]:
     yield from _of_optimizer(recipe)
     yield from _of_objective(recipe)
     yield from _of_evaluation(recipe)
+    yield from _of_workers(recipe)
 
 
 def _of_method(recipe: Recipe) -> Iterator[str]:
@@ -152,6 +153,14 @@ def _of_objective(recipe: Recipe) -> Iterator[str]:
         )
 
 
+def measured(recipe: Recipe) -> dict[str, str]:
+    """Return what is measured on held-out rows, each with its good end, `min` or `max`."""
+    better = {"val_loss": "min", "val_perplexity": "min"}
+    if recipe.train.objective != "sft":
+        better = {"val_loss": "min", "val_rewards_accuracy": "max", "val_rewards_margin": "max"}
+    return better | {f"val_{name}": "max" for name in recipe.eval.metrics}
+
+
 def _of_evaluation(recipe: Recipe) -> Iterator[str]:
     wanted = recipe.eval
     needs_rows = {
@@ -168,10 +177,7 @@ def _of_evaluation(recipe: Recipe) -> Iterator[str]:
             "eval.metrics compare an answer with a row's own, and preference rows have two; "
             "set eval.metrics: [], or train.objective: sft"
         )
-    better = {"val_loss": "min", "val_perplexity": "min"}
-    if preference:
-        better = {"val_loss": "min", "val_rewards_accuracy": "max", "val_rewards_margin": "max"}
-    better |= {f"val_{name}": "max" for name in wanted.metrics}
+    better = measured(recipe)
     if wanted.metric not in better:
         yield (
             f"eval.metric '{wanted.metric}' is not measured; choose "
@@ -181,4 +187,20 @@ def _of_evaluation(recipe: Recipe) -> Iterator[str]:
         yield (
             f"eval.mode '{wanted.mode}' would keep the worst {wanted.metric}; "
             f"set eval.mode: {better[wanted.metric]}"
+        )
+
+
+def _of_workers(recipe: Recipe) -> Iterator[str]:
+    run, zero = recipe.run, recipe.train.deepspeed
+    if run.min_workers is None:
+        return
+    if run.min_workers > run.workers:
+        yield (
+            f"run.min_workers {run.min_workers} is above run.workers {run.workers}; "
+            "lower run.min_workers"
+        )
+    if zero not in (*PRESETS, "none"):
+        yield (
+            f"run.min_workers changes the numbers that the file '{zero}' of train.deepspeed holds; "
+            "use a preset such as zero2, or leave run.min_workers out"
         )

@@ -162,8 +162,8 @@ def _distribution(choice: Choice) -> Any:
         step = 1 if choice.step is None else int(choice.step)
         high = int(choice.low) + (int(choice.high) - int(choice.low)) // step * step
         return distributions.IntDistribution(int(choice.low), high, log=choice.log, step=step)
-    high = choice.high if choice.step is None else choice.steps()[-1]
-    return distributions.FloatDistribution(choice.low, high, log=choice.log, step=choice.step)
+    highest = choice.high if choice.step is None else choice.steps()[-1]
+    return distributions.FloatDistribution(choice.low, highest, log=choice.log, step=choice.step)
 
 
 def _value(choice: Choice, param: Any) -> Any:

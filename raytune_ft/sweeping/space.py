@@ -30,6 +30,8 @@ FIXED_SECTIONS = {
 }
 FIXED = {
     "data.validation": "is what trials are measured by",
+    "data.window": "says how many rows a task packs, and no more",
+    "data.shuffle_rows": "says how many rows a shuffle has room for, and no more",
     "data.cache": "changes no number of a run",
     "data.on_error": "changes no number of a run",
     "data.compat": "is another release's way of making packs; sweep with one or the other",
@@ -207,7 +209,7 @@ def with_values(recipe: Recipe, values: Mapping[str, Any], *, alone: bool = Fals
     content["tune"] = TuneSection().model_dump(mode="json")
     for field, value in values.items():
         *way, last = path_of(field)
-        place = content
+        place: Any = content
         for part in way:
             place = place[part]
         place[last] = value

@@ -1,0 +1,135 @@
+"""Folder: a new sweep's, or that of one that goes on; and how a sweep goes on that was cut short.
+
+SWEEP/trials.jsonl    the ledger; a folder without one is no sweep
+SWEEP/trials/NAME/    a run folder for each trial
+SWEEP/best.yaml       recipe of the best trial; best/: its adapter, or its model
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from raytune_ft.config import loader
+from raytune_ft.config.schema import Recipe
+from raytune_ft.errors import CheckpointError, Interrupted, RaytuneError, RecipeError, TrainingError
+from raytune_ft.new_run import new_folder
+from raytune_ft.resume import open_run, shown
+from raytune_ft.sweeping import trials
+from raytune_ft.training.run_folder import RunFolder
+
+BEST_RECIPE = "best.yaml"
+BEST = "best"
+FREE = ("run.", "tune.concurrent", "data.cache")
+"""Fields that may be others when a sweep goes on; all others decide what it finds."""
+
+
+def open_sweep(recipe: Recipe, source: str, resume: str | None) -> RunFolder | None:
+    """Open the sweep's folder; None, and a line on stderr, if the sweep is finished.
+
+    Args:
+        recipe: of the sweep; with `resume` that sweep's own.
+        source: what the user called the recipe.
+        resume: folder of the sweep to go on with. Without one, a sweep of this name is gone on
+            with if it has the same recipe.
+
+    Raises:
+        RecipeError: a sweep of that name has another recipe.
+        CheckpointError: it is no sweep, or a process works on it just now.
+    """
+    folder = RunFolder(resume) if resume else _named(recipe)
+    if folder is None or not (folder.path / trials.FILE).is_file():
+        if resume:
+            raise CheckpointError(
+                f"{resume}: is no sweep (it has no {trials.FILE}); go on with a run by: "
+                f"raytune-ft train --resume {resume}"
+            )
+        folder = new_folder(recipe, source)
+        (folder.path / trials.FILE).touch()
+        return folder
+    if not folder.run_json.is_file():  # a driver was killed before its sweep began
+        return folder
+    check_same(recipe, folder)
+    if (folder.path / BEST_RECIPE).is_file() and folder.info().get("status") == "done":
+        print(
+            f"{shown(folder)}: this sweep is finished; its best recipe is "
+            f"{shown(folder)}/{BEST_RECIPE}, its adapter {shown(folder)}/{BEST}",
+            file=sys.stderr,
+        )
+        return None
+    open_run(str(folder.path), recipe)
+    print(f"{shown(folder)}: goes on with this sweep, which began before", file=sys.stderr)
+    return folder
+
+
+def _named(recipe: Recipe) -> RunFolder | None:
+    if recipe.run.name is None or "://" in recipe.run.storage:
+        return None
+    return RunFolder(Path(recipe.run.storage).expanduser() / recipe.run.name)
+
+
+def check_same(recipe: Recipe, folder: RunFolder) -> None:
+    """Refuse to go on with another recipe than the sweep began with."""
+    theirs = _fields(loader.load_recipe(str(folder.recipe)))
+    ours = _fields(recipe)
+    for field in sorted(ours.keys() | theirs.keys()):
+        if not field.startswith(FREE) and ours.get(field) != theirs.get(field):
+            raise RecipeError(
+                f"run.name: {shown(folder)} began with {field} {theirs.get(field)}, this recipe "
+                f"has {ours.get(field)}; sweep with this one under another run.name"
+            )
+
+
+def _fields(recipe: Recipe) -> dict[str, Any]:
+    content = recipe.model_dump(mode="json")
+    return {f"{s}.{field}": value for s, each in content.items() for field, value in each.items()}
+
+
+def go_on_line(folder: RunFolder) -> str:
+    """Tell how to go on with a sweep."""
+    return f"go on with: raytune-ft tune --resume {shown(folder)}"
+
+
+def unheard(folder: RunFolder) -> str:
+    """Tell how to go on with a sweep whose driver ended without a word."""
+    on = go_on_line(folder) if folder.run_json.is_file() else "start the sweep again"
+    return f"error: {shown(folder)}: its driver was killed, or Ray was lost; {on}"
+
+
+@contextmanager
+def kept_state(folder: RunFolder) -> Iterator[None]:
+    """Write down how the sweep ended, and say how to go on where Ray itself was lost.
+
+    Raises:
+        Interrupted: Ray was lost under a sweep that had begun, or a signal asked for the end.
+        TrainingError: Ray was lost before it had.
+    """
+    from ray.exceptions import RayError, RayTaskError
+
+    try:
+        yield
+    except Interrupted:
+        _update(folder, "stopped")
+        raise
+    except RayError as error:
+        if isinstance(error, RaytuneError | RayTaskError):
+            _update(folder, "failed")
+            raise
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        if not folder.run_json.is_file():
+            raise TrainingError(f"Ray was lost ({reason}); start the sweep again") from None
+        _update(folder, "interrupted")
+        raise Interrupted(
+            f"{shown(folder)}: Ray was lost ({reason}); {go_on_line(folder)}"
+        ) from None
+    except RaytuneError:
+        _update(folder, "failed")
+        raise
+
+
+def _update(folder: RunFolder, status: str) -> None:
+    if folder.run_json.is_file():
+        folder.update(status=status)

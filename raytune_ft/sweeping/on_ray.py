@@ -1,0 +1,198 @@
+"""On Ray: a sweep's course in, its trials run by Ray Tune; nothing is decided here.
+
+Ray Tune starts trials as resources allow, starts them again where a process was lost, and ends
+those that are told to end. Which one is next and who stops says `course`; so what Ray Tune keeps of
+a sweep for itself is not needed to go on, and a driver that comes later begins with a new Tuner
+over the trials that are left.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ray import tune as ray_tune
+from ray.tune.schedulers import FIFOScheduler
+from ray.tune.search import Searcher
+
+from raytune_ft.errors import Interrupted
+from raytune_ft.fitting import POLL_SECONDS, Fit
+from raytune_ft.resume import shown
+from raytune_ft.screen import Screen
+from raytune_ft.sweeping.course import Course, Result
+from raytune_ft.sweeping.one_trial import Orders, run_trial
+from raytune_ft.sweeping.trials import Trial, name_of
+from raytune_ft.training.guarding.failures import last_line
+from raytune_ft.training.run_folder import Event, RunFolder
+from raytune_ft.wish import GRACE_S, Wish
+
+FOLDER = "ray"
+KILLED = "its process was killed, {times} times; out of memory? see {log}"
+
+
+class Unkept:
+    """What Ray Tune may write down of an object that knows the course: nothing."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def save(self, checkpoint_path: str) -> None:
+        """Write nothing; the ledger has it."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Read nothing."""
+
+
+class Next(Unkept, Searcher):  # type: ignore[misc]
+    """Asks the course for the next trial."""
+
+    def __init__(self, course: Course) -> None:
+        super().__init__()
+        self.course = course
+
+    def suggest(self, trial_id: str) -> Any:
+        trial = self.course.next()
+        if trial is None:
+            return Searcher.FINISHED
+        return {"number": trial.number, "values": json.dumps(trial.values)}
+
+    def on_trial_complete(
+        self, trial_id: str, result: Event | None = None, error: bool = False
+    ) -> None:
+        """Nothing to do; `Turns` has told the course."""
+
+
+class Turns(Unkept, FIFOScheduler):  # type: ignore[misc]
+    """Tells the course what trials say, and Ray Tune which of them end."""
+
+    def __init__(self, course: Course, show: Callable[[list[Trial]], None]) -> None:
+        super().__init__()
+        self.course, self.show = course, show
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: Event) -> str:
+        number, outcome = number_of(trial), result.get("outcome")
+        goes_on = True
+        if outcome == "done":
+            self.course.trained(number, Result(result["metric"], result["step"]))
+        elif outcome == "failed":
+            self.course.failed(number, result["reason"])
+        elif outcome is None and result.get("step") is not None:
+            goes_on = self.course.told(number, result)
+        self.show(self.course.trials)
+        return str(self.CONTINUE if goes_on else self.STOP)
+
+
+class Watch(Unkept, ray_tune.Callback):  # type: ignore[misc]
+    """Tells the course of processes that begin and of those that were lost."""
+
+    def __init__(self, course: Course, show: Callable[[list[Trial]], None]) -> None:
+        self.course, self.show = course, show
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        self.course.started(number_of(trial))
+        self.show(self.course.trials)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        number = number_of(trial)
+        self.course.failed(number, reason_of(trial, self.course.ledger.trials[number]))
+        self.show(self.course.trials)
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        """Nothing to do; it starts again."""
+
+
+def number_of(trial: Any) -> int:
+    """Return which of the sweep's trials one of Ray Tune's is."""
+    return int(trial.config["number"])
+
+
+def reason_of(trial: Any, ours: Trial) -> str:
+    """Say why a trial was lost: its process ended without a word, more often than it may."""
+    text = trial.get_error() or ""
+    if "ActorDiedError" in text or "ActorUnavailableError" in text or "OutOfMemory" in text:
+        log = RunFolder(ours.folder).log
+        return KILLED.format(times=trial.run_metadata.num_failures, log=log)
+    return last_line(Exception(text))
+
+
+def carry_out(
+    course: Course,
+    orders: Orders,
+    *,
+    resources: dict[str, float],
+    concurrent: int,
+    show: Callable[[list[Trial]], None],
+    screen: Screen,
+) -> None:
+    """Run the trials that are left.
+
+    Args:
+        course: of the sweep.
+        orders: for every trial.
+        resources: `cpu` and `gpu` of each, as Ray counts them.
+        concurrent: trials at once.
+        show: is told the trials whenever one changes.
+        screen: for lines above them.
+
+    Raises:
+        Interrupted: a signal asked for the end; trials wrote their checkpoints.
+    """
+    folder = RunFolder(orders.job.run_path)
+    fit = Fit(_tuner(course, orders, folder.path, resources, concurrent, show))
+    with Wish() as wish:
+        while fit.is_alive() and not wish.is_late:
+            fit.join(POLL_SECONDS)
+            if wish.signal is not None and not course.stopping:
+                course.stopping = True
+                orders.mailbox.stop.remote()
+                screen.line("trials stop behind this step's checkpoint; once more stops at once")
+        asked = wish.signal is not None
+    if fit.error is not None:
+        raise fit.error
+    left = sum(not trial.is_over for trial in course.trials)
+    if asked and left:
+        late = f" within {GRACE_S:g} s, as far as they came" if fit.is_alive() else ""
+        raise Interrupted(
+            f"{shown(folder)}: stopped{late}, {len(course.trials) - left} of "
+            f"{len(course.trials)} trials are over; go on with: raytune-ft tune --resume "
+            f"{shown(folder)}"
+        )
+
+
+def _tuner(
+    course: Course,
+    orders: Orders,
+    folder: Path,
+    resources: dict[str, float],
+    concurrent: int,
+    show: Callable[[list[Trial]], None],
+) -> ray_tune.Tuner:
+    recipe = course.recipe
+    return ray_tune.Tuner(
+        ray_tune.with_resources(ray_tune.with_parameters(run_trial, orders=orders), resources),
+        tune_config=ray_tune.TuneConfig(
+            search_alg=Next(course),
+            scheduler=Turns(course, show),
+            # as many as there may be; `Next` says when there are no more
+            num_samples=max(len(course.trials), recipe.tune.trials),
+            max_concurrent_trials=concurrent,
+            trial_name_creator=_name,
+            trial_dirname_creator=_name,
+            # imports are most of a short trial; on a GPU each begins with memory of its own
+            reuse_actors="gpu" not in resources,
+        ),
+        run_config=ray_tune.RunConfig(
+            name=f"attempt_{os.getpid()}",
+            storage_path=str(folder / FOLDER),
+            verbose=0,
+            failure_config=ray_tune.FailureConfig(max_failures=recipe.run.max_failures),
+            callbacks=[Watch(course, show)],
+        ),
+    )
+
+
+def _name(trial: Any) -> str:
+    return name_of(number_of(trial))
