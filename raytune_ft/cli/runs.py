@@ -96,16 +96,28 @@ def _resumed(run: str, name: str | None, overrides: list[str]) -> tuple[str, lis
 
 
 @verb("tune")
-def tune(words: Words = None, config: Config = None, dry_run: DryRun = False) -> int:
+def tune(
+    words: Words = None,
+    config: Config = None,
+    dry_run: DryRun = False,
+    resume: Annotated[
+        str | None,
+        typer.Option("--resume", metavar="SWEEP", help="Go on with this sweep, exactly."),
+    ] = None,
+) -> int:
     """Sweep over the fields in a recipe's `tune` section."""
     from raytune_ft.config import loader
 
     name, overrides = split_words(words or [], config)
+    if resume is not None:
+        from raytune_ft.training.run_folder import RunFolder
+
+        name = name or str(RunFolder.existing(resume).recipe)
     name = _named(name)
     recipe = loader.load_recipe(name, overrides)
     from raytune_ft.tune import tune as run
 
-    return run(recipe, source=name, dry_run=dry_run)
+    return run(recipe, source=name, dry_run=dry_run, resume=resume)
 
 
 def split_words(words: list[str], config: str | None) -> tuple[str | None, list[str]]:
