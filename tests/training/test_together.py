@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import shutil
 import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ from raytune_ft.data.packing import Position
 from raytune_ft.data.places import Placed, iter_packs
 from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
 from raytune_ft.data.windows import make_feed
+from raytune_ft.errors import Interrupted, RecipeError
+from raytune_ft.model.loss import TokenLoss
 from raytune_ft.training import worker
 from raytune_ft.training.guarding.guards import Guards
 from raytune_ft.training.run_folder import Event, RunFolder, read_jsonl, write_json
@@ -39,7 +42,7 @@ BASE: dict[str, dict[str, Any]] = {
     "train": {
         "epochs": 2, "accumulation": 2, "micro_batch_size": 2, "deepspeed": "none", "max_steps": 6,
     },
-    "checkpoint": {"every": 2, "keep": 2},
+    "checkpoint": {"every": 2, "keep": -1},
     "chat_eval": {"every": None},
     "run": {"trackers": []},
 }  # fmt: skip
@@ -111,15 +114,16 @@ def losses(run: RunFolder) -> list[tuple[int, float, float | None]]:
 
 
 def weights(run: RunFolder) -> dict[str, torch.Tensor]:
-    return load_file(run.adapter / "adapter_model.safetensors")
+    found: dict[str, torch.Tensor] = load_file(run.adapter / "adapter_model.safetensors")
+    return found
 
 
 def assert_alike(run: RunFolder, other: RunFolder, tolerance: float = 0.0) -> None:
     for mine, theirs in zip(losses(run), losses(other), strict=True):
         assert mine == pytest.approx(theirs, abs=tolerance)
     theirs_by_name = weights(other)
-    for name, mine in weights(run).items():
-        torch.testing.assert_close(mine, theirs_by_name[name], rtol=0, atol=tolerance)
+    for name, tensor in weights(run).items():
+        torch.testing.assert_close(tensor, theirs_by_name[name], rtol=0, atol=tolerance)
 
 
 @pytest.fixture(scope="module")
@@ -203,3 +207,94 @@ def adapters_of_rank(r: int) -> list[torch.Tensor]:
         for p in gc.get_objects()
         if isinstance(p, torch.nn.Parameter) and p.requires_grad and p.ndim == 2 and r in p.shape
     ]
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_a_group_that_was_killed_goes_on_each_from_its_own_checkpoint(
+    recipes: list[Recipe], lone: list[RunFolder], tmp_path: Path, at_once: int
+) -> None:
+    """Between two saves of one step, so that they are at different steps; one has ended."""
+    for place, step in enumerate((4, 2, STEPS)):
+        folder = tmp_path / str(place)
+        shutil.copytree(lone[place].path, folder)
+        shutil.rmtree(folder / "adapter")
+        for path in (folder / "checkpoints").iterdir():
+            if int(path.name.rpartition("_")[2]) > step:
+                shutil.rmtree(path)
+    runs, found = together(recipes, tmp_path, at_once=at_once)
+    assert all(outcome.is_done for outcome in found)
+    for run, other in zip(runs, lone, strict=True):
+        assert_alike(run, other)
+
+
+def test_one_that_fails_fails_alone(
+    recipes: list[Recipe], lone: list[RunFolder], tmp_path: Path
+) -> None:
+    train = recipes[1].train.model_copy(update={"lr": 1e30})
+    wild = recipes[1].model_copy(update={"train": train})
+    runs, found = together([recipes[0], wild, recipes[2]], tmp_path, at_once=3)
+    assert found[1].error is not None
+    assert "loss is nan" in str(found[1].error)
+    assert [outcome.is_done for outcome in found] == [True, False, True]
+    for place in (0, 2):
+        assert_alike(runs[place], lone[place])
+
+
+def test_all_stop_behind_a_checkpoint_and_go_on(
+    recipes: list[Recipe], lone: list[RunFolder], tmp_path: Path
+) -> None:
+    seen: list[int] = []
+
+    def report(place: int, event: Event) -> bool:
+        if event["kind"] == "step" and place == 2:
+            seen.append(event["step"])
+        return True
+
+    with pytest.raises(Interrupted):
+        together(recipes, tmp_path, report, at_once=3, guards=Guards(lambda: 3 in seen))
+    runs, _ = together(recipes, tmp_path, report, at_once=3)
+    assert seen == [1, 2, 3, 4, 5, 6]
+    for run, other in zip(runs, lone, strict=True):
+        assert_alike(run, other)
+
+
+def test_where_memory_ends_fewer_go_together(
+    recipes: list[Recipe],
+    lone: list[RunFolder],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In the second micro-batch, when some gradients are there already."""
+    forward, calls = TokenLoss.token_losses, [0]
+
+    def limited(loss: TokenLoss, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        found = forward(loss, input_ids, *args, **kwargs)
+        if calls[0] > 1 and len(input_ids) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return found
+
+    monkeypatch.setattr(TokenLoss, "token_losses", limited)
+    runs, found = together(recipes, tmp_path, at_once=3)
+    assert all(outcome.is_done for outcome in found)
+    for run, other in zip(runs, lone, strict=True):
+        assert_alike(run, other)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"data": {"max_length": 64}}, "data.max_length: has several values"),
+        ({"train": {"seed": 7}}, "train.seed: has several values"),
+        ({"lora": {"use_dora": True}}, "lora.use_dora True: its trials cannot share a base"),
+        ({"lora": {"init_lora_weights": "pissa"}}, "lora.init_lora_weights 'pissa'"),
+    ],
+)
+def test_what_cannot_share_is_refused(
+    recipes: list[Recipe], tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    content = recipes[1].model_dump(mode="json")
+    for section, fields in changes.items():
+        content[section] |= fields
+    with pytest.raises(RecipeError, match=words):
+        together([recipes[0], Recipe.model_validate(content)], tmp_path, at_once=2)

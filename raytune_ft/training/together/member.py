@@ -6,7 +6,7 @@ is one of several, and its owner lets the others take a step between two of its 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 
 from raytune_ft.config.schema import Recipe
@@ -78,7 +78,7 @@ class Member:
         """End the run where it is; its record closes as for `why`, which is raised."""
         self._course.throw(why)
 
-    def _run(self) -> Iterator[TrainState]:
+    def _run(self) -> Generator[TrainState, None, None]:
         engine, recipe, folder, job = self.engine, self.recipe, self.folder, self.job
         with only_writer(folder.path), recorded(folder, recipe, self._told) as emit:
             if lines := fast.report_of(engine.module).lines():

@@ -57,6 +57,8 @@ class _Group:
     engines: list[SharedEngine]
     begun: list[tuple[TensorBatch, int]] = field(default_factory=list)
     """Micro-batches of the step so far, with the step's labelled tokens."""
+    done: int = 0
+    """How many of them are in the gradients."""
     found: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
     """(adapter, micro-batch) -> summed loss."""
 
@@ -104,21 +106,34 @@ class Passes:
         """Run the last micro-batch that was begun; return the group that `asking` is in by now."""
         if len(group.begun) == 1:
             self._random = random_state(asking.device)
-        while len(group.engines) > 1:
+        while True:
             try:
-                _pass(self.seats, group, len(group.begun) - 1)
+                self._run(group, asking)
             except torch.OutOfMemoryError:
-                pass
+                if len(group.engines) == 1:
+                    raise
             else:
                 return group
             # behind the handler: the error's frames hold what was found too large
             group = self._smaller(group, asking)
-        return group
+
+    def _run(self, group: _Group, asking: SharedEngine) -> None:
+        """Run what a group has begun and has no gradients of."""
+        last = len(group.begun) - 1
+        for number in range(group.done, last + 1):
+            if len(group.engines) > 1:
+                _pass(self.seats, group, number)
+            else:
+                self.seats.sit(asking.number)
+                group.found[asking.number, number] = asking.alone(*group.begun[number])
+            if number < last:
+                del group.found[asking.number, number]  # it has been told of that one
+            group.done = number + 1
 
     def _smaller(self, group: _Group, asking: SharedEngine) -> _Group:
-        """Part a group in two; take what the half with `asking` has begun again, but for the last.
+        """Part a group in two; return the half with `asking`, which begins the step again.
 
-        The other half has lost its gradients, and begins the step when it asks.
+        So does the other half, when it asks.
         """
         self.at_once = (len(group.engines) + 1) // 2
         for engine in group.engines:
@@ -130,13 +145,6 @@ class Passes:
         half = self._groups[asking.number]
         half.begun = list(group.begun)
         set_random_state(self._random, asking.device)
-        for number in range(len(half.begun) - 1):
-            if len(half.engines) > 1:
-                _pass(self.seats, half, number)
-                del half.found[asking.number, number]  # it has been told of that one
-            else:
-                self.seats.sit(asking.number)
-                asking.alone(*half.begun[number])
         return half
 
 
@@ -153,7 +161,7 @@ def _pass(seats: Seats, group: _Group, number: int) -> None:
     shares = [
         loss * (engine.scale.factor / n_targets) for loss, engine in zip(sums, engines, strict=True)
     ]
-    torch.stack(shares).sum().backward()
+    torch.stack(shares).sum().backward()  # type: ignore[no-untyped-call]
     for engine, loss in zip(engines, sums, strict=True):
         group.found[engine.number, number] = loss.detach()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 from raytune_ft.training.batching import StepData
 
@@ -11,7 +11,7 @@ from raytune_ft.training.batching import StepData
 class SharedSteps:
     """Hands each step of a sequence to every reader, and forgets it behind the last one."""
 
-    def __init__(self, source: Iterator[StepData], begins: Mapping[Hashable, int]) -> None:
+    def __init__(self, source: Iterator[StepData], begins: Mapping[int, int]) -> None:
         """Read from `source`.
 
         Args:
@@ -23,7 +23,7 @@ class SharedSteps:
         self._kept: deque[StepData] = deque()
         self._first = min(begins.values(), default=0)
 
-    def of(self, reader: Hashable) -> Iterator[StepData]:
+    def of(self, reader: int) -> Iterator[StepData]:
         """Yield a reader's steps."""
         while True:
             place = self._next[reader] - self._first
@@ -37,7 +37,7 @@ class SharedSteps:
             self._forget()
             yield found
 
-    def leave(self, reader: Hashable) -> None:
+    def leave(self, reader: int) -> None:
         """Keep nothing for a reader any more."""
         self._next.pop(reader, None)
         self._forget()
