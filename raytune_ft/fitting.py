@@ -19,9 +19,11 @@ from raytune_ft import errors, seats
 from raytune_ft.cluster import noise_to
 from raytune_ft.config.schema import Recipe
 from raytune_ft.data.feeder import Supply
+from raytune_ft.data.stream import on_node
 from raytune_ft.mailbox import Mailbox
 from raytune_ft.resume import shown
 from raytune_ft.screen import Screen
+from raytune_ft.storing import carriage
 from raytune_ft.training import ahead, worker
 from raytune_ft.training.guarding import failures
 from raytune_ft.training.guarding.guards import Guards
@@ -34,6 +36,9 @@ from raytune_ft.wish import GRACE_S, Wish
 POLL_SECONDS = 0.2
 ASK_SECONDS = 0.5
 JOB_SECONDS = 0.1
+GROW_SECONDS = 30.0
+"""Between two looks of Ray Train whether there is room for more workers; what was trained since
+the last checkpoint is trained again with them."""
 ALONE_SECONDS = 10.0
 """Behind the failure that ends a run, for workers that have not met it."""
 
@@ -47,7 +52,11 @@ class Workers:
     def __init__(self, recipe: Recipe, folder: RunFolder) -> None:
         failures.begin(folder)
         self.folder = folder
-        self.mailbox: Any = ray.remote(num_cpus=0)(Mailbox).remote()
+        # where the driver is: without that node there is no run, without another one there is
+        here = on_node(ray.get_runtime_context().get_node_id())
+        self.mailbox: Any = (
+            ray.remote(Mailbox).options(num_cpus=0, scheduling_strategy=here).remote()
+        )
         self.ended = Fit(_trainer(recipe, folder, self.mailbox))
 
     def fit(self, job: worker.Job, supply: Supply, screen: Screen) -> None:
@@ -76,18 +85,20 @@ def _trainer(recipe: Recipe, folder: RunFolder, mailbox: Any) -> Any:
 
     there = ray.cluster_resources()
     on_gpu = there.get("GPU", 0) >= 1
+    least = recipe.run.min_workers
     cpus = seats.cpus_per_worker(recipe.run.workers, there.get("CPU", 0))
     return TorchTrainer(
         train_loop_per_worker,
         train_loop_config={
             "recipe": recipe.model_dump(mode="json"),
-            "run_path": str(folder.path),
+            "way": carriage.way_of(folder),
             "mailbox": mailbox,
         },
         # for the start, in which ranks take their time; guards.guarded sets that of the steps
         torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo", timeout_s=PATIENCE_S),
         scaling_config=ScalingConfig(
-            num_workers=recipe.run.workers,
+            num_workers=(least, recipe.run.workers) if least else recipe.run.workers,
+            elastic_resize_monitor_interval_s=GROW_SECONDS,
             use_gpu=on_gpu,
             resources_per_worker={"CPU": cpus, **({"GPU": 1} if on_gpu else {})},
         ),
@@ -155,18 +166,27 @@ def see_through(ended: Fit, wish: Wish, mailbox: Any, folder: RunFolder, screen:
 def train_loop_per_worker(config: dict[str, Any]) -> None:
     """Entry on each Ray Train worker: bind the streams and hand over to training.worker."""
     mailbox = config["mailbox"]
-    rank = ray.train.get_context().get_world_rank()
-    folder = RunFolder(config["run_path"])
+    context = ray.train.get_context()
+    rank, ranks = context.get_world_rank(), context.get_world_size()
 
     def work() -> None:
         ahead.come_ready(Recipe.model_validate(config["recipe"]))
         job, supply = _told(mailbox)
-        packs, validation = supply.of_rank(rank)
-        worker.run(job, packs, validation, mailbox.put.remote, guards)
+        packs, validation = supply.of_rank(rank, ranks)
 
-    with noise_to(folder.log), AskedToEnd() as killed, asked_by(mailbox) as asked:
+        def train(here: worker.Job) -> None:
+            worker.run(here, packs, validation, mailbox.put.remote, guards)
+
+        place.train(job, rank, train)
+
+    with (
+        carriage.at_hand(config["way"]) as place,
+        noise_to(place.run.log),
+        AskedToEnd() as killed,
+        asked_by(mailbox) as asked,
+    ):
         guards = Guards(interrupted=lambda: killed() or asked(), watched=True)
-        failures.guard(work, folder, rank)
+        failures.guard(work, place.run, rank)
     ray.train.report({"done": True})
 
 

@@ -268,6 +268,9 @@ class RunSection(Section):
     """Folder of all runs [work_dir]."""
     workers: PositiveInt = 1
     """Training processes; one GPU each where there are GPUs."""
+    min_workers: PositiveInt | None = None
+    """With so many the run goes on where a node is lost, at the same steps, and with all `workers`
+    when there is room for them again; null: it waits for room."""
     max_failures: Annotated[int, Field(ge=0)] = 3
     """Restarts from the last checkpoint after a lost worker."""
     trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = ["tensorboard"]

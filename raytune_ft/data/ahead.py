@@ -110,6 +110,12 @@ class Line:
                 raise TrainingError(self._error)
             return self._kept.get(index)
 
+    def read_by(self, readers: int) -> None:
+        """Have so many readers from now on; nothing waits for the others' questions any more."""
+        with self._changed:
+            self._readers = readers
+            self._asked = {r: index for r, index in self._asked.items() if r < readers}
+
     def lost(self, index: int) -> None:
         """Forget a window whose node is gone."""
         with self._changed:

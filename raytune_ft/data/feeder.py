@@ -107,6 +107,11 @@ class Feeder:
             return [], str(error)
         return [made[0]] if made else [], ""
 
+    def read_by(self, readers: int) -> None:
+        """Serve so many ranks from now on."""
+        for line in self._lines.values():
+            line.read_by(readers)
+
     def lost(self, kind: str, index: int) -> None:
         """Forget a window that cannot be fetched."""
         self._lines[kind].lost(index)
@@ -156,9 +161,16 @@ class Supply:
             yield from placed(made, start, self.windows[kind])
 
     def of_rank(
-        self, rank: int
+        self, rank: int, ranks: int | None = None
     ) -> tuple[Callable[[Position], Iterator[Placed]], Callable[[], Iterator[Pack]] | None]:
-        """Return what gives a rank packs from a position on, and the held-out ones, if any."""
+        """Return what gives a rank packs from a position on, and the held-out ones, if any.
+
+        Args:
+            rank: that asks.
+            ranks: that there are from now on; None: as many as `feeding` was told.
+        """
+        if ranks is not None:
+            self.actor.read_by.remote(ranks)
 
         def held_out() -> Iterator[Pack]:
             return (placed.pack for placed in self.packs("validation", reader=rank))

@@ -84,7 +84,14 @@ def count_chosen(pack: Pack) -> int:
     return int((chosen & (pack.labels != IGNORE_INDEX)).sum())
 
 
-def steps(packs: Iterable[Placed], train: Sizes, *, rank: int, workers: int) -> Iterator[StepData]:
+def steps(
+    packs: Iterable[Placed],
+    train: Sizes,
+    *,
+    rank: int,
+    workers: int,
+    packs_per_step: int | None = None,
+) -> Iterator[StepData]:
     """Group packs into optimizer steps and keep this rank's share.
 
     Args:
@@ -92,8 +99,9 @@ def steps(packs: Iterable[Placed], train: Sizes, *, rank: int, workers: int) -> 
         train: `micro_batch_size`, `accumulation` and `objective` are read.
         rank: 0 <= rank < workers.
         workers: number of ranks.
+        packs_per_step: of an optimizer step, where its ranks have room for more; None: for G.
     """
-    group_size = train.micro_batch_size * train.accumulation * workers
+    group_size = packs_per_step or train.micro_batch_size * train.accumulation * workers
     group: list[Placed] = []
     for placed in packs:
         group.append(placed)

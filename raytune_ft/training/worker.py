@@ -26,7 +26,7 @@ from raytune_ft.data.tokenizing import hf_files
 from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
 from raytune_ft.errors import CheckpointError
 from raytune_ft.model import adapter, fast, side_files
-from raytune_ft.training import course, layouts, micro_graph
+from raytune_ft.training import course, elastic, layouts, micro_graph
 from raytune_ft.training.ahead import device_of
 from raytune_ft.training.batching import TensorBatch, steps
 from raytune_ft.training.build import build_engine
@@ -71,6 +71,8 @@ class Job:
     """Trained weights that the run begins with."""
     gpu_share: float = 1.0
     """Part of a GPU that each process may use."""
+    base: str = ""
+    """What the result calls the model's folder, where it is loaded from another one."""
 
 
 def run(
@@ -109,15 +111,19 @@ def _run(
         emit("warning", text=text)
 
     asked = Recipe.model_validate(job.recipe)
+    here = elastic.shared_out(asked, world_size())
+    if here is not asked:
+        tell(elastic.line(asked, here))
     choice = layouts.settled(
-        asked, folder, Path(job.model_folder), device, tell, share=job.gpu_share
+        here, folder, Path(job.model_folder), device, tell, share=job.gpu_share
     )
-    room = Room.of(asked, folder.path, tell, choice)
+    room = Room.of(here, folder.path, tell, choice)
     recipe = room.fitting()
 
     emit("stage", name="load model")
     engine, model = build_engine(
-        recipe, Path(job.model_folder), device, partial(_first_batches, packs, recipe),
+        recipe, Path(job.model_folder), device,
+        partial(_first_batches, packs, recipe if here is asked else asked),
         folder.path, job.begin, resident=room.is_resident, hosted=room.hosted,
         tell=tell,
     )  # fmt: skip
@@ -127,7 +133,7 @@ def _run(
         job.model_folder, recipe.model.eos_token, recipe.model.new_tokens
     )
     voice = Voice(model, tokenizer, get_template(recipe.model.template, tokenizer), engine)
-    state = resume(engine, folder, recipe, job.data_fingerprint, emit)
+    state = resume(engine, folder, asked, job.data_fingerprint, emit)
     if dry_step.wanted(engine):
         emit("stage", name="dry step")
         dry_step.find_room(engine, room)
@@ -146,14 +152,16 @@ def _run(
         guarded(guards, hooks, engine, recipe, folder) as safe_hooks,
         closing(packs(place)) as stream,
     ):
-        batches = steps(stream, room, rank=rank(), workers=world_size())
+        batches = steps(
+            stream, room, rank=rank(), workers=world_size(), packs_per_step=asked.global_batch_size
+        )
         train(engine, recipe, batches, state, counted, safe_hooks, emit, known, room)
     if recipe.eval.export == "best":
         best.put_back(engine, folder.checkpoints, state)
     with engine.whole():
         if rank() == 0:
             emit("stage", name="export")
-            export(recipe, voice, folder, Path(job.model_folder))
+            export(recipe, voice, folder, Path(job.model_folder), job.base)
     if rank() == 0:
         folder.update(**best.record(state, recipe.eval))
     return state
@@ -213,14 +221,24 @@ def _first_batches(packs: PackStream, recipe: Recipe) -> list[TensorBatch]:
         return next(steps(stream, recipe.train, rank=0, workers=1)).micro_batches
 
 
-def export(recipe: Recipe, voice: Voice, folder: RunFolder, base: Path) -> None:
-    """Write the result, whole or not at all; CheckpointError if the disk refuses."""
+def export(
+    recipe: Recipe, voice: Voice, folder: RunFolder, base: Path, base_name: str = ""
+) -> None:
+    """Write the result, whole or not at all; CheckpointError if the disk refuses.
+
+    Args:
+        recipe: that was trained.
+        voice: with the trained model.
+        folder: of the run.
+        base: folder that the model was loaded from.
+        base_name: what an adapter calls it, where that is another one.
+    """
     is_adapter = recipe.model.method == "lora"
     target = folder.adapter if is_adapter else folder.model
     try:
         with durable.whole_folder(target) as place:
             if is_adapter:
-                adapter.save_adapter(voice.model, place, str(base))
+                adapter.save_adapter(voice.model, place, base_name or str(base))
             else:
                 side_files.save_full(voice.model, base, place)
             if recipe.model.new_tokens:

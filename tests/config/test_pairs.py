@@ -94,6 +94,15 @@ REFUSED: dict[str, tuple[list[str], str, list[str]]] = {
         ["train.min_lr=1.0", "train.lr=0.1"], "lower train.min_lr",
         ["train.min_lr=0.1", "train.lr=0.1"],
     ),
+    "fewer workers than are asked for, and more": (
+        ["run.workers=2", "run.min_workers=3"], "lower run.min_workers",
+        ["run.workers=2", "run.min_workers=2"],
+    ),
+    "numbers of a file for any number of workers": (
+        ["run.workers=2", "run.min_workers=1", "train.deepspeed=FILE_OFFLOADING"],
+        "use a preset such as zero2",
+        ["run.workers=2", "run.min_workers=1", "train.deepspeed=none"],
+    ),
 }  # fmt: skip
 """What it is -> settings, words of the advice, and settings beside them that work."""
 

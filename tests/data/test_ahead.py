@@ -92,6 +92,21 @@ def test_the_slowest_reader_holds_windows_back() -> None:
     assert read(line, 3, reader=1) == (0, 3)
 
 
+def test_a_reader_that_is_gone_holds_nothing_back() -> None:
+    """A run goes on with fewer ranks, and later with all of them again."""
+    line = line_of(Maker(), readers=2)
+    read(line, 0, reader=1)
+    line.read_by(1)
+    for index in range(13):
+        read(line, index)
+    assert settled(line)["kept"][0] == 12 - BEHIND_WINDOWS
+    assert settled(line)["asked"] == {0: 12}
+    line.read_by(2)
+    for index in range(13, 24):
+        read(line, index)
+    assert settled(line)["kept"][0] == 12 - BEHIND_WINDOWS, "who has not asked yet may need all"
+
+
 def test_large_windows_are_made_only_as_they_are_asked_for() -> None:
     maker = Maker(size=2**30)
     line = line_of(maker)

@@ -143,8 +143,9 @@ def test_a_field_that_changes_tokens_changes_the_key(run: Run, field: str) -> No
 
 NEED_ANOTHER = {
     "eval.export", "eval.metric", "eval.metrics", "eval.mode", "eval.patience",
+    "run.min_workers",
 }  # fmt: skip
-"""Accepted with held-out rows, or with another metric, only."""
+"""Accepted with held-out rows, with another metric or with more workers, only."""
 
 
 @pytest.mark.parametrize("field", sorted(FIELDS["none"]))

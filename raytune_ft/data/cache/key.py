@@ -49,6 +49,7 @@ FIELDS: dict[Effect, frozenset[str]] = {
         | {"eval." + name for name in ("every", "export", "max_new_tokens", "metric", "metrics")}
         | {"eval." + name for name in ("min_delta", "mode", "patience", "rows")}
         | {"chat_eval.temperature", "chat_eval.top_p", "run.collective_timeout"}
+        | {"run.min_workers"}
         | {"lora.init_lora_weights", "lora.loraplus_lr_ratio", "model.load_from"}
         | {"train." + name for name in ("beta", "loss_spike", "neftune_noise_alpha", "on_oom")}
         | {"model." + name for name in ("compute", "double_quant", "dtype", "fast_path")}
