@@ -84,10 +84,12 @@ class Range:
             return self.steps()[int(u * len(self.steps()))]
         if self.log:
             value = math.exp(math.log(self.low) + u * math.log(self.high / self.low))
-            return _near(value, self) if self.whole else value
-        if self.whole:
-            return math.floor(self.low + u * (self.high - self.low + 1))
-        return self.low + u * (self.high - self.low)
+        elif self.whole:
+            value = math.floor(self.low + u * (self.high - self.low + 1))
+        else:
+            value = self.low + u * (self.high - self.low)
+        value = min(max(value, self.low), self.high)  # what rounding adds
+        return round(value) if self.whole else value
 
     def steps(self) -> list[float]:
         """List the numbers of a range with a step."""
@@ -345,10 +347,6 @@ def _is_whole(field: str) -> bool:
 
 def _types(kind: Any) -> set[Any]:
     return {kind}.union(*(_types(inner) for inner in typing.get_args(kind)), set())
-
-
-def _near(value: float, choice: Range) -> int:
-    return int(min(max(round(value), choice.low), choice.high))
 
 
 def _first(choice: Choice) -> Any:

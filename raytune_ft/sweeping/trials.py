@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from raytune_ft.training.run_folder import Event, read_jsonl
+from raytune_ft.training.run_folder import Event
 
 FILE = "trials.jsonl"
 FOLDER = "trials"
@@ -85,18 +85,19 @@ class Ledger:
     """(trial, step, value) of what was compared, in this order."""
     over: list[int] = field(default_factory=list)
     """Numbers of trials in the order in which they ended."""
+    _is_whole: bool = field(default=False, compare=False)
 
     @classmethod
     def read(cls, sweep: Path) -> Ledger:
         """Read what is known of a sweep; nothing if it has not begun.
 
-        A last line that a crash cut short never happened: it is taken off, so that the next one
-        stands alone.
+        A last line that a crash cut short never happened.
         """
         ledger = cls(sweep)
-        for event in read_jsonl(sweep / FILE):
-            ledger._take(event)
-        _cut_half_line(sweep / FILE)
+        if (sweep / FILE).is_file():
+            content = (sweep / FILE).read_bytes()
+            for line in content[: content.rfind(b"\n") + 1].splitlines():
+                ledger._take(json.loads(line))
         return ledger
 
     def planned(self, values: Sequence[Mapping[str, Any]]) -> None:
@@ -159,6 +160,9 @@ class Ledger:
         """Write events, in one write that is on the disk before anything follows from them."""
         timed = [{**event, "time": round(time.time(), 3)} for event in events]
         text = "".join(json.dumps(event, ensure_ascii=False) + "\n" for event in timed)
+        if not self._is_whole:  # by who writes alone: a reader may see a line that is being written
+            _cut_half_line(self.sweep / FILE)
+            self._is_whole = True
         with (self.sweep / FILE).open("a", encoding="utf-8") as file:
             file.write(text)
             file.flush()
