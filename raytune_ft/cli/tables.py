@@ -18,7 +18,13 @@ from raytune_ft.config.written import changed_fields, dump_changes
 
 WIDTH = 100
 GIB = 2**30
-NUMERIC = {"step", "loss", "val loss", "best", "tok/s", "time"}
+NUMERIC = {"step", "loss", "val loss", "best", "tok/s", "time", "seen"}
+WANTED_LEAST = ("trials", "created", "model", "tok/s", "time", "method", "best", "seen")
+"""Columns of runs that go where a terminal is too narrow, the first of them first."""
+RESUMABLE, SHORT = " (resumable)", " +"
+LEGEND = "+ has a checkpoint: raytune-ft train --resume RUN"
+UNBOUNDED = 1000
+"""Columns of a terminal that has room for all."""
 STATUS_STYLES = {
     "running": "cyan", "done": "green", "failed": "red", "interrupted": "red", "damaged": "red",
     "stopped": "yellow",
@@ -173,20 +179,33 @@ def _table(*columns: str) -> Table:
 def print_runs(head: Sequence[str], rows: Sequence[Sequence[str]], remarks: Sequence[str]) -> None:
     """Print runs, a line each, then what is odd about some of them."""
     console = Console(highlight=False)
-    filled = [place for place in range(len(head)) if any(row[place] for row in rows)]
+    places = [place for place in range(len(head)) if any(row[place] for row in rows)]
+    for name in (*WANTED_LEAST[:-1], "", WANTED_LEAST[-1]):
+        table = _runs_table(head, rows, places)
+        if Console(width=UNBOUNDED).measure(table).maximum <= console.width:
+            break
+        if not name:  # the last thing before a column that everybody looks for
+            rows = [(one, state.replace(RESUMABLE, SHORT), *more) for one, state, *more in rows]
+            remarks = [*remarks, LEGEND] if any(SHORT in row[1] for row in rows) else remarks
+        places = [place for place in places if head[place] != name]
+    table = _runs_table(head, rows, places)
+    console.print(table)
+    for remark in remarks:
+        console.print(Text(remark, style="yellow"))
+
+
+def _runs_table(head: Sequence[str], rows: Sequence[Sequence[str]], places: Sequence[int]) -> Table:
     table = Table(box=box.SIMPLE, show_edge=False, pad_edge=False, header_style="dim")
-    for place in filled:
+    for place in places:
         numeric = head[place] in NUMERIC
         table.add_column(
             head[place], justify="right" if numeric else "left", no_wrap=numeric, overflow="fold"
         )
     for row in rows:
-        cells = [Text(row[place]) for place in filled]
+        cells = [Text(row[place]) for place in places]
         cells[1].stylize(STATUS_STYLES.get(row[1].split()[0], ""))
         table.add_row(*cells)
-    console.print(table)
-    for remark in remarks:
-        console.print(Text(remark, style="yellow"))
+    return table
 
 
 def print_comparison(

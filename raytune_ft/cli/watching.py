@@ -22,12 +22,22 @@ NOTHING_FOUND = 1
 STORAGE = "runs"
 HEAD = (
     "name", "status", "model", "method", "step", "loss", "val loss", "best", "tok/s", "time",
-    "created",
+    "created", "seen", "trials",
 )  # fmt: skip
+STATUSES = ("running", "done", "failed", "stopped", "interrupted", "damaged")
+ORDERS = ("created", "name", "status", "step", "loss", "val_loss", "best", "tokens_per_s", "seen")
+FALLING = ("created", "step", "tokens_per_s")
+"""Orders that begin with the largest."""
 
 Storage = Annotated[
-    str, typer.Argument(metavar="[FOLDER]", help="Folder of runs: a recipe's run.storage.")
+    str,
+    typer.Argument(metavar="[FOLDER]", help="Folder of runs, or s3://BUCKET/RUNS: run.storage."),
 ]
+Status = Annotated[
+    list[str] | None,
+    typer.Option("--status", help=f"Only such: {', '.join(STATUSES)}; repeatable."),
+]
+Sort = Annotated[str, typer.Option("--sort", help=f"By {', '.join(ORDERS)}.")]
 Several = Annotated[
     list[str], typer.Argument(metavar="RUN RUN...", help="Run folders, or their names under runs/.")
 ]
@@ -37,15 +47,26 @@ HtmlOut = Annotated[
 
 
 @verb("runs")
-def runs(folder: Storage = STORAGE, as_json: Json = False) -> int:
-    """List runs, newest first: status, steps, losses, speed; tab-separated where piped."""
-    from raytune_ft.training.watching.reporting.listing import list_runs
-
-    found = list_runs(Path(folder).expanduser())
+def runs(
+    folder: Storage = STORAGE,
+    status: Status = None,
+    sort: Sort = "created",
+    as_json: Json = False,
+) -> int:
+    """List runs: status, steps, losses, last sign of life; tab-separated where piped."""
+    for option, words, known in (("--status", status or [], STATUSES), ("--sort", [sort], ORDERS)):
+        for word in words:
+            _check_word(option, word, known)
+    listed = _listed(folder)
+    found = _ordered([one for one in listed if not status or one.status in status], sort)
     if as_json:
         print(json.dumps([entry.to_json() for entry in found], ensure_ascii=False, indent=2))
     elif not found:
-        tell(f"{folder}: holds no run; raytune-ft train makes one")
+        tell(
+            f"{folder}: none of its {len(listed)} runs is {' or '.join(status or [])}"
+            if listed
+            else f"{folder}: holds no run; raytune-ft train makes one"
+        )
     elif sys.stdout.isatty():
         from raytune_ft.cli import tables
 
@@ -55,24 +76,59 @@ def runs(folder: Storage = STORAGE, as_json: Json = False) -> int:
     return 0 if found or as_json else NOTHING_FOUND
 
 
+def _check_word(option: str, word: str, known: Sequence[str]) -> None:
+    from raytune_ft.config.document import nearest
+
+    if word not in known:
+        near = nearest(word, list(known))
+        hint = f"did you mean '{near}'?" if near else f"choose: {', '.join(known)}"
+        raise RecipeError(f"{option}: no '{word}'; {hint}")
+
+
+def _listed(folder: str) -> list[Entry]:
+    from raytune_ft.storing.places import is_elsewhere, local_path
+    from raytune_ft.training.watching.reporting.listing import list_runs
+
+    if not is_elsewhere(folder):
+        return list_runs(local_path(folder) if "://" in folder else Path(folder).expanduser())
+    from raytune_ft.lookout.elsewhere import list_elsewhere
+
+    return list_elsewhere(folder)
+
+
+def _ordered(found: list[Entry], by: str) -> list[Entry]:
+    """Put runs in order; those of which the figure is not known stand last."""
+    if by == "created":
+        return found
+    field = {"step": "steps"}.get(by, by)
+    known = [entry for entry in found if getattr(entry, field) is not None]
+    known.sort(key=lambda entry: getattr(entry, field), reverse=by in FALLING)
+    return known + [entry for entry in found if getattr(entry, field) is None]
+
+
 def _cells(entry: Entry) -> tuple[str, ...]:
-    from raytune_ft.training.watching.reporting import clock
+    from raytune_ft.lookout.tail import clean
+    from raytune_ft.training.watching.reporting import clock, sweeps
 
     best = "" if entry.best is None else f"{entry.best:.4f} @{entry.best_step}"
     total = entry.total if entry.total is not None else "?"
-    return (
+    steps = f"{entry.steps}/{total}" if entry.steps else "0"
+    cells = (
         entry.name,
         entry.status + (" (resumable)" if entry.resumable else ""),
         entry.model,
         entry.method,
-        f"{entry.steps}/{total}" if entry.steps else "0",
+        steps if entry.trials is None else sweeps.progress(entry.trials),
         _figure(entry.loss, ".4f"),
         _figure(entry.val_loss, ".4f"),
         best,
         _figure(entry.tokens_per_s, ",.0f"),
         clock(entry.seconds) if entry.seconds else "",
         entry.created[:16].replace("T", " "),
+        f"{clock(entry.seen)} ago" if entry.seen is not None else "",
+        sweeps.as_words(entry.trials) if entry.trials is not None else "",
     )
+    return tuple(map(clean, cells))
 
 
 def _figure(value: float | None, form: str) -> str:
@@ -80,7 +136,9 @@ def _figure(value: float | None, form: str) -> str:
 
 
 def _remarks(found: Sequence[Entry]) -> list[str]:
-    return [f"{entry.name}: {entry.remark}" for entry in found if entry.remark]
+    from raytune_ft.lookout.tail import clean
+
+    return [clean(f"{entry.name}: {entry.remark}") for entry in found if entry.remark]
 
 
 def _print_tabbed(rows: Sequence[Sequence[str]]) -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
 
+from raytune_ft.cli import tables
+from raytune_ft.cli.watching import HEAD
 from raytune_ft.training.guarding import liveness
-from raytune_ft.training.run_folder import RunFolder
+from raytune_ft.training.run_folder import RunFolder, append_jsonl
 from raytune_ft.training.watching.reporting import write_report
 from raytune_ft.training.watching.reporting.listing import SUMMARY, figures_of, list_runs
 from tests.cli.conftest import Command
@@ -73,6 +77,91 @@ def test_what_is_piped_is_one_line_a_run_with_tabs(storage: Path, call: Command)
     assert {len(line) for line in lines} == {len(head)}
     assert lines[2][:2] == ["stopped", "stopped (resumable)"]
     assert lines[-1][-1] == "run.json is not readable"
+
+
+def test_only_some_runs_in_another_order(storage: Path, call: Command) -> None:
+    def names(*words: str) -> list[str]:
+        said = call("runs", str(storage), *words)
+        assert said.code == 0
+        return [line.partition("\t")[0] for line in said.out.splitlines()[1:]]
+
+    assert names("--status", "running") == ["running"]
+    assert names("--status", "done", "--status", "failed", "--sort", "name") == ["done", "failed"]
+    assert names("--sort", "name") == sorted(names())
+    losses = {entry.name: entry.loss for entry in list_runs(storage)}
+    assert names("--sort", "loss") == sorted(losses, key=lambda name: losses[name])
+    assert names("--sort", "step")[-1] == "interrupted", "the one of fewest steps"
+    assert names("--sort", "val_loss")[-1] == "interrupted", "what is not known stands last"
+    wrong = call("runs", str(storage), "--status", "runing")
+    assert wrong.code == 2 and "did you mean 'running'?" in wrong.err
+    assert call("runs", str(storage), "--sort", "age").code == 2
+    shutil.rmtree(storage / "running")
+    none = call("runs", str(storage), "--status", "running")
+    assert none.code == 1 and none.err.endswith("none of its 5 runs is running\n")
+
+
+def test_an_age_is_that_of_the_last_sign_of_life(storage: Path) -> None:
+    for path in (storage / "done").iterdir():
+        if path.is_file():
+            os.utime(path, (1e9, 1e9))
+    later = time.time() - 5000
+    os.utime(storage / "done/metrics.jsonl", (later, later))
+    (entry,) = list_runs(storage / "done")
+    assert entry.seen == pytest.approx(5000, abs=600)
+
+
+SWEEP = {
+    "planned": range(8), "started": range(6), "rung": range(6), "done": range(3), "stopped": [3],
+    "failed": [4],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("status", ["running", "interrupted"])
+def test_a_sweep_is_listed_with_its_trials(storage: Path, call: Command, status: str) -> None:
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        (storage / status / name).unlink(missing_ok=True)
+    for event, trials in SWEEP.items():
+        for trial in trials:
+            line = {"event": event, "trial": trial}
+            append_jsonl(storage / status / "trials.jsonl", line)
+    append_jsonl(storage / status / "trials.jsonl", {"event": "started", "trial": 3})
+    (entry,) = [one for one in list_runs(storage) if one.name == status]
+    counts = {"done": 3, "stopped early": 1, status: 1, "waiting": 2, "failed": 1}
+    assert entry.trials == counts and sum(counts.values()) == 8
+    assert (entry.remark, entry.resumable) == ("", status == "interrupted")
+    (line,) = [row for row in call("runs", str(storage)).out.splitlines() if row.startswith(status)]
+    assert "5/8 trials" in line and "3 done, 1 stopped early" in line and f"1 {status}" in line
+
+
+def test_a_sweep_without_a_ledger_is_counted_by_its_trials_records(storage: Path) -> None:
+    for number, status in enumerate(("done", "stopped early", "failed: out of memory", "running")):
+        make_run(storage / f"stopped/trials/trial_{number:04d}", steps=2, status=status)
+    (entry,) = [one for one in list_runs(storage) if one.name == "stopped"]
+    assert entry.trials == {"done": 1, "stopped early": 1, "interrupted": 1, "failed": 1}
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 200])
+def test_a_terminal_that_is_narrow_shows_what_matters_most(
+    storage: Path, call: Command, width: int, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setenv("COLUMNS", str(width))
+    rows = [line.split("\t")[:-1] for line in call("runs", str(storage)).out.splitlines()[1:]]
+    tables.print_runs(HEAD, [tuple(row) for row in rows], [])
+    head, _, *lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, [head, *lines])) <= width
+    there = {name for name in HEAD if name in head}
+    assert {"name", "status", "step", "loss", "val loss"} <= there
+    assert ("seen" in there) == (width >= 80) and ("created" in there) == (width == 200)
+    if width >= 80:
+        assert len(lines) == 6, "a line a run"
+    assert (tables.LEGEND in lines) == any(" + " in line for line in lines[:6])
+
+
+def test_what_a_run_calls_itself_does_not_steer_the_terminal(storage: Path, call: Command) -> None:
+    RunFolder(storage / "done").update(name="a\x1b[2Jb\u202ec", model_folder="m\x9b31m")
+    said = call("runs", str(storage))
+    assert not set("\x1b\x9b\u202e") & set(said.out) and "ab\N{REPLACEMENT CHARACTER}c" in said.out
 
 
 def test_json_has_plain_values(storage: Path, call: Command) -> None:

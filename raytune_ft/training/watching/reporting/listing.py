@@ -1,5 +1,7 @@
 """Listing: a folder of runs in, what is known of each out, newest first.
 
+Runs that are kept elsewhere are listed by `lookout.elsewhere`, of the same parts.
+
 A folder that is damaged or half written is listed with a remark; nothing here raises for what
 stands in one. `summary.json`, which the report leaves, spares reading the steps of an old run
 again as long as they have not changed.
@@ -7,19 +9,25 @@ again as long as they have not changed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from raytune_ft.errors import CheckpointError
 from raytune_ft.training.run_folder import Event, RunFolder, read_jsonl, write_json
+from raytune_ft.training.watching.reporting import sweeps
 from raytune_ft.training.watching.reporting.series import Columns, number
 from raytune_ft.training.watching.reporting.summary import Summary, lenient, summarize
 
 SUMMARY = "summary.json"
 FIGURES = ("steps", "total", "loss", "val_loss", "best", "best_step", "tokens_per_s", "seconds")
 METHODS = {"nf4": "qlora", "int8": "int8 lora", "none": "lora"}
+SIGNS = ("run.json", "metrics.jsonl", "lines.log", "alive.json", sweeps.LEDGER)
+"""Files whose last change is a sign of life."""
+GOES_ON = ("stopped", "interrupted", "failed")
+"""Statuses with something left to do."""
 TRACES = ("metrics.jsonl", "recipe.yaml", "checkpoints")
 """What makes a folder without run.json a damaged run rather than something else."""
 
@@ -49,6 +57,10 @@ class Entry:
     created: str
     remark: str
     """What is odd about it; empty if nothing is."""
+    seen: float | None = None
+    """Seconds since its last sign of life."""
+    trials: dict[str, int] | None = field(default=None)
+    """Of a sweep: how many are done, running and so on; None: it is none."""
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
@@ -65,7 +77,11 @@ def list_runs(folder: Path) -> list[Entry]:
         raise CheckpointError(
             f"{folder}: no such folder; runs stand under run.storage, by default ./runs"
         )
-    found = [entry_of(RunFolder(place)) for place in _places(folder)]
+    return newest_first(entry_of(RunFolder(place)) for place in _places(folder))
+
+
+def newest_first(found: Iterable[Entry]) -> list[Entry]:
+    """Order runs as they are listed."""
     return sorted(found, key=lambda entry: (entry.created, entry.name), reverse=True)
 
 
@@ -84,22 +100,75 @@ def entry_of(folder: RunFolder) -> Entry:
     """Say what a run folder tells."""
     info, figures = lenient(folder, "run.json"), figures_of(folder)
     status = status_of(folder, info)
+    trials = sweeps.trials_of(folder, runs=status == "running")
     checkpoints = folder.checkpoints.is_dir() and any(folder.checkpoints.glob("step_*"))
+    return compose(
+        info,
+        figures,
+        status,
+        name=folder.path.name,
+        path=str(folder.path),
+        resumable=(checkpoints or trials is not None) and status in GOES_ON,
+        remark=remark_of(
+            info, figures, status, is_there=folder.run_json.is_file(), is_sweep=trials is not None
+        ),
+        seen=age(_changed(folder.path / name) for name in SIGNS),
+        trials=trials,
+    )
+
+
+def compose(
+    info: Event,
+    figures: Event,
+    status: str,
+    *,
+    name: str,
+    path: str,
+    resumable: bool,
+    remark: str,
+    seen: float | None,
+    trials: dict[str, int] | None,
+) -> Entry:
+    """Put together what is known of a run.
+
+    Args:
+        info: its run.json, or an empty object.
+        figures: as `figures_from` has them.
+        status: of `Entry`.
+        name: where run.json has none.
+        path: folder or address.
+        resumable: of `Entry`, and so on.
+    """
     model = str(info.get("model_folder") or "")
     quantization, method = str(info.get("quantization", "none")), str(info.get("method", ""))
     return Entry(
-        name=str(info.get("name", folder.path.name)),
-        path=str(folder.path),
+        name=str(info.get("name", name)),
+        path=path,
         status=status,
-        resumable=checkpoints and status in ("stopped", "interrupted", "failed"),
+        resumable=resumable,
         model=Path(model).name,
         method=METHODS.get(quantization, method) if method == "lora" else method,
         created=str(info.get("created", "")),
-        remark=_remark(folder, info, figures, status),
-        **{name: figures.get(name) for name in FIGURES if name not in ("steps", "seconds")},
+        remark=remark,
+        **{key: figures.get(key) for key in FIGURES if key not in ("steps", "seconds")},
         steps=int(figures["steps"]),
         seconds=float(figures["seconds"]),
+        seen=seen,
+        trials=trials,
     )
+
+
+def age(changes: Iterable[float | None]) -> float | None:
+    """Return the seconds since the last of some moments, given in seconds since 1970."""
+    last = max((moment for moment in changes if moment is not None), default=None)
+    return None if last is None else max(0.0, time.time() - last)
+
+
+def _changed(path: Path) -> float | None:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return None
 
 
 def status_of(folder: RunFolder, info: Event) -> str:
@@ -112,18 +181,26 @@ def status_of(folder: RunFolder, info: Event) -> str:
         return "damaged"
 
 
-def _remark(folder: RunFolder, info: Event, figures: Event, status: str) -> str:
-    if not folder.run_json.is_file():
-        return "no run.json"
-    if not info:
-        return "run.json is not readable"
-    if status == "damaged":
-        return "run.json is of no run"
-    if figures["broken"]:
-        return f"metrics.jsonl is cut short behind step {figures['steps']}"
-    if not figures["steps"] and status == "done":
-        return "no steps in metrics.jsonl"
-    return "no step yet" if not figures["steps"] else ""
+def remark_of(info: Event, figures: Event, status: str, *, is_there: bool, is_sweep: bool) -> str:
+    """Say what is odd about a run.
+
+    Args:
+        info: its run.json, or an empty object.
+        figures: as `figures_from` has them.
+        status: of `Entry`.
+        is_there: whether there is a run.json, readable or not.
+        is_sweep: whether trials have the steps.
+    """
+    told = (
+        (not is_there, "no run.json"),
+        (not info, "run.json is not readable"),
+        (status == "damaged", "run.json is of no run"),
+        (figures.get("broken"), f"metrics.jsonl is cut short behind step {figures['steps']}"),
+        (is_sweep or figures["steps"], ""),
+        (status == "done", "no steps in metrics.jsonl"),
+        (True, "no step yet"),
+    )
+    return next(words for holds, words in told if holds)
 
 
 def figures_of(folder: RunFolder) -> Event:
