@@ -35,7 +35,14 @@ if TYPE_CHECKING:
     from raytune_ft.sweeping.course import Course
 
 
-def tune(recipe: Recipe, *, source: str, dry_run: bool = False, resume: str | None = None) -> int:
+def tune(
+    recipe: Recipe,
+    *,
+    source: str,
+    dry_run: bool = False,
+    as_json: bool = False,
+    resume: str | None = None,
+) -> int:
     """Run the sweep of `recipe.tune`; return the exit code.
 
     A trial that fails is listed with its reason and does not stop the others.
@@ -44,6 +51,7 @@ def tune(recipe: Recipe, *, source: str, dry_run: bool = False, resume: str | No
         recipe: with `resume`, the recipe of that sweep.
         source: what the user called the recipe, for the sweep's name and record.
         dry_run: print what would be tried, and what that takes.
+        as_json: print it as plain values.
         resume: folder of a sweep to go on with; trials that are over do not run again.
 
     Raises:
@@ -55,7 +63,7 @@ def tune(recipe: Recipe, *, source: str, dry_run: bool = False, resume: str | No
     if dry_run:
         from raytune_ft.sweeping import forecast
 
-        return forecast.print_dry_run(recipe, planned(recipe))
+        return forecast.print_dry_run(recipe, planned(recipe), as_json=as_json)
     folder = open_sweep(recipe, source, resume)
     if folder is None:
         return 0
@@ -72,6 +80,7 @@ def tune(recipe: Recipe, *, source: str, dry_run: bool = False, resume: str | No
         screen = Screen(recipe.train.log_every, console=console, kept=folder.lines)
         best = keep(recipe, sweep(recipe, folder, source, screen), folder)
         screen.line(f"best recipe: {folder.path}/best.yaml   its adapter: {folder.path}/best")
+        screen.line(f"all trials on one page: {folder.path}/sweep.html")
         screen.line(f"talk to it: raytune-ft chat {best.folder}")
     return 0
 
@@ -115,6 +124,7 @@ def _carry_out(
     from raytune_ft.mailbox import Mailbox
     from raytune_ft.sweeping import forecast, on_ray
     from raytune_ft.sweeping.one_trial import Orders
+    from raytune_ft.sweeping.page import Pages
 
     left = [trial.values for trial in course.trials if not trial.is_over]
     asks = not search_for(recipe).planned()
@@ -129,11 +139,16 @@ def _carry_out(
     resources = {"cpu": plan.cpus, **({"gpu": plan.gpu_share} if plan.gpu_share else {})}
     share = plan.gpu_share or 1.0
     job = replace(prepared.job, sharing=plan.concurrent, gpu_share=share)
-    mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
+    mailbox, pages = ray.remote(num_cpus=0)(Mailbox).remote(), Pages(folder)
+
+    def show(trials: list[Trial]) -> None:
+        board.update(trials)
+        pages.update()
+
     with _windows(recipe, prepared, plan.concurrent, folder) as supply:
         on_ray.carry_out(
             course, Orders(job, mailbox, supply), resources=resources,
-            concurrent=plan.concurrent, show=board.update, screen=screen,
+            concurrent=plan.concurrent, show=show, screen=screen,
         )  # fmt: skip
 
 
