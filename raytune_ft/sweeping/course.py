@@ -30,6 +30,13 @@ class Result:
     """To which they belong."""
 
 
+@dataclass(frozen=True)
+class _End:
+    event: str
+    result: Result
+    reason: str | None = None
+
+
 class Course:
     """The course of one sweep.
 
@@ -48,7 +55,8 @@ class Course:
         self.stopping = False
         """Set from any thread: no further trial begins."""
         self._given: set[int] = set()
-        self._trained: dict[int, Result] = {}
+        self._ending: dict[int, _End] = {}
+        """Trials that will say nothing more, while a rung of them is open."""
         self._seconds: dict[int, dict[int, float]] = {}
         missing = search.planned()[len(ledger.trials) :]
         if missing:
@@ -109,20 +117,17 @@ class Course:
 
     def trained(self, number: int, result: Result) -> None:
         """Note that a trial has trained to its end; it is over when no rung of it is open."""
-        if not self.ledger.trials[number].is_over:
-            self._trained[number] = result
-            self.halving.on_end(number)
-            self._settle()
+        self._says_no_more(number, _End("done", result))
 
     def failed(self, number: int, reason: str) -> None:
         """Note that a trial cannot be trained; the others go on."""
+        trial = self.ledger.trials[number]
+        words = " ".join(reason.split())[:REASON_LENGTH]
+        self._says_no_more(number, _End("failed", Result(trial.metric, trial.step), words))
+
+    def _says_no_more(self, number: int, end: _End) -> None:
         if not self.ledger.trials[number].is_over:
-            trial = self.ledger.trials[number]
-            words = " ".join(reason.split())[:REASON_LENGTH]
-            self.ledger.ended(
-                "failed", number, metric=trial.metric, step=trial.step, reason=words,
-                seconds=self._time_of(number),
-            )  # fmt: skip
+            self._ending[number] = end
             self.halving.on_end(number)
             self._settle()
 
@@ -136,7 +141,7 @@ class Course:
         return True
 
     def _is_given(self, trial: Trial) -> bool:
-        return trial.number in self._given or trial.number in self._trained
+        return trial.number in self._given or trial.number in self._ending
 
     def _settle(self) -> None:
         """End the trials of which it is known by now that they are over."""
@@ -148,19 +153,20 @@ class Course:
                 stopped = self.halving.stopped_at(number)
                 if stopped is not None:
                     step, value = stopped
-                    self._trained.pop(number, None)
-                    self._end("stopped", number, Result(value, step))
+                    self._ending.pop(number, None)
+                    self._end(number, _End("stopped", Result(value, step)))
                     self.halving.on_end(number)
-                elif number in self._trained and self.halving.is_settled(number):
-                    self._end("done", number, self._trained.pop(number))
+                elif number in self._ending and self.halving.is_settled(number):
+                    self._end(number, self._ending.pop(number))
                 else:
                     continue
                 changed = True
 
-    def _end(self, event: str, number: int, result: Result) -> None:
+    def _end(self, number: int, end: _End) -> None:
         self.ledger.ended(
-            event, number, metric=result.metric, step=result.step, seconds=self._time_of(number)
-        )
+            end.event, number, metric=end.result.metric, step=end.result.step,
+            seconds=self._time_of(number), reason=end.reason,
+        )  # fmt: skip
 
     def _time_of(self, number: int) -> float:
         return sum(self._seconds.get(number, {}).values())
