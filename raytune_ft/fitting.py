@@ -31,6 +31,7 @@ from raytune_ft.training.guarding.interruption import AskedToEnd
 from raytune_ft.training.guarding.watchdog import PATIENCE_S
 from raytune_ft.training.run_folder import RunFolder
 from raytune_ft.training.saving.checkpoint import step_folders, step_of
+from raytune_ft.waiting import Need, told_of_room
 from raytune_ft.wish import GRACE_S, Wish
 
 POLL_SECONDS = 0.2
@@ -57,7 +58,10 @@ class Workers:
         self.mailbox: Any = (
             ray.remote(Mailbox).options(num_cpus=0, scheduling_strategy=here).remote()
         )
-        self.ended = Fit(_trainer(recipe, folder, self.mailbox))
+        trainer = _trainer(recipe, folder, self.mailbox)
+        each = trainer.scaling_config.resources_per_worker
+        self.need = Need(each, recipe.run.min_workers or recipe.run.workers)
+        self.ended = Fit(trainer)
 
     def fit(self, job: worker.Job, supply: Supply, screen: Screen) -> None:
         """Tell them their job, and see them to the end.
@@ -67,7 +71,11 @@ class Workers:
             Interrupted: a signal asked for the end; the run can be taken up again.
         """
         screen.stage("workers")
-        with Wish() as wish, watched(self.mailbox, screen, self.folder):
+        with (
+            Wish() as wish,
+            watched(self.mailbox, screen, self.folder),
+            told_of_room(ray.nodes, self.need, screen.line),
+        ):
             self.mailbox.give.remote([ray.put((job, supply))])
             try:
                 see_through(self.ended, wish, self.mailbox, self.folder, screen)
@@ -83,10 +91,9 @@ def _trainer(recipe: Recipe, folder: RunFolder, mailbox: Any) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    there = ray.cluster_resources()
-    on_gpu = there.get("GPU", 0) >= 1
+    on_gpu = claim.on_gpu()
     least = recipe.run.min_workers
-    cpus = seats.cpus_per_worker(recipe.run.workers, there.get("CPU", 0))
+    cpus = seats.cpus_per_worker(recipe.run.workers, ray.cluster_resources().get("CPU", 0))
     return TorchTrainer(
         train_loop_per_worker,
         train_loop_config={

@@ -87,7 +87,7 @@ class Host:
 class Cluster:
     """Hosts by number, host 0 being the head, and what may happen to them."""
 
-    shared: tuple[Path, ...] = ()
+    shared: Sequence[Path] = ()
     """Folders that all hosts have at the same path, and may write to."""
     env: Mapping[str, str] = field(default_factory=dict)
     """Of every command, Ray's among them, beside `ENV`."""
@@ -258,7 +258,7 @@ def hosts(
         on_redis: whether the head's control service keeps its state on a Redis server.
     """
     each = [cpus] * (n - 1) if isinstance(cpus, int | float) else list(cpus)
-    cluster = Cluster(tuple(shared), env or {}, on_redis)
+    cluster = Cluster(shared, env or {}, on_redis)
     try:
         if on_redis:
             cluster.start_redis()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -115,6 +118,27 @@ class Driver:
     def until_step(self, step: int) -> float:
         """Wait for a step in the ledger; return the seconds that it took."""
         return self.until(lambda: self.step() >= step, f"step {step}")
+
+    def follow(self, seconds: float = ENDS_IN_S) -> tuple[int, float]:
+        """Wait for its end; return the exit code, and when it went on behind the longest pause.
+
+        The latter in seconds from now: a step that was on its way as a fault struck says nothing.
+        """
+        begun, step, seen = time.monotonic(), self.step(), [0.0]
+        while self.process.poll() is None and seen[-1] < seconds:
+            time.sleep(POLL_S)
+            if (now := self.step()) > step:
+                step = now
+                seen.append(time.monotonic() - begun)
+        pauses = [after - before for before, after in itertools.pairwise(seen)]
+        longest = max(range(len(pauses)), key=pauses.__getitem__, default=-1)
+        return self.end(seconds), seen[longest + 1]
+
+    def stop(self) -> int:
+        """Ask it to stop behind a checkpoint, as Ctrl-C does; return the exit code."""
+        for pid in self.cluster.processes(self.number, "raytune_ft.train"):
+            os.kill(pid, signal.SIGINT)
+        return self.end()
 
     def end(self, seconds: float = ENDS_IN_S) -> int:
         """Wait for its end; return the exit code."""
