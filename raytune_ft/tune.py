@@ -7,11 +7,6 @@ under `SWEEP/trials/` -> the best recipe and its adapter.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
-from typing import TYPE_CHECKING
-
 from rich.console import Console
 
 from raytune_ft.cluster import noise_to, ray_session
@@ -23,16 +18,9 @@ from raytune_ft.sweeping import trials
 from raytune_ft.sweeping.checks import check
 from raytune_ft.sweeping.folder import kept_state, open_sweep, unheard
 from raytune_ft.sweeping.searching import search_for
-from raytune_ft.sweeping.space import Space
-from raytune_ft.sweeping.trials import Ledger, Trial
+from raytune_ft.sweeping.trials import Trial
 from raytune_ft.training.guarding.attending import attended
 from raytune_ft.training.run_folder import RunFolder
-
-if TYPE_CHECKING:
-    from raytune_ft.data.feeder import Supply
-    from raytune_ft.preparation import Prepared
-    from raytune_ft.sweeping.board import Board
-    from raytune_ft.sweeping.course import Course
 
 
 def tune(
@@ -96,84 +84,11 @@ def planned(recipe: Recipe) -> list[Trial]:
 
 def sweep(recipe: Recipe, folder: RunFolder, source: str, screen: Screen) -> list[Trial]:
     """Run all trials that are not over; return all."""
-    from raytune_ft.preparation import prepare
-    from raytune_ft.sweeping.board import Board
-    from raytune_ft.sweeping.course import Course
-
     screen.stage("ray")
     with ray_session():
-        prepared = prepare(_caching(recipe), folder, source, screen)
-        steps = prepared.job.expected_steps
-        course = Course(recipe, Ledger.read(folder.path), search_for(recipe), steps)
-        with Board(screen, recipe.tune, steps) as board:
-            _carry_out(recipe, prepared, course, board, folder, screen)
-    return course.trials
+        from raytune_ft.sweeping.running import run_all
 
-
-def _carry_out(
-    recipe: Recipe,
-    prepared: Prepared,
-    course: Course,
-    board: Board,
-    folder: RunFolder,
-    screen: Screen,
-) -> None:
-    """Run what is left, as many trials at once as the forecast has room for."""
-    import ray
-
-    from raytune_ft.mailbox import Mailbox
-    from raytune_ft.sweeping import forecast, on_ray
-    from raytune_ft.sweeping.one_trial import Orders
-    from raytune_ft.sweeping.page import Pages
-
-    left = [trial.values for trial in course.trials if not trial.is_over]
-    asks = not search_for(recipe).planned()
-    if not left and not asks:
-        return
-    plan = forecast.forecast(
-        recipe, recipe.tune.trials if asks else len(left), values=None if asks else left,
-        steps=prepared.job.expected_steps, cluster=ray.cluster_resources(),
-    )  # fmt: skip
-    for line in plan.lines:
-        screen.line(line)
-    resources = {"cpu": plan.cpus, **({"gpu": plan.gpu_share} if plan.gpu_share else {})}
-    share = plan.gpu_share or 1.0
-    job = replace(prepared.job, sharing=plan.concurrent, gpu_share=share)
-    mailbox, pages = ray.remote(num_cpus=0)(Mailbox).remote(), Pages(folder)
-
-    def show(trials: list[Trial]) -> None:
-        board.update(trials)
-        pages.update()
-
-    with _windows(recipe, prepared, plan.concurrent, folder) as supply:
-        on_ray.carry_out(
-            course, Orders(job, mailbox, supply), resources=resources,
-            concurrent=plan.concurrent, show=show, screen=screen,
-        )  # fmt: skip
-
-
-@contextmanager
-def _windows(
-    recipe: Recipe, prepared: Prepared, readers: int, folder: RunFolder
-) -> Iterator[Supply | None]:
-    """Have windows made once for all trials while the block runs; None if their rows differ."""
-    from raytune_ft.data.feeder import feeding
-
-    if Space.of(recipe).own_rows:
-        yield None
-        return
-    with feeding(
-        prepared.kinds, readers=readers, shared_folder=folder.path.parent, begin=("train",),
-        keeps=True,
-    ) as supply:  # fmt: skip
-        yield supply
-        folder.update(windows_made=supply.state("train")["made"])
-
-
-def _caching(recipe: Recipe) -> Recipe:
-    """Have tokens of rows kept, so that later epochs and a driver that comes later find them."""
-    data = recipe.data.model_copy(update={"cache": True})
-    return recipe.model_copy(update={"data": data})
+        return run_all(recipe, folder, source, screen)
 
 
 if __name__ == "__main__":

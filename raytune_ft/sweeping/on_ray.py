@@ -23,6 +23,7 @@ from raytune_ft.fitting import POLL_SECONDS, Fit
 from raytune_ft.resume import shown
 from raytune_ft.screen import Screen
 from raytune_ft.sweeping.course import Course, Result
+from raytune_ft.sweeping.forecast import Forecast
 from raytune_ft.sweeping.one_trial import Orders, run_trial
 from raytune_ft.sweeping.trials import Trial, name_of
 from raytune_ft.training.guarding.failures import last_line
@@ -121,9 +122,8 @@ def reason_of(trial: Any, ours: Trial) -> str:
 def carry_out(
     course: Course,
     orders: Orders,
+    plan: Forecast,
     *,
-    resources: dict[str, float],
-    concurrent: int,
     show: Callable[[list[Trial]], None],
     screen: Screen,
 ) -> None:
@@ -132,8 +132,7 @@ def carry_out(
     Args:
         course: of the sweep.
         orders: for every trial.
-        resources: `cpu` and `gpu` of each, as Ray counts them.
-        concurrent: trials at once.
+        plan: how many at once, and what each may use.
         show: is told the trials whenever one changes.
         screen: for lines above them.
 
@@ -141,7 +140,7 @@ def carry_out(
         Interrupted: a signal asked for the end; trials wrote their checkpoints.
     """
     folder = RunFolder(orders.job.run_path)
-    fit = Fit(_tuner(course, orders, folder.path, resources, concurrent, show))
+    fit = Fit(_tuner(course, orders, folder.path, plan, show))
     with Wish() as wish:
         while fit.is_alive() and not wish.is_late:
             fit.join(POLL_SECONDS)
@@ -166,11 +165,11 @@ def _tuner(
     course: Course,
     orders: Orders,
     folder: Path,
-    resources: dict[str, float],
-    concurrent: int,
+    plan: Forecast,
     show: Callable[[list[Trial]], None],
 ) -> ray_tune.Tuner:
     recipe = course.recipe
+    resources = {"cpu": plan.cpus, **({"gpu": plan.gpu_share} if plan.gpu_share else {})}
     return ray_tune.Tuner(
         ray_tune.with_resources(ray_tune.with_parameters(run_trial, orders=orders), resources),
         tune_config=ray_tune.TuneConfig(
@@ -178,7 +177,7 @@ def _tuner(
             scheduler=Turns(course, show),
             # as many as there may be; `Next` says when there are no more
             num_samples=max(len(course.trials), recipe.tune.trials),
-            max_concurrent_trials=concurrent,
+            max_concurrent_trials=plan.concurrent,
             trial_name_creator=_name,
             trial_dirname_creator=_name,
             # imports are most of a short trial; on a GPU each begins with memory of its own

@@ -1,0 +1,92 @@
+"""Running: a course in, the trials that are left run to their ends, by Ray Tune or on one base.
+
+Here meet the forecast, which says how many trials there is room for, the windows that all of them
+share, and who shows what they say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import ray
+
+from raytune_ft.config.schema import Recipe
+from raytune_ft.data.feeder import Supply, feeding
+from raytune_ft.mailbox import Mailbox
+from raytune_ft.preparation import Prepared, prepare
+from raytune_ft.screen import Screen
+from raytune_ft.sweeping import forecast, on_ray
+from raytune_ft.sweeping.board import Board
+from raytune_ft.sweeping.course import Course
+from raytune_ft.sweeping.one_trial import Orders
+from raytune_ft.sweeping.page import Pages
+from raytune_ft.sweeping.searching import search_for
+from raytune_ft.sweeping.space import Space
+from raytune_ft.sweeping.trials import Ledger, Trial
+from raytune_ft.training.run_folder import RunFolder
+
+
+def run_all(recipe: Recipe, folder: RunFolder, source: str, screen: Screen) -> list[Trial]:
+    """Run all trials of a sweep that are not over; return all. Ray must be running.
+
+    Raises:
+        RecipeError, ModelError, DataError, MemoryPlanError: nothing could run.
+        Interrupted: a signal asked for the end; the sweep can be taken up again.
+    """
+    prepared = prepare(_caching(recipe), folder, source, screen)
+    steps = prepared.job.expected_steps
+    course = Course(recipe, Ledger.read(folder.path), search_for(recipe), steps)
+    with Board(screen, recipe.tune, steps) as board:
+        board.update(course.trials)
+        _run_left(prepared, course, board, folder, screen)
+    return course.trials
+
+
+def _run_left(
+    prepared: Prepared, course: Course, board: Board, folder: RunFolder, screen: Screen
+) -> None:
+    recipe = course.recipe
+    left = [trial.values for trial in course.trials if not trial.is_over]
+    asks = not search_for(recipe).planned()
+    if not left and not asks:
+        return
+    plan = forecast.forecast(
+        recipe, recipe.tune.trials if asks else len(left), values=None if asks else left,
+        steps=prepared.job.expected_steps, cluster=ray.cluster_resources(),
+    )  # fmt: skip
+    for line in plan.lines:
+        screen.line(line)
+    pages = Pages(folder)
+
+    def show(trials: list[Trial]) -> None:
+        board.update(trials)
+        pages.update()
+
+    mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
+    job = replace(prepared.job, sharing=plan.concurrent, gpu_share=plan.gpu_share or 1.0)
+    with _windows(recipe, prepared, plan.concurrent, folder) as supply:
+        on_ray.carry_out(course, Orders(job, mailbox, supply), plan, show=show, screen=screen)
+
+
+@contextmanager
+def _windows(
+    recipe: Recipe, prepared: Prepared, readers: int, folder: RunFolder
+) -> Iterator[Supply | None]:
+    """Have windows made once for all trials while the block runs; None if their rows differ."""
+    if Space.of(recipe).own_rows:
+        yield None
+        return
+    with feeding(
+        prepared.kinds, readers=readers, shared_folder=folder.path.parent, begin=("train",),
+        keeps=True,
+    ) as supply:  # fmt: skip
+        yield supply
+        folder.update(windows_made=supply.state("train")["made"])
+
+
+def _caching(recipe: Recipe) -> Recipe:
+    """Have tokens of rows kept, so that later epochs and a driver that comes later find them."""
+    data = recipe.data.model_copy(update={"cache": True})
+    return recipe.model_copy(update={"data": data})
