@@ -28,7 +28,7 @@ def counted_loop(config: dict[str, Any]) -> None:
     seen = Count()
     count(seen)
     real_step = loop.take_step
-    file = Path(config["run_path"]) / f"traffic_{rank()}.jsonl"
+    file = Path(config["way"].path) / f"traffic_{rank()}.jsonl"
 
     def take_step(*args: Any, **kwargs: Any) -> Any:
         seen.take()

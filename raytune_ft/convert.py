@@ -17,7 +17,8 @@ from raytune_ft.errors import CheckpointError, RecipeError
 from raytune_ft.exporting import beside
 from raytune_ft.model import adapter, beginnings, loading, merge
 from raytune_ft.model.tensors import load_tensors
-from raytune_ft.training.run_folder import RunFolder
+from raytune_ft.storing import fetching
+from raytune_ft.training.run_folder import STEP_PREFIX, RunFolder
 from raytune_ft.training.saving import checkpoint, load_from
 
 PICKLED = (".pth", ".pt", ".bin", ".ckpt")
@@ -38,8 +39,8 @@ def to_adapter(config: str, trained: str, out: str) -> Path:
     """
     path = Path(trained).expanduser().resolve()
     _check_not_pickled(path, trained)
-    is_step = path.name.startswith(checkpoint.STEP_PREFIX) and path.parent.name == "checkpoints"
-    run = RunFolder.existing(path.parent.parent if is_step else trained)
+    is_step = path.name.startswith(STEP_PREFIX) and path.parent.name == "checkpoints"
+    run = fetching.run_folder(str(path.parent.parent) if is_step else trained, with_model=True)
     _check_same(config, run)
     if not is_step:
         return export.export(str(run.path), out)

@@ -70,11 +70,20 @@ def whole_folder(final: Path) -> Iterator[Path]:
     try:
         temporary.mkdir()
         yield temporary
-        _flush(temporary)
-        _put(temporary, final)
+        publish(temporary, final)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Flush a folder that was filled under another name, and put it in the place of a former one.
+
+    Raises:
+        OSError: the system refuses; then the former one is what it was.
+    """
+    _flush(temporary)
+    _put(temporary, final)
 
 
 def drop(folder: Path) -> None:

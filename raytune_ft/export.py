@@ -17,6 +17,7 @@ from raytune_ft.exporting.beside import MARKER, marker, read_marker, write_token
 from raytune_ft.model.adapter import WEIGHTS_FILE
 from raytune_ft.model.tensors import save_tensors
 from raytune_ft.model.writing import new_folder
+from raytune_ft.storing import fetching
 from raytune_ft.training.run_folder import RunFolder
 
 __all__ = [
@@ -57,7 +58,7 @@ def export(
         CheckpointError: no such run, or it has no result yet.
         RecipeError: `out` exists and is not empty, or cannot be written.
     """
-    folder = RunFolder.existing(run)
+    folder = fetching.run_folder(run, with_model=True)
     result = result_folder(folder)
     target = Path(out).expanduser() if out else result
     own = target.resolve() == result or (again and _is_of(folder, target))
@@ -113,7 +114,7 @@ def merge(
 
     if form != "safetensors":
         return _to_format(run, out, max_shard_size, base, form, tell, again=again)
-    folder = RunFolder.existing(run)
+    folder = fetching.run_folder(run, with_model=True)
     recipe = load_recipe(str(folder.recipe))
     result, source = result_folder(folder), Path(folder.info()["model_folder"])
     target = Path(out).expanduser() if out else folder.merged
@@ -148,7 +149,7 @@ def _to_format(
     from raytune_ft.model.tensors import size_bytes
 
     target, limit = targets.Target.of(form), size_bytes(max_shard_size)
-    folder = RunFolder.existing(run)
+    folder = fetching.run_folder(run, with_model=True)
     recipe, result = load_recipe(str(folder.recipe)), result_folder(folder)
     if recipe.model.method == "full":
         read, chosen = merging.as_it_is(result), "original"

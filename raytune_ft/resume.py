@@ -6,30 +6,38 @@ or head node ends the driver, which says how to go on.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import Any
 
 from raytune_ft.config import loader
 from raytune_ft.config.schema import Recipe
 from raytune_ft.errors import CheckpointError, Interrupted, RaytuneError, TrainingError
+from raytune_ft.storing import fetching, places
 from raytune_ft.training.guarding import liveness
 from raytune_ft.training.run_folder import RunFolder
+
+LISTENS_S = 2.5 * liveness.BEAT_S
+"""For a sign of life of a driver on another machine."""
+LOOK_S = 1.0
 
 
 def open_run(path: str, recipe: Recipe) -> RunFolder | None:
     """Open a run to go on with; None, and a line on stderr, if there is nothing to go on with.
 
     Args:
-        path: the run, as the user wrote it.
+        path: the run, as the user wrote it; its address, where it is kept elsewhere.
         recipe: to go on with; another `eval` section may let a finished run go on, or export
             another of its checkpoints.
 
     Raises:
-        CheckpointError: it is no run folder, or a process of this machine trains it just now.
+        CheckpointError: it is no run folder, or a driver trains it just now.
     """
-    folder = RunFolder.existing(path)
+    folder = fetching.run_folder(path, to_train=True, tell=lambda line: fetching.told(path, line))
     info, status = folder.info(), folder.status()
     result = next((p for p in (folder.adapter, folder.model) if p.is_dir()), None)
     finished = status == "done" and (folder.path / "report.html").is_file()
@@ -45,7 +53,43 @@ def open_run(path: str, recipe: Recipe) -> RunFolder | None:
         raise CheckpointError(
             f"{path}: process {driver['pid']} trains this run; wait until it ends, or end it"
         )
+    if status == "running":
+        _listen(path, folder, driver)
     return folder
+
+
+def _listen(path: str, folder: RunFolder, driver: dict[str, Any]) -> None:
+    """Refuse a run whose driver, on another machine, gives a sign of life; it takes a while."""
+    first = _sign(path, folder)
+    if not isinstance(first, dict) or first.get("driver") != driver:
+        return
+    if liveness.is_gone(driver) or liveness.is_silent(driver, first):
+        return
+    print(
+        f"{path}: its record says that a process on {driver.get('host')} trains it; listening for "
+        f"{LISTENS_S:g} s whether it does",
+        file=sys.stderr,
+    )
+    deadline = time.monotonic() + LISTENS_S
+    while time.monotonic() < deadline:
+        time.sleep(LOOK_S)
+        now = _sign(path, folder)
+        if now is None:  # it has ended meanwhile
+            return
+        if now != first:
+            raise CheckpointError(
+                f"{path}: process {driver.get('pid')} on {driver.get('host')} trains this run; "
+                "wait until it ends, or end it by raytune-ft stop"
+            )
+
+
+def _sign(path: str, folder: RunFolder) -> Any:
+    """Read the last sign of life of a run's driver, where the run is kept."""
+    if not places.is_elsewhere(path):
+        return folder.alive()
+    with suppress(FileNotFoundError, ValueError):
+        return json.loads(places.Place(path).read(liveness.ALIVE))
+    return None
 
 
 @contextmanager
@@ -91,6 +135,8 @@ def unheard(folder: RunFolder) -> str:
 
 
 def shown(folder: RunFolder) -> str:
-    """Write a path as a person would type it here."""
+    """Write a path as a person would type it here, or the address of a run kept elsewhere."""
+    if (address := fetching.shown_address(folder)) is not None:
+        return address
     path = os.path.relpath(folder.path)
     return str(folder.path) if path.startswith("..") else path

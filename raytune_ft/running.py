@@ -22,6 +22,7 @@ from raytune_ft.outlook import Outlook
 from raytune_ft.preparation import prepare
 from raytune_ft.resume import resumable, shown
 from raytune_ft.screen import Screen
+from raytune_ft.storing.mirror import Mirror
 from raytune_ft.training import layouts
 from raytune_ft.training.guarding import disk
 from raytune_ft.training.run_folder import RunFolder
@@ -40,6 +41,7 @@ def carry_out(
     ray_start: RayBeside,
     terminal: TextIO,
     call_off: Callable[[], None],
+    mirror: Mirror | None = None,
 ) -> int:
     """Train a recipe; return the exit code.
 
@@ -51,6 +53,7 @@ def carry_out(
         ray_start: Ray, which may not be there yet.
         terminal: where people look; standard output and error go to the log meanwhile.
         call_off: of `last_words.spoken_for`.
+        mirror: sends the run to where it is kept, if that is elsewhere.
     """
     kept = layouts.kept_choice(folder, recipe) if goes_on else None
     seen = outlook.check_memory(recipe, kept)
@@ -60,6 +63,8 @@ def carry_out(
             console=Console(file=terminal, highlight=False),
             kept=folder.lines,
         )
+        if mirror is not None:
+            mirror.say = lambda line: screen({"kind": "warning", "text": line})
         if seen is not None:
             screen.line(seen.line())
         with screen.live():
@@ -72,6 +77,8 @@ def carry_out(
             folder.update(status="done")
             screen.stage("report")
             reporting.write_report(folder)
+            if mirror is not None:
+                mirror.settle()
         screen.summary(reporting.summarize(folder), shown(folder), next_commands(folder))
     return 0
 

@@ -21,6 +21,8 @@ from pydantic import ValidationError
 
 from raytune_ft.config.schema import ModelSection
 from raytune_ft.errors import CheckpointError, ModelError, RecipeError
+from raytune_ft.storing import fetching
+from raytune_ft.storing.places import is_elsewhere
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 RECORD = "raytune_ft.json"
@@ -86,6 +88,8 @@ def with_adapter(model: str, adapter: str, bits: int | None = None) -> ChatSourc
 
 
 def _source_at(path: str) -> ChatSource:
+    if is_elsewhere(path):
+        return _run(fetching.run_folder(path).path)
     folder = Path(path).expanduser().resolve()
     if not folder.is_dir():
         if path == DEFAULT_MODEL:

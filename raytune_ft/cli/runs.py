@@ -78,9 +78,9 @@ def _resumed(run: str, name: str | None, overrides: list[str]) -> tuple[str, lis
     """
     from raytune_ft.cli import spelling
     from raytune_ft.config import loader
-    from raytune_ft.training.run_folder import RunFolder
+    from raytune_ft.storing import fetching
 
-    recipe = str(RunFolder.existing(run).recipe)
+    recipe = str(fetching.run_folder(run).recipe)
     if name is not None:
         asked = loader.load_recipe(name, overrides)
         spelling.check_same(name, asked, loader.load_recipe(recipe), run)
@@ -100,6 +100,7 @@ def tune(
     words: Words = None,
     config: Config = None,
     dry_run: DryRun = False,
+    as_json: Json = False,
     resume: Annotated[
         str | None,
         typer.Option("--resume", metavar="SWEEP", help="Go on with this sweep, exactly."),
@@ -117,7 +118,9 @@ def tune(
     recipe = loader.load_recipe(name, overrides)
     from raytune_ft.tune import tune as run
 
-    return run(recipe, source=name, dry_run=dry_run, resume=resume)
+    if as_json and not dry_run:
+        raise RecipeError("--json: prints the plan; add --dry-run")
+    return run(recipe, source=name, dry_run=dry_run, as_json=as_json, resume=resume)
 
 
 def split_words(words: list[str], config: str | None) -> tuple[str | None, list[str]]:

@@ -25,6 +25,10 @@ PACKAGES = (
     "torch", "transformers", "peft", "bitsandbytes", "deepspeed", "ray", "datasets", "accelerate",
 )  # fmt: skip
 
+MANIFEST = "manifest.json"
+"""Of a checkpoint, which is there when this is."""
+STEP_PREFIX = "step_"
+"""What a checkpoint's name begins with."""
 STARTING = ".starting"
 """Says which process begins a run, until run.json does."""
 

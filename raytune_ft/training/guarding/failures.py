@@ -8,7 +8,8 @@ writes it down; the driver reads it and raises it.
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from raytune_ft import errors
 from raytune_ft.training.guarding.pulse import PULSE
@@ -18,6 +19,11 @@ from raytune_ft.training.run_folder import Event, RunFolder, append_jsonl, read_
 FILE = "failures.jsonl"
 HANG = "hang"
 KILLED = "killed"
+
+
+Listener = Callable[[Event], object]
+_listeners: list[Listener] = []
+"""Of this process, which is one rank."""
 
 
 class Elsewhere(errors.TrainingError):
@@ -32,6 +38,19 @@ def begin(folder: RunFolder) -> None:
     """Forget what an earlier driver of the run met; workers find the file there."""
     forget(folder.path / FOLDER)
     (folder.path / FILE).write_text("", encoding="utf-8")
+
+
+@contextmanager
+def told_to(listener: Listener) -> Iterator[None]:
+    """While the block runs, have whatever this process writes down told elsewhere as well.
+
+    For a rank on a machine that does not have the run's folder.
+    """
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
 
 
 def guard(work: Callable[[], object], folder: RunFolder, rank: int) -> None:
@@ -61,13 +80,14 @@ def note(folder: RunFolder, words: str, *, rank: int, kind: str = "", again: str
         folder: of the run.
         words: one line.
         rank: that writes.
-        kind: failures of a kind, of which one rank tells, are the same whatever rank and words.
+        kind: failures of a kind are the same whatever rank and words; ranks of several machines
+            may each tell of one.
         again: line that ends the run, where it is not `words`.
     """
     seen = list(read_jsonl(folder.path / FILE))
     fatal = any(
         e["step"] == PULSE.step
-        and (e["kind"] == kind if kind else (e["words"], e["rank"]) == (words, rank))
+        and (_is_again(e, kind) if kind else (e["words"], e["rank"]) == (words, rank))
         for e in seen
     )
     line = f"step {PULSE.step}: the same failure twice: {words}"
@@ -80,6 +100,10 @@ def note(folder: RunFolder, words: str, *, rank: int, kind: str = "", again: str
         rank,
     )  # fmt: skip
     return fatal
+
+
+def _is_again(entry: Event, kind: str) -> bool:
+    return bool(entry["kind"] == kind and entry["attempt"] != PULSE.attempt)
 
 
 def mention(folder: RunFolder, words: str) -> None:
@@ -111,4 +135,7 @@ def last_line(error: BaseException) -> str:
 
 def _write(folder: RunFolder, entry: Event, rank: int) -> None:
     where = {"rank": rank, "step": PULSE.step, "attempt": PULSE.attempt}
-    append_jsonl(folder.path / FILE, {"kind": "", **entry, **where})
+    whole = {"kind": "", **entry, **where}
+    append_jsonl(folder.path / FILE, whole)
+    for listener in _listeners:
+        listener(whole)

@@ -23,10 +23,9 @@ from raytune_ft.data.report import Report, new_report
 from raytune_ft.errors import CheckpointError
 from raytune_ft.model.tensor_file import blocks_of, size_of
 from raytune_ft.training.guarding.pulse import PULSE
+from raytune_ft.training.run_folder import MANIFEST, STEP_PREFIX
 from raytune_ft.training.saving import durable
 
-MANIFEST = "manifest.json"
-STEP_PREFIX = "step_"
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
 FORMAT = 2
 """Of state.json; 1 had no `format`."""

@@ -58,14 +58,18 @@ def new_state(recipe: Recipe, data_fingerprint: str) -> TrainState:
 
 def recipe_hash(recipe: Recipe) -> str:
     """Hash what decides the numbers of a run, but for the packs per step."""
-    content = recipe.model_dump(mode="json", exclude=set(FREE_SECTIONS))
+    return hashlib.sha256(json.dumps(_identity(recipe), sort_keys=True).encode()).hexdigest()
+
+
+def _identity(recipe: Recipe) -> dict[str, Any]:
+    content: dict[str, Any] = recipe.model_dump(mode="json", exclude=set(FREE_SECTIONS))
     for name in FREE_FIELDS:
         _remove(content, name.split("."))
     for name, before in ADDED_LATER.items():
         section, _, field = name.partition(".")
         if content[section][field] == before:
             del content[section][field]
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return content
 
 
 def check(state: TrainState, recipe: Recipe, data_fingerprint: str, where: str) -> None:
@@ -117,6 +121,35 @@ def check_batch(packs: int, recipe: Recipe, where: str) -> None:
         f"{recipe.global_batch_size}; set run.workers={workers} "
         f"train.micro_batch_size={micro} train.accumulation={accumulation}"
     )
+
+
+def difference(recipe: Recipe, other: Recipe) -> tuple[str, object, object] | None:
+    """Return the first field that decides numbers and differs, and its two values; None if none.
+
+    Micro-batch, accumulation and workers are `check_batch`'s.
+    """
+    found = _first(_identity(recipe), _identity(other))
+    return (found[0], _written(found[1]), _written(found[2])) if found else None
+
+
+def _first(ours: Any, theirs: Any, name: str = "") -> tuple[str, object, object] | None:
+    """Compare two contents field by field, in the recipe's order."""
+    if ours == theirs:
+        return None
+    pairs: list[tuple[object, Any, Any]] = []
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        pairs = [(key, ours.get(key), theirs.get(key)) for key in {**ours, **theirs}]
+    elif isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
+        pairs = list(zip(range(len(ours)), ours, theirs, strict=True))
+    for key, one, another in pairs:
+        if found := _first(one, another, f"{name}.{key}" if name else str(key)):
+            return found
+    return name, ours, theirs
+
+
+def _written(value: object) -> str:
+    """Write a value as a recipe does."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def check_field(field: str, where: str) -> None:

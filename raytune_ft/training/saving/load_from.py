@@ -26,7 +26,7 @@ from raytune_ft.model import adapter, beginnings, loading, new_tokens
 from raytune_ft.model.families import detect
 from raytune_ft.model.families.layout import IDENTITY, widths_of
 from raytune_ft.model.silence import quiet
-from raytune_ft.training.run_folder import RunFolder
+from raytune_ft.training.run_folder import MANIFEST, RunFolder
 from raytune_ft.training.saving import checkpoint, durable
 
 FIELD = "model.load_from"
@@ -118,7 +118,7 @@ def find(given: str, method: str) -> Source:
     path = Path(given).expanduser().resolve()
     if (path / "run.json").is_file():
         return _of_run(RunFolder(path), given, method)
-    if (path / checkpoint.MANIFEST).is_file():
+    if (path / MANIFEST).is_file():
         _check_method(RunFolder(path.parent.parent), given, method)
         return Source(path, "checkpoint", given)
     if (path / adapter.CONFIG_FILE).is_file() and method == "lora":
