@@ -43,6 +43,7 @@ def keep(recipe: Recipe, trials: list[Trial], folder: RunFolder) -> Trial:
     temporary = folder.path / f".{BEST_RECIPE}"
     temporary.write_text(content, encoding="utf-8")
     temporary.replace(folder.path / BEST_RECIPE)
+    shutil.rmtree(folder.path / "ray", ignore_errors=True)  # Ray Tune's own record of attempts
     folder.update(status="done", best=best.number)
     page.write_page(folder)
     return best

@@ -14,8 +14,10 @@ import ray
 
 from raytune_ft.config.schema import Recipe
 from raytune_ft.data.feeder import Supply, feeding
+from raytune_ft.errors import CheckpointError
 from raytune_ft.mailbox import Mailbox
 from raytune_ft.preparation import Prepared, prepare
+from raytune_ft.resume import shown
 from raytune_ft.screen import Screen
 from raytune_ft.sweeping import forecast, on_ray
 from raytune_ft.sweeping.board import Board
@@ -33,15 +35,28 @@ def run_all(recipe: Recipe, folder: RunFolder, source: str, screen: Screen) -> l
 
     Raises:
         RecipeError, ModelError, DataError, MemoryPlanError: nothing could run.
+        CheckpointError: the sweep that goes on had other rows.
         Interrupted: a signal asked for the end; the sweep can be taken up again.
     """
     prepared = prepare(_caching(recipe), folder, source, screen)
+    _check_rows(folder, prepared.job.data_fingerprint)
     steps = prepared.job.expected_steps
     course = Course(recipe, Ledger.read(folder.path), search_for(recipe), steps)
     with Board(screen, recipe.tune, steps) as board:
         board.update(course.trials)
         _run_left(prepared, course, board, folder, screen)
     return course.trials
+
+
+def _check_rows(folder: RunFolder, fingerprint: str) -> None:
+    """Refuse to go on with other rows: every trial that had begun would fail, for good."""
+    known = folder.info().get("data_fingerprint")
+    if known is not None and known != fingerprint:
+        raise CheckpointError(
+            f"{shown(folder)}: rows have changed since this sweep began; put the files back as "
+            "they were, or sweep under another run.name"
+        )
+    folder.update(data_fingerprint=fingerprint)
 
 
 def _run_left(
