@@ -31,6 +31,9 @@ ALLOCATION = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 """torch reads it when it first takes GPU memory. Packs of differing lengths otherwise leave gaps,
 until after hours a batch does not fit that did at first."""
 
+REASON_LENGTH = 400
+"""Characters of what Ray says, which may be a page."""
+
 
 @contextmanager
 def noise_to(log: Path) -> Iterator[TextIO]:
@@ -80,11 +83,18 @@ def ray_session(*, dashboard: bool = False) -> Iterator[None]:
         return
     try:
         _init(dashboard, allocation)
+    except TrainingError:
+        raise
     except Exception as error:  # Ray raises plain ones
-        reason = str(error).strip().partition("\n")[0]
+        address = os.environ.get("RAY_ADDRESS")
+        reason = " ".join(str(error).split())[:REASON_LENGTH]
+        if address:
+            raise TrainingError(
+                f"RAY_ADDRESS: the cluster at {address} cannot be joined ({reason}); start this on "
+                "one of its nodes with its versions, or leave RAY_ADDRESS out"
+            ) from error
         raise TrainingError(
-            f"Ray did not start ({reason}); try again when this machine is less busy, or look at "
-            "RAY_ADDRESS if it is set"
+            f"Ray did not start ({reason}); try again when this machine is less busy"
         ) from error
     try:
         yield
@@ -158,11 +168,16 @@ def _prepare_environment() -> dict[str, str]:
 def _init(dashboard: bool, allocation: dict[str, str]) -> None:
     import ray
 
-    if os.environ.get("RAY_ADDRESS"):
+    if address := os.environ.get("RAY_ADDRESS"):
+        if "://" in address:
+            raise TrainingError(
+                f"RAY_ADDRESS: '{address}' cannot be trained on from outside; give that address to "
+                "`ray job submit --address`, or HOST:PORT of the head on one of the cluster's nodes"
+            )
         ray.init(
             log_to_driver=False,
             logging_level=logging.ERROR,
-            runtime_env={"env_vars": allocation},
+            runtime_env={"env_vars": allocation},  # nothing of this process's environment
         )
         return
     ray.init(

@@ -15,7 +15,7 @@ from typing import Any
 
 import ray
 
-from raytune_ft import errors, seats
+from raytune_ft import claim, errors, seats
 from raytune_ft.cluster import noise_to
 from raytune_ft.config.schema import Recipe
 from raytune_ft.data.feeder import Supply
