@@ -69,7 +69,7 @@ def prepare(recipe: Recipe, folder: RunFolder, source: str, screen: Screen) -> P
     training, held_out = sources.split_validation(rows, recipe.data, recipe.train.seed)
     compat = recipe.data.compat is not None
     screen.stage("data", 0, len(training))
-    measured = measure(training, encoder, folder, screen) if compat else None
+    measured = measure(training, encoder, screen) if compat else None
     train = make_feed(training, encoder, recipe.train.seed, measured)
     seen = estimate(train)
     if not seen.packs:
@@ -136,10 +136,10 @@ def _held_out(rows: RowSource, encoder: Encoder, recipe: Recipe) -> Rows:
     return Rows(feed, made=tuple(seen.windows))
 
 
-def measure(rows: RowSource, encoder: Encoder, folder: RunFolder, screen: Screen) -> Measurement:
+def measure(rows: RowSource, encoder: Encoder, screen: Screen) -> Measurement:
     """Count tokens of all rows with Ray Data, showing progress."""
 
     def show(done: int, total: int) -> None:
         screen.stage("data", done, total)
 
-    return stream.measure(rows, encoder, show, shared_folder=folder.path.parent)
+    return stream.measure(rows, encoder, show)

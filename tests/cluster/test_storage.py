@@ -20,11 +20,13 @@ from raytune_ft.training.run_folder import RunFolder, read_jsonl
 from tests.conftest import write_chats
 from tests.runs import sha256, start, train, write_recipe
 
-pytestmark = [pytest.mark.cluster, pytest.mark.ray]
+pytestmark = [pytest.mark.cluster, pytest.mark.ray, pytest.mark.timeout(3000)]
 
 BUCKET = "runs-of-tests"
 STORAGE = f"s3://{BUCKET}/runs"
 RESULT = "adapter/adapter_model.safetensors"
+QUICK = "train.deepspeed=none"
+"""Its import takes as long as all else."""
 CLI = [sys.executable, "-m", "raytune_ft"]
 
 
@@ -66,7 +68,7 @@ def step_there(place: Place) -> int:
 
 def kill_behind(process: subprocess.Popen[str], place: Place, step: int) -> None:
     """Kill a driver as soon as a checkpoint of `step` or later is kept elsewhere."""
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 900
     while step_there(place) < step:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
@@ -79,17 +81,17 @@ def test_a_lost_machines_run_goes_on_elsewhere_to_the_same_bytes(
 ) -> None:
     data = write_chats(tmp_path / "chats.jsonl", 40)
     undisturbed = write_recipe(tmp_path, tiny_model, data, "undisturbed")
-    train(undisturbed)
+    train(undisturbed, QUICK)
     expected = RunFolder(tmp_path / "runs/undisturbed")
 
     recipe = write_recipe(tmp_path, tiny_model, data, "lost")
-    here = f"run.storage={STORAGE}"
+    here = [f"run.storage={STORAGE}", QUICK]
     place = Place(STORAGE) / "lost"
     for number, step in enumerate((4, 10)):
         machine(monkeypatch, tmp_path / f"machine_{number}")
-        kill_behind(start(recipe, here), place, step)
+        kill_behind(start(recipe, *here), place, step)
     last = machine(monkeypatch, tmp_path / "machine_last")
-    printed = train(recipe, here)
+    printed = train(recipe, *here)
     assert f"{STORAGE}/lost: goes on with this run, which began before" in printed
 
     run = RunFolder(local_copy(STORAGE, "lost"))
@@ -106,7 +108,7 @@ def test_a_lost_machines_run_goes_on_elsewhere_to_the_same_bytes(
     assert list(steps.values()) == [True, True], "checkpoint.keep is 2"
 
     machine(monkeypatch, tmp_path / "machine_of_a_reader")
-    finished = train(recipe, here)
+    finished = train(recipe, *here)
     assert finished.count("\n") <= 2 and "this run is finished" in finished
     _read_there(tmp_path)
 
