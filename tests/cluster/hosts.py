@@ -42,9 +42,9 @@ STARTS_IN_S = 240.0
 IDLES = "while :; do sleep 3600 & wait $!; done"
 """The first process of a host: it takes the status of those that lose their parent."""
 ENV = {
-    "HOME": HOME, "RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0", "HF_HUB_OFFLINE": "1",
-    "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "TOKENIZERS_PARALLELISM": "false",
-    "CUDA_VISIBLE_DEVICES": "",
+    "HOME": HOME, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1",
+    "RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0", "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": "",
 }  # fmt: skip
 
 
