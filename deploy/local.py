@@ -115,7 +115,7 @@ def _node(
         *arguments,
     ]  # fmt: skip
     with log.open("wb") as out:
-        process = subprocess.Popen(
+        process = subprocess.Popen(  # noqa: S603, Ray's own program
             command, stdout=out, stderr=out, env=dict(environment), start_new_session=True
         )
     try:
@@ -154,7 +154,9 @@ def _wait_for_nodes(
         f"while sum(n['Alive'] for n in ray.nodes()) < {len(started)}:\n"
         "    time.sleep(0.1)\n"
     )
-    waiting = subprocess.Popen([sys.executable, "-c", program], env={**os.environ, **drivers})
+    waiting = subprocess.Popen(  # noqa: S603, the program above
+        [sys.executable, "-c", program], env={**os.environ, **drivers}
+    )
     end = time.monotonic() + START_S
     try:
         while waiting.poll() is None:

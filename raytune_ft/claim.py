@@ -8,7 +8,6 @@ is asked, never this process's own devices: a driver may be on a head without a 
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 from raytune_ft import seats
 from raytune_ft.config.schema import Recipe
 from raytune_ft.errors import RecipeError, TrainingError
+from raytune_ft.waiting import NOISE, room_for
 
 PATIENCE_S = 60.0
 """For a node's answer; one that gives none in this time is not asked again."""
@@ -45,7 +45,8 @@ def lines(recipe: Recipe) -> Iterator[str]:
     scaled = is_scaled(_node_types())
     gpu = _on_gpu(nodes, scaled=scaled)
     yield from check_room(recipe, nodes, ray.available_resources(), gpu=gpu, scaled=scaled)
-    yield from _check_versions([node for node in nodes if _places(node, 0.0, gpu=gpu)])
+    some = {"GPU": 1.0} if gpu else {"CPU": NOISE}
+    yield from _check_versions([node for node in nodes if room_for([node], some)])
 
 
 def on_gpu() -> bool:
@@ -74,10 +75,10 @@ def check_room(
         gpu: whether a worker needs a GPU.
         scaled: whether an autoscaler starts nodes.
     """
-    workers, kind = recipe.run.workers, "GPU" if gpu else "core"
+    workers = recipe.run.workers
     cores = sum(node["Resources"].get("CPU", 0.0) for node in nodes)
-    share = seats.cpus_per_worker(workers, cores)
-    there = sum(_places(node, share, gpu=gpu) for node in nodes)
+    each = {"CPU": seats.cpus_per_worker(workers, cores), "GPU": 1.0 if gpu else 0.0}
+    there = room_for(nodes, each)
     need = f"{workers} workers need {'a GPU each' if gpu else 'cores'}"
     if there < (recipe.run.min_workers or workers):
         on = f"{len(nodes)} node" if len(nodes) == 1 else f"{len(nodes)} nodes"
@@ -85,15 +86,13 @@ def check_room(
         if scaled:
             yield f"waiting for nodes: {need}, {has}; its autoscaler starts more"
             return
-        raise RecipeError(
-            f"run.workers: {need}, {has} and no autoscaler; "
-            + (f"set {seats.same_steps(recipe, there)}, or " if there else "")
-            + ("start nodes that have GPUs" if gpu else "start nodes with `ray start --num-cpus`")
-        )
-    unit = 1.0 if gpu else share
-    open_now = math.floor(free.get("GPU" if gpu else "CPU", 0.0) / unit + 1e-6)
-    if open_now < workers:
-        yield f"waiting for a {kind} each: {workers} workers, {open_now} free; others use the rest"
+        others = "start nodes that have GPUs" if gpu else "start nodes that have cores"
+        fewer = f"set {seats.same_steps(recipe, there)}, or " if there else ""
+        raise RecipeError(f"run.workers: {need}, {has} and no autoscaler; {fewer}{others}")
+    kind = "GPU" if gpu else "CPU"
+    now = int(free.get(kind, 0.0) / each[kind] + NOISE)
+    if now < workers:
+        yield f"waiting for room: {need}, {now} find it now; others use the rest"
 
 
 def is_scaled(node_types: Sequence[str]) -> bool:
@@ -114,16 +113,6 @@ def _on_gpu(nodes: Sequence[Node], *, scaled: bool) -> bool:
     if any(node["Resources"].get("GPU", 0.0) >= 1 for node in nodes):
         return True
     return scaled and not any(node["Resources"].get("CPU", 0.0) > 0 for node in nodes)
-
-
-def _places(node: Node, share: float, *, gpu: bool) -> int:
-    """Count the workers that find room on a node nobody else uses; share 0: whether any can."""
-    there = node["Resources"]
-    if share > 0:
-        of_cores = math.floor(there.get("CPU", 0.0) / share + 1e-6)
-    else:
-        of_cores = int(there.get("CPU", 0.0) > 0)
-    return min(of_cores, math.floor(there.get("GPU", 0.0))) if gpu else of_cores
 
 
 def _node_types() -> list[str]:
