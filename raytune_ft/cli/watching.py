@@ -193,7 +193,9 @@ def _write(target: Path, content: str) -> None:
 
 @verb("report")
 def report(run: Run) -> None:
-    """Write a run's report.html again: of one that still goes on, or was killed."""
+    """Write a run's report.html, or a sweep's page, again: of one that goes on, or was killed."""
+    from raytune_ft.sweeping import page
     from raytune_ft.training.watching.reporting import write_report
 
-    print(write_report(_folder(run)))
+    folder = _folder(run)
+    print(page.write_page(folder) if page.is_sweep(folder) else write_report(folder))

@@ -7,13 +7,12 @@ order, each where one ended first. No torch.
 
 from __future__ import annotations
 
-import heapq
 import os
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import numpy as np
 
@@ -31,6 +30,10 @@ REACHED = 0.8
 """Share of the measured rate that a step on a CPU reaches: 2.75 s of the quickstart, by it."""
 
 
+StepSeconds = Callable[[int], float]
+"""Seconds of a trial's step while so many trials run at once."""
+
+
 @dataclass(frozen=True)
 class Cost:
     """What trials take."""
@@ -40,14 +43,12 @@ class Cost:
     """In packs, padding left out."""
     seconds: float | None
     """Until the last one ends; None where no rate is known."""
-    busy: float | None
-    """Seconds of all trials together, each on its share of the machine."""
 
 
 def cost(
     lengths: Sequence[int],
     tokens_per_step: float,
-    step_seconds: Sequence[float] | None,
+    each: Sequence[StepSeconds] | None,
     slots: int,
     start: float,
 ) -> Cost:
@@ -56,24 +57,37 @@ def cost(
     Args:
         lengths: optimizer steps of each trial.
         tokens_per_step: of a trial.
-        step_seconds: of a step of each trial; None: unknown.
+        each: a step's seconds, trial by trial; None: unknown.
         slots: trials at once.
         start: seconds before each trial's first step.
     """
     steps = sum(lengths)
-    tokens = round(steps * tokens_per_step)
-    if step_seconds is None:
-        return Cost(steps, tokens, None, None)
-    each = [start + n * s for n, s in zip(lengths, step_seconds, strict=True)]
-    return Cost(steps, tokens, end_of(each, slots), sum(each))
+    seconds = None if each is None else end_of(lengths, each, slots, start)
+    return Cost(steps, round(steps * tokens_per_step), seconds)
 
 
-def end_of(seconds: Sequence[float], slots: int) -> float:
-    """Return when the last of some jobs ends that begin in order, `slots` at once."""
-    free = [0.0] * max(1, slots)
-    for each in seconds:
-        heapq.heapreplace(free, free[0] + each)
-    return max(free)
+def end_of(lengths: Sequence[int], each: Sequence[StepSeconds], slots: int, start: float) -> float:
+    """Return when the last of some trials ends that begin in order, `slots` at once.
+
+    From one end of a trial to the next one all that run go on at the pace of so many.
+    """
+    waiting, now = deque(range(len(lengths))), 0.0
+    running: dict[int, tuple[float, float]] = {}  # seconds until the first step, steps left
+    while waiting or running:
+        while waiting and len(running) < max(1, slots):
+            trial = waiting.popleft()
+            running[trial] = (start, float(lengths[trial]))
+        pace_of = {trial: each[trial](len(running)) for trial in running}
+        left = {t: begin + steps * pace_of[t] for t, (begin, steps) in running.items()}
+        passed = min(left.values())
+        now += passed
+        for trial, (begin, steps) in list(running.items()):
+            if left[trial] <= passed * (1 + 1e-12):
+                del running[trial]
+                continue
+            stepped = max(0.0, passed - begin)
+            running[trial] = (max(0.0, begin - passed), steps - stepped / pace_of[trial])
+    return now
 
 
 def shortest(lengths: Sequence[int], scheduler: str) -> list[int]:
@@ -87,28 +101,38 @@ def shortest(lengths: Sequence[int], scheduler: str) -> list[int]:
 
 
 def step_seconds(
-    recipe: Recipe, model: Model, where: Machine, at_once: int, fill: float
-) -> float | None:
-    """Predict a step of one of `at_once` trials that run beside each other on a machine.
+    recipe: Recipe, model: Model, where: Machine, per_gpu: int, fill: float
+) -> StepSeconds | None:
+    """Predict a trial's step, as slow as the number of trials beside it makes it.
 
     None where the device's rates, or the model's shape, are not known.
+
+    Args:
+        recipe: of the trial.
+        model: of the sweep.
+        where: it runs.
+        per_gpu: trials for which a GPU's memory is parted.
+        fill: tokens over the room in the packs, where packs are as short as their rows.
     """
     if not model.is_known:
         return None
-    counts = model.counts(recipe)
+    counts, device = model.counts(recipe), where.device
     if not where.gpus:
-        return _cpu_seconds(recipe, counts, fill) * at_once
-    if where.device is None:
+        alone = _cpu_seconds(recipe, counts, fill)
+        return lambda at_once: alone * at_once
+    if device is None:
         return None
-    sharing = -(-at_once // where.gpus)
-    laid = Layouts(recipe, counts, where).on(sharing).layout
+    laid = Layouts(recipe, counts, where).on(per_gpu).layout
     fixed, way = laid.applied(recipe, counts.layers), laid.way
-    on_device, on_host = pace.sides(fixed, counts, where.device, fill, **way)
-    power = pace.BALANCE
-    micro: float = ((sharing * on_device) ** power + on_host**power) ** (1 / power)
-    hosted: Any = way.get("hosted", ())
-    update = pace.update_seconds(fixed, counts, where.device, hosted=hosted)
-    return laid.accumulation * micro + sharing * update
+    on_device, on_host = pace.sides(fixed, counts, device, fill, **way)
+    update = pace.update_seconds(fixed, counts, device, hosted=laid.hosted)
+
+    def shared(at_once: int) -> float:
+        sharing, power = -(-at_once // where.gpus), pace.BALANCE
+        micro: float = ((sharing * on_device) ** power + on_host**power) ** (1 / power)
+        return laid.accumulation * micro + sharing * update
+
+    return shared
 
 
 def _cpu_seconds(recipe: Recipe, counts: Counts, fill: float) -> float:

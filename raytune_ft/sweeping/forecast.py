@@ -56,22 +56,21 @@ class Forecast:
     """If every trial runs to its end; None where steps are not known."""
     least: Cost | None = None
     """If all that may be stopped early are; equal to `most` where none may."""
-    cores: float = 1.0
-    """Of the machine for each trial: its threads."""
+    devices: int = 1
+    """GPUs that trials run on; without GPUs the machine's cores."""
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
+        unit = "gpu_hours" if self.gpu_share else "core_hours"
         costs = {
-            name: None if one is None else {**one.__dict__, **self.hours(one)}
+            name: None if one is None else {**one.__dict__, unit: self.hours(one)}
             for name, one in (("least", self.least), ("most", self.most))
         }
         return {**self.__dict__, **costs}
 
-    def hours(self, one: Cost) -> dict[str, float | None]:
+    def hours(self, one: Cost) -> float | None:
         """Return the GPU-hours of a cost, or core-hours without GPUs."""
-        name = "gpu_hours" if self.gpu_share else "core_hours"
-        share = self.gpu_share or self.cores
-        return {name: None if one.busy is None else one.busy * share / 3600}
+        return None if one.seconds is None else one.seconds * self.devices / 3600
 
 
 def forecast(
@@ -109,13 +108,12 @@ def forecast(
     if lengths is not None:
         most, least = _costs(recipe, trials, lengths, counted, found, where)
     share = 1 / found.per_gpu if where.gpus else 0.0
-    lines = [found.line]
+    devices = min(where.gpus, found.concurrent) or where.cores
+    seconds = None if most is None else most.seconds
+    planned = Forecast(found.concurrent, share, CPUS, seconds, [found.line], most, least, devices)
     if most is not None and least is not None:
-        lines += _cost_lines(recipe, most, least, share, where.cores / found.concurrent)
-    return Forecast(
-        found.concurrent, share, CPUS, None if most is None else most.seconds, lines, most, least,
-        where.cores / found.concurrent,
-    )  # fmt: skip
+        planned.lines.extend(_cost_lines(recipe, planned, most, least))
+    return planned
 
 
 def _of(recipe: Recipe, values: Mapping[str, Any]) -> Recipe | str:
@@ -151,9 +149,9 @@ def _costs(
     density = 1.0 if counted is None or counted.density is None else counted.density
     fill = density if recipe.data.packing == "none" else 1.0
     model = Model(recipe)
-    each: list[float] = []
+    each: list[duration.StepSeconds] = []
     for one in trials:
-        seconds = duration.step_seconds(one, model, where, found.concurrent, fill)
+        seconds = duration.step_seconds(one, model, where, max(1, found.per_gpu), fill)
         if seconds is not None:
             each.append(seconds)
     known = each if len(each) == len(trials) else None
@@ -164,21 +162,21 @@ def _costs(
     return most, duration.cost(few, tokens, known, found.concurrent, start)
 
 
-def _cost_lines(
-    recipe: Recipe, most: Cost, least: Cost, gpu_share: float, cores: float
-) -> list[str]:
+def _cost_lines(recipe: Recipe, planned: Forecast, most: Cost, least: Cost) -> list[str]:
     """Say what a sweep costs, and when it ends if it begins now."""
     asha = recipe.tune.scheduler != "none"
     steps = f"{most.steps:,} steps, {_large(most.tokens)} tokens"
     if asha:
         steps = f"at most {steps}; at least {least.steps:,} steps, if all but one stop early"
-    if most.seconds is None or most.busy is None:
+    hours = planned.hours(most)
+    if most.seconds is None or hours is None:
         return [steps, "time: not predicted, since the rates of these devices are not known"]
-    unit, share = ("GPU-hours", gpu_share) if gpu_share else ("core-hours", cores)
-    hours = f"{most.busy * share / 3600:.2f} {unit}"
+    unit = "GPU-hours" if planned.gpu_share else "core-hours"
     end = datetime.now().astimezone() + timedelta(seconds=most.seconds)
     day = "" if end.date() == datetime.now().astimezone().date() else f"{end:%a %d %b} "
-    about = f"about {spoken(most.seconds)}, {hours}: begun now, it ends at {day}{end:%H:%M}"
+    about = (
+        f"about {spoken(most.seconds)}, {hours:.2f} {unit}: begun now, it ends at {day}{end:%H:%M}"
+    )
     if asha and least.seconds is not None:
         about += f", at the earliest in {spoken(least.seconds)}"
     return [steps, about]

@@ -129,7 +129,8 @@ def test_a_cluster_is_known_by_what_ray_says() -> None:
 @given(seconds=st.lists(st.floats(0.1, 100), min_size=1, max_size=40), slots=st.integers(1, 12))
 def test_the_end_lies_between_the_bounds_of_any_schedule(seconds: list[float], slots: int) -> None:
     """Graham's bound: list scheduling takes under twice the shortest schedule there is."""
-    end = duration.end_of(seconds, slots)
+    each = [(lambda at_once, one=one: one) for one in seconds]
+    end = duration.end_of([1] * len(seconds), each, slots, 0.0)
     least = max(*seconds, sum(seconds) / slots)
     assert least - 1e-6 <= end <= sum(seconds) / slots + max(seconds) + 1e-6
 
@@ -155,19 +156,26 @@ def test_cost_is_the_sum_over_trials_with_their_own_steps(monkeypatch: pytest.Mo
     assert found.most.steps == 4 * each
     assert found.most.tokens == 4 * each * recipe.global_batch_size * recipe.data.max_length // 2
     assert found.gpu_share == pytest.approx(1 / found.concurrent)
-    assert found.most.busy is not None and found.seconds is not None
-    assert found.seconds <= found.most.busy <= 2 * found.seconds
-    hours = found.hours(found.most)["gpu_hours"]
-    assert hours == pytest.approx(found.most.busy / found.concurrent / 3600)
+    assert found.seconds is not None and found.devices == 1
+    assert found.hours(found.most) == pytest.approx(found.seconds / 3600)
 
 
 def test_trials_that_share_a_gpu_wait_for_each_other(seven: Recipe) -> None:
-    where, model = gpus("h200"), Model(seven)
-    alone = duration.step_seconds(seven, model, where, 1, 1.0)
-    five = duration.step_seconds(seven, model, where, 5, 1.0)
-    spread = duration.step_seconds(seven, model, gpus("h200", 5), 5, 1.0)
-    assert alone is not None and five is not None and spread is not None
-    assert alone < five < 6 * alone and spread == pytest.approx(alone)
+    model = Model(seven)
+    here = duration.step_seconds(seven, model, gpus("h200"), 5, 1.0)
+    spread = duration.step_seconds(seven, model, gpus("h200", 5), 1, 1.0)
+    assert here is not None and spread is not None
+    assert here(1) < here(5) < 6 * here(1)
+    assert spread(5) == pytest.approx(spread(1)) and spread(6) > spread(5)
+
+
+def test_the_last_trial_has_the_machine_for_itself() -> None:
+    """Three trials of ten steps, two at once, that slow each other down as far as two can."""
+    each: list[duration.StepSeconds] = [lambda at_once: 2.0 * at_once] * 3
+    assert duration.end_of([10, 10, 10], each, 2, 0.0) == pytest.approx(40 + 20)
+    assert duration.end_of([10, 10, 10], each, 2, 5.0) == pytest.approx(45 + 25)
+    assert duration.end_of([10, 10, 10], each, 3, 0.0) == pytest.approx(60)
+    assert duration.end_of([5, 10], each, 2, 0.0) == pytest.approx(30)
 
 
 @pytest.fixture

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from raytune_ft.cli.app import dispatch
+from raytune_ft.entry import exit_code
 from raytune_ft.errors import CheckpointError
 from raytune_ft.sweeping.axes import axes_of
 from raytune_ft.sweeping.deciding import order_of
@@ -271,3 +273,13 @@ def test_stopped_trials_come_behind_done_ones_the_later_the_better() -> None:
         trial(2, {}, 3.0, state=STOPPED, step=4), trial(3, {}, 1.5),
     ]  # fmt: skip
     assert order_of(trials, section) == [1, 3, 2, 0]
+
+
+def test_report_writes_a_sweeps_page_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_sweep(tmp_path / "sweep", 4)
+    exit_code(lambda: dispatch(["report", str(folder.path)]))
+    assert capsys.readouterr().out == f"{folder.path / FILE}\n"
+    assert "tag done" in (folder.path / FILE).read_text()
+    assert not (folder.path / "report.html").exists()
