@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from raytune_ft.training.run_folder import RunFolder
 from tests.cluster import trained
 from tests.cluster.hosts import Cluster, missing
 
@@ -25,13 +24,11 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, inputs: Path) -> Path:
     if why := missing():
         pytest.skip(why)
     folder = tmp_path_factory.mktemp("one")
-    cluster = Cluster((folder, inputs))
+    cluster = Cluster(disks=folder)
     try:
         cluster.boot(0)
-        recipe = trained.write_recipe(folder, inputs, "one", storage=str(folder / "runs"))
-        run = RunFolder(folder / "runs" / "one")
-        driver = trained.Driver(cluster, 0, ["--config", str(recipe)], run, alone=True)
+        driver = trained.begin(cluster, 0, inputs, "one", alone=True)
         assert driver.end() == 0, driver.told()
     finally:
         cluster.end()
-    return run.path
+    return driver.run.path

@@ -3,8 +3,9 @@
 Each host is a process that Linux gave a network, a disk, a host name and process numbers of its
 own (`unshare`), and below it everything that runs there. A bridge in a network of its own joins
 them; nothing of the machine's network is touched. They see the machine's disk, which they cannot
-write to: /tmp, /run and /dev/shm are each host's own, and gone with it. What is `shared` is the
-network disk that some clusters have.
+write to: /tmp, /run and /dev/shm are each host's own, and gone with it. What stands below
+`Cluster.disks` is a disk per host that outlives it; what is `shared` is the network disk that some
+clusters have.
 
 A host ends with the process that holds it up, and that with the thread of the test, however it
 ends: nothing can be left behind. Root, `ip` and `unshare` are needed; `missing` says what is not.
@@ -35,7 +36,7 @@ NETWORK = "10.77.0"
 REDIS = 250
 PORT, REDIS_PORT = 6379, 6400
 OWN = ("/tmp", "/run", "/dev/shm")
-HOME = "/tmp/home"
+HOME, DISK = "/tmp/home", "/tmp/disk"
 STORE_BYTES = 100 * 2**20
 """Of the object store of a node; Ray takes no less than 75 MB."""
 STARTS_IN_S = 240.0
@@ -89,6 +90,8 @@ class Cluster:
 
     shared: Sequence[Path] = ()
     """Folders that all hosts have at the same path, and may write to."""
+    disks: Path | None = None
+    """Folder here of the folders `host0`, `host1` ... that are DISK there; None: no such disk."""
     env: Mapping[str, str] = field(default_factory=dict)
     """Of every command, Ray's among them, beside `ENV`."""
     on_redis: bool = False
@@ -109,7 +112,7 @@ class Cluster:
             self._in_switch("ip", "link", "set", "bridge", "up")
         name = "redis" if number == REDIS else f"host{number}"
         address = f"{NETWORK}.{number if number == REDIS else number + 1}"
-        host = _hold(name, address, _disks(self.shared))
+        host = _hold(name, address, _mounts(self._kept(number)))
         port = self._port(number)
         peer = ["peer", "name", "eth0", "netns", str(host.pid)]
         self._in_switch("ip", "link", "add", port, "type", "veth", *peer)
@@ -231,6 +234,20 @@ class Cluster:
         if self._switch is not None:
             self._switch.end()
 
+    def disk(self, number: int) -> Path:
+        """Return the folder here that is DISK on a host."""
+        assert self.disks is not None
+        place = self.disks / f"host{number}"
+        place.mkdir(exist_ok=True)
+        return place
+
+    def _kept(self, number: int) -> dict[Path, Path]:
+        """Return what a host has of this machine's folders: where they are there, and here."""
+        needed = [ROOT, Path(sys.prefix), Path(sys.base_prefix)]
+        hidden = [path for path in needed if any(path.is_relative_to(own) for own in OWN)]
+        own = {Path(DISK): self.disk(number)} if self.disks is not None else {}
+        return {**{path: path for path in (*self.shared, *hidden)}, **own}
+
     def _port(self, number: int) -> str:
         return f"port{number}"
 
@@ -245,6 +262,7 @@ def hosts(
     *,
     cpus: float | Sequence[float] = 1.0,
     shared: Sequence[Path] = (),
+    disks: Path | None = None,
     env: Mapping[str, str] | None = None,
     on_redis: bool = False,
 ) -> Iterator[Cluster]:
@@ -254,11 +272,12 @@ def hosts(
         n: hosts, the head among them.
         cpus: of every host behind the head, or of each one.
         shared: folders that all hosts see; none: no host sees what another one wrote.
+        disks: as in `Cluster`.
         env: of everything that runs there.
         on_redis: whether the head's control service keeps its state on a Redis server.
     """
     each = [cpus] * (n - 1) if isinstance(cpus, int | float) else list(cpus)
-    cluster = Cluster(shared, env or {}, on_redis)
+    cluster = Cluster(shared, disks, env or {}, on_redis)
     try:
         if on_redis:
             cluster.start_redis()
@@ -293,17 +312,16 @@ def _hold(name: str, address: str, disks: str) -> Host:
     return Host(name, address, holder, int(children.split()[0]))
 
 
-def _disks(shared: Sequence[Path]) -> str:
-    """Return the shell's words that give a host its own disks, and leave it what it needs.
+def _mounts(kept: Mapping[Path, Path]) -> str:
+    """Return the shell's words that give a host its own disks, and put aside what it keeps first.
 
-    What is shared, and this checkout where it lies below a folder that becomes the host's own, is
-    put aside first.
+    Args:
+        kept: folders there -> here.
     """
-    needed = [ROOT, Path(sys.prefix), Path(sys.base_prefix)]
-    hidden = [path for path in needed if any(path.is_relative_to(own) for own in OWN)]
-    kept = [*shared, *hidden]
     words = ["mount -t tmpfs aside /mnt"]
-    words += [f"mkdir /mnt/{k}; mount --bind {path} /mnt/{k}" for k, path in enumerate(kept)]
+    words += [
+        f"mkdir /mnt/{k}; mount --bind {here} /mnt/{k}" for k, here in enumerate(kept.values())
+    ]
     words += [f"mount -t tmpfs -o size=2g own {own}" for own in OWN]
     words += [f"mkdir -p {path}; mount --bind /mnt/{k} {path}" for k, path in enumerate(kept)]
     return "; ".join([*words, "umount -l /mnt"])

@@ -41,20 +41,15 @@ def check(run: RunFolder, undisturbed: Path, fault: str, seconds: float) -> None
 
 @dataclass
 class Nodes:
-    """A cluster, and where runs on it are written."""
+    """A cluster without a shared folder, what runs on it read, and what they are held against."""
 
     cluster: Cluster
-    folder: Path
     inputs: Path
     undisturbed: Path
 
     def begin(self, number: int, name: str, **run: object) -> trained.Driver:
         """Begin a run from a host."""
-        recipe = trained.write_recipe(
-            self.folder, self.inputs, name, storage=str(self.folder / "runs"), **run
-        )
-        folder = RunFolder(self.folder / "runs" / name)
-        return trained.Driver(self.cluster, number, ["--config", str(recipe)], folder)
+        return trained.begin(self.cluster, number, self.inputs, name, **run)
 
 
 @pytest.fixture
@@ -65,8 +60,8 @@ def nodes(
     on_redis = getattr(request, "param", "") == "redis"
     if why := missing(redis=on_redis):
         pytest.skip(why)
-    with hosts(3, cpus=ROOM, shared=[tmp_path, inputs], on_redis=on_redis) as cluster:
-        yield Nodes(cluster, tmp_path, inputs, undisturbed)
+    with hosts(3, cpus=ROOM, disks=tmp_path, on_redis=on_redis) as cluster:
+        yield Nodes(cluster, inputs, undisturbed)
 
 
 def times(request: pytest.FixtureRequest) -> range:

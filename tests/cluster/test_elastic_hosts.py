@@ -16,7 +16,7 @@ from raytune_ft.errors import Interrupted
 from raytune_ft.training.run_folder import RunFolder, read_jsonl
 from raytune_ft.training.saving import checkpoint
 from tests.cluster import trained
-from tests.cluster.hosts import Cluster, hosts, missing
+from tests.cluster.hosts import hosts, missing
 from tests.faults.verdict import COUNTED, ROUNDING
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(3000)]
@@ -38,14 +38,6 @@ def ranks(run: RunFolder) -> list[int]:
     return [len(step["rank_seconds"]) for step in read_jsonl(run.metrics)]
 
 
-def begin(cluster: Cluster, folder: Path, inputs: Path, name: str, least: int) -> trained.Driver:
-    recipe = trained.write_recipe(
-        folder, inputs, name, storage=str(folder / "runs"), min_workers=least, **ALL
-    )
-    run = RunFolder(folder / "runs" / name)
-    return trained.Driver(cluster, 0, ["--config", str(recipe)], run)
-
-
 def last_common(runs: list[RunFolder]) -> int:
     """Return the last step of which all runs have a checkpoint."""
     steps = [{checkpoint.step_of(f) for f in checkpoint.step_folders(r.checkpoints)} for r in runs]
@@ -56,8 +48,8 @@ def test_a_lost_host_and_its_return(tmp_path: Path, inputs: Path) -> None:
     """Ledger to the field; losses and weights within float32's rounding, ROUNDING by norm."""
     if why := missing():
         pytest.skip(why)
-    with hosts(3, cpus=1.0, shared=[tmp_path, inputs]) as cluster:
-        driver = begin(cluster, tmp_path, inputs, "elastic", 1)
+    with hosts(3, cpus=1.0, disks=tmp_path) as cluster:
+        driver = trained.begin(cluster, 0, inputs, "elastic", min_workers=1, **ALL)
         driver.until_step(EVERY + 2)
         cluster.kill(2)
         fewer = driver.until(lambda: ranks(driver.run)[-STEPS:] == [2] * STEPS, "fewer workers")
@@ -70,7 +62,7 @@ def test_a_lost_host_and_its_return(tmp_path: Path, inputs: Path) -> None:
             f"2 workers {fewer:.1f} s after the kill, 4 again {back:.1f} s after the host's start"
         )
 
-        whole = begin(cluster, tmp_path, inputs, "whole", 4)
+        whole = trained.begin(cluster, 0, inputs, "whole", **ALL)
         whole.until_step(driver.step() + EVERY)
         whole.stop()
     step = last_common([driver.run, whole.run])

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from raytune_ft.training.run_folder import RunFolder
 from tests.cluster import trained
 from tests.cluster.hosts import Cluster, hosts, missing
 from tests.conftest import ROOT
@@ -30,16 +29,9 @@ def able() -> None:
 def test_workers_on_two_hosts_equal_those_of_one(
     tmp_path: Path, inputs: Path, undisturbed: Path
 ) -> None:
-    """Only the driver's host has the rows, so data tasks run there, and no worker does."""
-    rows = "/tmp/rows.jsonl"
-    with hosts(3, cpus=1.0, shared=[tmp_path, inputs / "model"]) as cluster:
-        cluster.put(0, inputs / "rows.jsonl", rows)
-        recipe = trained.write_recipe(
-            tmp_path, inputs, "many", storage=str(tmp_path / "runs"),
-            data={"sources": [{"path": rows}]},
-        )  # fmt: skip
-        run = RunFolder(tmp_path / "runs" / "many")
-        driver = trained.Driver(cluster, 0, ["--config", str(recipe)], run)
+    """Only the driver's host has rows, model and run, so data tasks run there; no worker does."""
+    with hosts(3, cpus=1.0, disks=tmp_path) as cluster:
+        driver = trained.begin(cluster, 0, inputs, "many")
         made_on: set[int] = set()
 
         def trains() -> bool:
@@ -50,7 +42,7 @@ def test_workers_on_two_hosts_equal_those_of_one(
         assert [len(cluster.processes(n, WORKER)) for n in range(3)] == [0, 2, 2]
         assert driver.end() == 0, driver.told()
     assert made_on <= {0}
-    verdict = compare(0, "many", run.path, undisturbed, [])
+    verdict = compare(0, "many", driver.run.path, undisturbed, [])
     assert verdict.mismatches == [] and (verdict.repeated, verdict.missing) == (0, 0), verdict
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from typing import Any
 import yaml
 
 from raytune_ft.training.run_folder import RunFolder, read_jsonl
-from tests.cluster.hosts import Cluster
+from tests.cluster.hosts import DISK, Cluster
 from tests.conftest import make_tiny_model, write_chats
 
 ROWS = 240
@@ -32,33 +33,51 @@ def make_inputs(folder: Path) -> None:
     write_chats(folder / "rows.jsonl", ROWS)
 
 
-def write_recipe(folder: Path, inputs: Path, name: str, **run: Any) -> Path:
-    """Write a recipe: 4 workers, a step of 4 packs, dropout, held-out rows, saved every 5 steps.
+def begin(
+    cluster: Cluster, number: int, inputs: Path, name: str, *, alone: bool = False, **settings: Any
+) -> Driver:
+    """Begin a run from a host, on whose disk alone are its inputs and its folder.
 
     Args:
-        folder: gets NAME.yaml.
-        inputs: with `model` and `rows.jsonl`, as the driver's host sees it.
+        cluster: with disks.
+        number: of the host.
+        inputs: of `make_inputs`.
         name: of the run.
-        run: fields of the section `run`, and whole other sections.
+        alone: whether the driver starts a Ray of its own.
+        settings: as `recipe_of` takes them.
     """
-    sections = {key: run.pop(key) for key in list(run) if isinstance(run[key], dict)}
+    disk = cluster.disk(number)
+    if not (disk / "inputs").exists():
+        shutil.copytree(inputs, disk / "inputs")
+    (disk / f"{name}.yaml").write_text(yaml.safe_dump(recipe_of(name, **settings)))
+    words = ["--config", f"{DISK}/{name}.yaml"]
+    return Driver(cluster, number, words, RunFolder(disk / "runs" / name), alone)
+
+
+def recipe_of(name: str, **settings: Any) -> dict[str, Any]:
+    """Return a recipe: 4 workers, a step of 4 packs, dropout, held-out rows, saved every 5 steps.
+
+    Args:
+        name: of the run.
+        settings: fields of the section `run`, and of other sections where they are a mapping.
+    """
+    inputs = f"{DISK}/inputs"
     content: dict[str, Any] = {
-        "model": {"path": str(inputs / "model")},
+        "model": {"path": f"{inputs}/model"},
         "lora": {"r": 4, "alpha": 8, "dropout": 0.1},
-        "data": {"sources": [{"path": str(inputs / "rows.jsonl")}], "max_length": 96,
+        "data": {"sources": [{"path": f"{inputs}/rows.jsonl"}], "max_length": 96,
                  "window": 40, "validation": 0.125},
         "train": {"epochs": 3, "accumulation": 1, "lr": 5e-3, "log_every": 1,
                   "deepspeed": "none"},  # whose import takes as long as all else
         "eval": {"every": 20},
         "checkpoint": {"every": 5, "keep": 2},
         "chat_eval": {"every": None, "prompts": ["what is red?"], "max_new_tokens": 4},
-        "run": {"name": name, "workers": 4, "trackers": [], **run},
+        "run": {"name": name, "workers": 4, "trackers": [], "storage": f"{DISK}/runs"},
     }  # fmt: skip
-    for section, values in sections.items():
-        content[section] = {**content[section], **values}
-    path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(content))
-    return path
+    for key, value in settings.items():
+        section = key if isinstance(value, dict) else "run"
+        content[section].update(value if section == key else {key: value})
+    return content
 
 
 @dataclass
