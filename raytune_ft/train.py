@@ -12,7 +12,7 @@ from raytune_ft.last_words import spoken_for
 from raytune_ft.new_run import open_or_make, removed_unless_started
 from raytune_ft.resume import unheard
 from raytune_ft.storing.fetching import desks_of, mirrored
-from raytune_ft.training.guarding.attending import attended
+from raytune_ft.training.guarding.attending import attended, end_kept
 
 
 def train(recipe: Recipe, *, source: str, resume: str | None = None) -> int:
@@ -37,8 +37,9 @@ def train(recipe: Recipe, *, source: str, resume: str | None = None) -> int:
         removed_unless_started(folder),
         noise_to(folder.log) as terminal,
         spoken_for(lambda: unheard(folder), terminal.fileno()) as call_off,
-        mirrored(folder, recipe.checkpoint.keep) as mirror,
         attended(folder, *desks_of(folder)),
+        mirrored(folder, recipe.checkpoint.keep) as mirror,
+        end_kept(folder),
         ray_beside() as ray_start,
     ):
         from raytune_ft.running import carry_out  # seconds of imports, in which Ray starts

@@ -19,7 +19,7 @@ from raytune_ft.sweeping.checks import check
 from raytune_ft.sweeping.folder import kept_state, open_sweep, unheard
 from raytune_ft.sweeping.searching import search_for
 from raytune_ft.sweeping.trials import Trial
-from raytune_ft.training.guarding.attending import attended
+from raytune_ft.training.guarding.attending import attended, end_kept
 from raytune_ft.training.run_folder import RunFolder
 
 
@@ -60,6 +60,7 @@ def tune(
         noise_to(folder.log) as terminal,
         spoken_for(lambda: unheard(folder), terminal.fileno()),
         attended(folder),
+        end_kept(folder),
         kept_state(folder),
     ):
         from raytune_ft.sweeping.keeping import keep

@@ -22,7 +22,7 @@ NUMERIC = {"step", "loss", "val loss", "best", "tok/s", "time", "seen"}
 WANTED_LEAST = ("trials", "created", "model", "tok/s", "time", "method", "best", "seen")
 """Columns of runs that go where a terminal is too narrow, the first of them first."""
 RESUMABLE, SHORT = " (resumable)", " +"
-LEGEND = "+ has a checkpoint: raytune-ft train --resume RUN"
+LEGEND = "+ goes on with raytune-ft train --resume RUN, a sweep with tune --resume"
 UNBOUNDED = 1000
 """Columns of a terminal that has room for all."""
 STATUS_STYLES = {

@@ -19,6 +19,8 @@ from raytune_ft.training.run_folder import Event, RunFolder
 STORAGE = "runs"
 TRIALS = "trials"
 """Folder of a sweep that has a run folder for each trial."""
+LEDGER = "trials.jsonl"
+"""Of a sweep alone."""
 SIGNS = ("run.json", "metrics.jsonl", "lines.log")
 """What makes a folder a run, a damaged or a starting one as well."""
 
@@ -79,7 +81,8 @@ class Seen:
 
     def how_to_go_on(self) -> str:
         """Say which command takes it up again."""
-        return f"go on with: raytune-ft train --resume {self.shown}"
+        verb = "tune" if self.files.stamp(LEDGER) is not None else "train"
+        return f"go on with: raytune-ft {verb} --resume {self.shown}"
 
 
 def status_of(info: Event, alive: Event) -> str:

@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from raytune_ft.errors import CheckpointError, Interrupted, RecipeError
@@ -120,17 +119,10 @@ def _state(seen: Seen) -> str:
     if status == "done":
         return "it is done"
     if status == "interrupted":
-        return f"interrupted, its driver is gone; {_on(seen)}"
+        return f"interrupted, its driver is gone; {seen.how_to_go_on()}"
     if status == "damaged":
         return "damaged: it has no run.json that can be read"
-    return f"{status}; {_on(seen)}"
-
-
-def _on(seen: Seen) -> str:
-    here = Path(seen.shown) / TRIALS
-    if seen.files.stamp("trials.jsonl") is not None or (not seen.is_elsewhere and here.is_dir()):
-        return "go on with the same raytune-ft tune"
-    return seen.how_to_go_on()
+    return f"{status}; {seen.how_to_go_on()}"
 
 
 def _tell(line: str) -> None:

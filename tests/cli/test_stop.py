@@ -145,6 +145,12 @@ def test_a_driver_that_has_not_written_its_record_yet_is_stopped(
     assert said.code == 0 and f"process {process.pid} was asked to stop" in said.err
 
 
+def test_a_sweep_goes_on_by_its_own_verb(tmp_path: Path, call: Command) -> None:
+    sweep = make_run(tmp_path / "sweep", steps=0, status="stopped")
+    (sweep.path / "trials.jsonl").write_text("")
+    assert call("stop", str(sweep.path)).err.endswith(f"raytune-ft tune --resume {sweep.path}\n")
+
+
 OTHERS = {
     "done": ({"status": "done"}, 1, "nothing to stop: it is done"),
     "damaged": ({"status": 3}, 1, "nothing to stop: damaged"),

@@ -115,7 +115,7 @@ def test_a_driver_elsewhere_is_told_by_its_signs_of_life(tmp_path: Path) -> None
 def test_the_words_of_an_error_stay_with_the_run(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.create("a", "model: {path: m}\n")
-    with pytest.raises(TrainingError), attending.attended(folder):
+    with pytest.raises(TrainingError), attending.end_kept(folder):
         raise TrainingError("step 3: the loss is nan")
     assert folder.info()["ended"] == {"words": "step 3: the loss is nan", "code": 5}
     assert folder.lines.read_text() == "error: step 3: the loss is nan\n"

@@ -79,7 +79,7 @@ def ask(desk: Desk, driver: dict[str, Any], *, now: bool) -> None:
 
 @contextmanager
 def attended(folder: RunFolder, *more: Desk) -> Iterator[None]:
-    """While the block runs, give signs of life and obey requests; keep the words of its error.
+    """While the block runs, give signs of life and obey requests.
 
     A request becomes a Ctrl-C of this process, so that whatever would stop it in good order does.
 
@@ -94,9 +94,6 @@ def attended(folder: RunFolder, *more: Desk) -> Iterator[None]:
         thread.start()
     try:
         yield
-    except RaytuneError as error:
-        _keep(folder, error)
-        raise
     finally:
         over.set()
         for thread, desk in zip(threads, desks, strict=True):
@@ -109,15 +106,27 @@ def attended(folder: RunFolder, *more: Desk) -> Iterator[None]:
                     desk.delete(ALIVE)
 
 
+@contextmanager
+def end_kept(folder: RunFolder) -> Iterator[None]:
+    """Write down the error that ends a run, if it had begun, where `raytune-ft logs` looks for it.
+
+    To be entered inside of what sends the run's files elsewhere, and that inside of `attended`: a
+    driver says that it has ended when all of it is there.
+    """
+    try:
+        yield
+    except RaytuneError as error:
+        if folder.run_json.is_file():
+            with suppress(OSError, RaytuneError):  # a full disk, which was told already
+                _keep(folder, error)
+        raise
+
+
 def _keep(folder: RunFolder, error: RaytuneError) -> None:
-    """Write down how a run ended that had begun, where `raytune-ft logs` looks for it."""
-    if not folder.run_json.is_file():
-        return
-    with suppress(OSError, RaytuneError):  # of a full disk or a damaged record it was told already
-        folder.update(ended={"words": str(error), "code": error.exit_code})
-        with folder.lines.open("a", encoding="utf-8", errors="replace") as file:
-            mark = "" if isinstance(error, Interrupted) else "error: "
-            file.write(f"{mark}{error}\n")
+    folder.update(ended={"words": str(error), "code": error.exit_code})
+    with folder.lines.open("a", encoding="utf-8", errors="replace") as file:
+        mark = "" if isinstance(error, Interrupted) else "error: "
+        file.write(f"{mark}{error}\n")
 
 
 def _attend(desk: Desk, over: threading.Event) -> None:
