@@ -74,7 +74,8 @@ def local_cluster(
             "RAY_AUTH_TOKEN_PATH": str(token),
             "RAY_USAGE_STATS_ENABLED": "0",
         }
-        around = {**os.environ, **drivers, **(environment or {})}
+        # a job that is stopped may write its checkpoint
+        around = {**os.environ, "RAY_JOB_STOP_WAIT_TIME_S": "60", **drivers, **(environment or {})}
         del around["RAY_ADDRESS"], around["RAY_API_SERVER_ADDRESS"]
         head = [
             "--head", f"--port={gcs}", f"--num-cpus={head_cpus}", "--num-gpus=0",

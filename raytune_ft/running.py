@@ -12,7 +12,7 @@ from typing import TextIO
 
 from rich.console import Console
 
-from raytune_ft import outlook
+from raytune_ft import claim, outlook
 from raytune_ft.cluster import RayBeside, session_folder
 from raytune_ft.config.schema import Recipe
 from raytune_ft.data.feeder import feeding
@@ -72,6 +72,8 @@ def carry_out(
             if warning := disk.check_ray(session_folder()):
                 screen({"kind": "warning", "text": warning})
             ray_start.wait()
+            for line in claim.lines(recipe):
+                screen.line(line)
             with seen_to_the_end(folder, shown(folder), screen, terminal, call_off):
                 _fit(recipe, folder, source, screen, seen, goes_on=goes_on, is_laid_out=bool(kept))
             folder.update(status="done")
@@ -106,7 +108,6 @@ def _fit(
         prepared.kinds,
         readers=recipe.run.workers,
         at_once=max(DATA_TASKS, recipe.run.workers),
-        shared_folder=folder.path.parent,
         begin=() if goes_on else ("train",),
     ) as supply:
         workers.fit(prepared.job, supply, screen)

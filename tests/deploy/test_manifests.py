@@ -14,6 +14,7 @@ import yaml
 
 from raytune_ft.config import loader
 from raytune_ft.serving.arguments import ServeArgs
+from raytune_ft.wish import GRACE_S
 from tests.conftest import ROOT
 
 DEPLOY = ROOT / "deploy"
@@ -23,6 +24,8 @@ CLUSTERS = ["cluster.yaml", "deploy/ray-gcp.yaml", "deploy/ray-on-premise.yaml"]
 MANIFESTS = ["raycluster", "rayjob", "rayservice"]
 SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD")
 GPU = "nvidia.com/gpu"
+WAIT = "RAY_JOB_STOP_WAIT_TIME_S"
+"""Read by Ray's job supervisor where it runs; three seconds otherwise."""
 
 
 def manifest(name: str) -> dict[str, Any]:
@@ -60,6 +63,7 @@ def test_ray_up_takes_it(path: str) -> None:
     head, worker = config["head_start_ray_commands"], config["worker_start_ray_commands"]
     assert any("--head" in line and "--dashboard-host=127.0.0.1" in line for line in head)
     assert any("--address=$RAY_HEAD_IP:6379" in line for line in worker)
+    assert any(f"{WAIT}=60 " in line and "--head" in line for line in head)
     assert any(".venv" in each for each in config["rsync_exclude"])
 
 
@@ -122,6 +126,20 @@ def test_the_job_asks_for_the_gpus_of_its_cluster() -> None:
     assert recipe.global_batch_size == alone.global_batch_size
     assert recipe.run.name and recipe.run.storage.startswith("s3://")
     assert "runtimeEnvYAML" not in found["spec"]
+
+
+@pytest.mark.parametrize("name", ["raycluster", "rayjob"])
+def test_a_stopped_job_may_write_its_checkpoint(name: str) -> None:
+    head = next(containers(cluster_of(manifest(name))))
+    assert {"name": WAIT, "value": "60"} in head["env"]
+    assert GRACE_S < 60
+
+
+@pytest.mark.parametrize("name", ["raycluster", "rayjob"])
+def test_keys_of_the_storage_are_the_drivers_alone(name: str) -> None:
+    head, *workers = containers(cluster_of(manifest(name)))
+    assert any(each["name"].startswith("AWS_") for each in head["env"])
+    assert not any(each["name"].startswith("AWS_") for node in workers for each in node["env"])
 
 
 def test_the_service_is_the_shipped_application() -> None:
