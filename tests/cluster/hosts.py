@@ -39,7 +39,7 @@ OWN = ("/tmp", "/run", "/dev/shm")
 HOME, DISK = "/tmp/home", "/tmp/disk"
 STORE_BYTES = 100 * 2**20
 """Of the object store of a node; Ray takes no less than 75 MB."""
-STARTS_IN_S = 240.0
+STARTS_IN_S, ATTEMPTS = 240.0, 4
 IDLES = "while :; do sleep 3600 & wait $!; done"
 """The first process of a host: it takes the status of those that lose their parent."""
 ENV = {
@@ -123,14 +123,24 @@ class Cluster:
         return host
 
     def start(self, number: int, cpus: float = 1.0) -> None:
-        """Start Ray on a host, the head's control service on host 0; switch it on if it is off."""
-        if number not in self.up:
-            self.boot(number)
-        host = self.up[number]
+        """Start Ray on a host, the head's control service on host 0; switch it on if it is off.
+
+        Ray gives itself 30 s, which a busy machine may not: the host is then tried again.
+        """
+        for _ in range(ATTEMPTS):
+            if number not in self.up:
+                self.boot(number)
+            started = self._start(self.up[number], number, cpus)
+            if not started.returncode:
+                return
+            self.kill(number)
+        raise RuntimeError(f"Ray on host{number}: {started.stdout[-3000:]}")
+
+    def _start(self, host: Host, number: int, cpus: float) -> subprocess.CompletedProcess[str]:
         where = ["--head", f"--port={PORT}", "--include-dashboard=false"]
         if number:
             where = [f"--address={self.address}"]
-        started = self.run(
+        return self.run(
             number,
             [_script("ray"), "start", *where, f"--node-ip-address={host.address}",
              f"--num-cpus={cpus:g}", f"--object-store-memory={STORE_BYTES}",
@@ -138,8 +148,6 @@ class Cluster:
             env={"RAY_REDIS_ADDRESS": f"{NETWORK}.{REDIS}:{REDIS_PORT}"}
             if self.on_redis and not number else {},
         )  # fmt: skip
-        if started.returncode:
-            raise RuntimeError(f"Ray on {host.name}: {started.stdout[-3000:]}")
 
     def start_redis(self) -> None:
         """Start the server, on a host of its own, that outlives the head."""
