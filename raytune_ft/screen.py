@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TextColumn
@@ -109,7 +109,16 @@ class Screen:
         self.console.print(shown, soft_wrap=True)
         self._keep(Text(text))
 
-    def _keep(self, shown: Table | Panel | Text) -> None:
+    def show(self, shown: RenderableType) -> None:
+        """Print a table or the like."""
+        self.console.print(shown)
+        self._keep(shown)
+
+    def note(self, text: str) -> None:
+        """Keep a line whose content is drawn elsewhere."""
+        self._keep(Text(text))
+
+    def _keep(self, shown: RenderableType) -> None:
         if self._kept is not None:
             with suppress(OSError):  # a full disk is told where it matters
                 self._kept.print(shown, soft_wrap=isinstance(shown, Text))

@@ -77,8 +77,8 @@ class Board:
             self._live.stop()
             self._live = None
         if self.trials:
-            self.screen.console.print(Text("leaderboard", style="italic"))
-            self.screen.console.print(self.table())
+            self.screen.line("leaderboard", "italic")
+            self.screen.show(self.table())
 
     def update(self, trials: Sequence[Trial]) -> None:
         """Show the trials as they are now."""
@@ -86,18 +86,20 @@ class Board:
         self._pace.update(trials)
         if self._live is not None:
             self._live.update(self.table(rows=max(3, self.screen.console.height - 8)))
-            return
         for trial in sorted(trials, key=lambda one: one.number):
             self._tell(trial)
 
     def _tell(self, trial: Trial) -> None:
-        """Print a line if a trial's state changed, or its steps passed an interval."""
+        """Say it in a line if a trial's state changed, or its steps passed an interval."""
         before, every = self._told.get(trial.number, (WAITING, 0)), self.screen.log_every
         moved = trial.step // every > before[1] // every or (trial.step > 0 and before[1] == 0)
         if trial.state != before[0] or (moved and trial.state == RUNNING):
             left = self._pace.left(self.trials)
             eta = "" if left is None else f" | sweep eta {clock(left)}"
-            self.screen.console.print(Text(self._line(trial) + eta), soft_wrap=True)
+            if self._live is not None:
+                self.screen.note(self._line(trial) + eta)
+            else:
+                self.screen.line(self._line(trial) + eta, "none")  # a style: no markup is read
             self._told[trial.number] = (trial.state, trial.step)
 
     def _line(self, trial: Trial) -> str:

@@ -136,6 +136,20 @@ def test_speed_is_that_of_the_last_whole_line(tmp_path: Path) -> None:
     assert speed_of(tmp_path) is None
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_lines_and_the_table_are_kept_for_who_reads_along(tmp_path: Path, terminal: bool) -> None:
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=80)
+    screen = Screen(4, console=console, kept=tmp_path / "lines.log")
+    with Board(screen, TUNE, 20) as shown:
+        shown.update([trial(0, RUNNING, values={"data.system": "[b]be[/b] kind"})])
+        shown.update([trial(0, DONE, 1.0, step=20, values={"data.system": "[b]be[/b] kind"})])
+    lines = (tmp_path / "lines.log").read_text().splitlines()
+    assert "trial 0 | system=[b]be[/b] kind | running" in lines
+    at = lines.index("leaderboard")
+    assert lines[at + 1].startswith("1 of 1 trials done") and "[b]be[/b] kind" in lines[at + 3]
+    assert terminal or "trial 0 | system=[b]be[/b] kind | running\n" in printed(shown)
+
+
 def test_leaderboard_jsonl_has_a_line_for_each_trial_best_first(tmp_path: Path) -> None:
     trials = [
         trial(0, DONE, 1.5, step=20), trial(1, "failed: no"), trial(2, STOPPED, 0.5),
