@@ -28,6 +28,8 @@ from raytune_ft.training.watching.reporting.series import number
 FILE = "leaderboard.jsonl"
 SHORTEST = 9
 """Characters of a field's name that are shown, however short its values are."""
+ENOUGH = 0.1
+"""Share of the steps to come that is taken before the end is told."""
 REASONS = 3
 """Of failed trials that are shown while a sweep goes on."""
 TAIL = 2**16
@@ -95,7 +97,7 @@ class Board:
         moved = trial.step // every > before[1] // every or (trial.step > 0 and before[1] == 0)
         if trial.state != before[0] or (moved and trial.state == RUNNING):
             left = self._pace.left(self.trials)
-            eta = "" if left is None else f" | sweep eta {clock(left)}"
+            eta = "" if left is None else f" | at most {clock(left)} to go"
             if self._live is not None:
                 self.screen.note(self._line(trial) + eta)
             else:
@@ -204,12 +206,15 @@ class Pace:
         self._last = seen
 
     def left(self, trials: Iterable[Trial]) -> float | None:
-        """Return seconds until all trials are over if none is stopped; None: not known yet."""
+        """Return seconds until all trials are over if none is stopped; None: not known yet.
+
+        The first steps tell little: trials that start have taken none.
+        """
         if self._first is None:
             return None
         (began, before), (now, after) = self._first, self._last
         left = sum(max(0, self.total_steps - one.step) for one in trials if not one.is_over)
-        if after <= before or not left:
+        if after - before < ENOUGH * (left + after - before) or not left:
             return None
         return left * (now - began) / (after - before)
 

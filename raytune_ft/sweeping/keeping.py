@@ -26,6 +26,7 @@ def keep(recipe: Recipe, trials: list[Trial], folder: RunFolder) -> Trial:
     """
     keep_states(trials)
     write_leaderboard(folder.path, recipe.tune, trials)
+    page.write_reports(trials)
     best = ranked(trials, recipe.tune.mode)[0]
     if best.state != DONE:
         page.write_page(folder)

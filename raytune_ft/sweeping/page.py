@@ -10,7 +10,7 @@ from __future__ import annotations
 import shlex
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -27,7 +27,7 @@ from raytune_ft.sweeping.deciding import importance_part
 from raytune_ft.sweeping.trials import DONE, FAILED, RUNNING, STOPPED, Ledger, Trial, ranked
 from raytune_ft.sweeping.words import assignments, figure, short_field, short_value
 from raytune_ft.training.run_folder import Event, RunFolder, read_jsonl
-from raytune_ft.training.watching.reporting import clock, tables
+from raytune_ft.training.watching.reporting import clock, tables, write_report
 from raytune_ft.training.watching.reporting.charts import figures
 from raytune_ft.training.watching.reporting.listing import status_of
 from raytune_ft.training.watching.reporting.series import Columns, number, smooth, thin
@@ -61,7 +61,8 @@ white-space:normal;text-align:left;min-width:11rem;width:100%}
 tr.out{opacity:.3} tr.lit td{background:var(--panel)} a{color:var(--c0)}
 .chart .mark{paint-order:stroke;stroke:var(--page);stroke-width:3px;stroke-linejoin:round;
 pointer-events:none}
-.chart .name{pointer-events:none} .grasp{fill:transparent;cursor:crosshair;touch-action:none}
+.chart .name{pointer-events:none} .coordinates .name{paint-order:stroke;stroke:var(--page);
+stroke-width:3px;stroke-linejoin:round} .grasp{fill:transparent;cursor:crosshair;touch-action:none}
 .brush{fill:var(--c0);opacity:.16;pointer-events:none}
 #said{min-height:1.5em;font-variant-numeric:tabular-nums}
 .swatch{display:inline-block;width:.7rem;height:.7rem;border-radius:2px;margin-right:.45rem;
@@ -123,6 +124,16 @@ def write_page(folder: RunFolder) -> Path:
         CheckpointError: its trials.jsonl is of no sweep.
     """
     return Pages(folder).write()
+
+
+def write_reports(trials: Iterable[Trial]) -> None:
+    """Write report.html of trials that are over, took a step and have none."""
+    for trial in trials:
+        folder = RunFolder(trial.folder)
+        is_there = (folder.path / "report.html").is_file()
+        if trial.is_over and folder.metrics.is_file() and not is_there:
+            with suppress(OSError):
+                write_report(folder)
 
 
 def is_sweep(folder: RunFolder) -> bool:

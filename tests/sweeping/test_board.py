@@ -51,7 +51,7 @@ def test_piped_each_change_is_a_line_and_nothing_else_is() -> None:
             shown.update([one, trial(1)])
         shown.update([replace(one, state=DONE), trial(1)])
         before = printed(shown)
-    lines = [line.partition(" | sweep eta")[0] for line in before.splitlines()]
+    lines = [line.partition(" | at most")[0] for line in before.splitlines()]
     assert lines == [
         "trial 0 | lr=3.16e-04 r=16 alpha=32 | running",
         "trial 0 | lr=3.16e-04 r=16 alpha=32 | step 1/~20 | val_loss 3.0000 | running",

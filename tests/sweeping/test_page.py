@@ -17,7 +17,7 @@ from raytune_ft.entry import exit_code
 from raytune_ft.errors import CheckpointError
 from raytune_ft.sweeping.axes import axes_of
 from raytune_ft.sweeping.deciding import order_of
-from raytune_ft.sweeping.page import EVERY, FILE, Pages, write_page
+from raytune_ft.sweeping.page import EVERY, FILE, Pages, write_page, write_reports
 from raytune_ft.sweeping.trials import DONE, STOPPED, Ledger, Trial
 from raytune_ft.training.run_folder import RunFolder, append_jsonl
 from tests.sweeping.made_sweeps import draw, make_sweep, recipe_of
@@ -170,6 +170,16 @@ def test_a_page_tells_what_one_wants_to_know(tmp_path: Path) -> None:
     assert "failed: step 13: loss is nan; lower train.lr" in page
     assert "epsilon squared of the Kruskal-Wallis test" in page and "r, alpha" in page
     assert page.index("<td>lr</td>") < page.index("<td>dropout</td>"), "lr decides by construction"
+
+
+def test_trials_that_are_over_have_reports_to_link_to(tmp_path: Path) -> None:
+    folder = make_sweep(tmp_path / "sweep", 4, running=1)
+    kept = folder.path / "trials/trial_0000/report.html"
+    kept.write_text("as it was")
+    (folder.path / "trials/trial_0001/metrics.jsonl").unlink()
+    write_reports(Ledger.read(folder.path).trials.values())
+    made = sorted(path.parent.name for path in folder.path.glob("trials/*/report.html"))
+    assert made == ["trial_0000", "trial_0002"] and kept.read_text() == "as it was"
 
 
 def test_few_trials_are_said_to_be_few(tmp_path: Path) -> None:
