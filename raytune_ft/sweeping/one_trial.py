@@ -106,7 +106,7 @@ def _train(
             ray_tune.report({key: event.get(key) for key in (*SHOWN, metric)})
 
     with (
-        _fed(recipe, orders, sweep, folder) as (job, supply),
+        fed(recipe, orders, sweep, folder) as (job, supply),
         AskedToEnd() as killed,
         asked_by(orders.mailbox) as stopping,
     ):
@@ -116,7 +116,7 @@ def _train(
 
 
 @contextmanager
-def _fed(
+def fed(
     recipe: Recipe, orders: Orders, sweep: RunFolder, folder: RunFolder
 ) -> Iterator[tuple[Job, Supply]]:
     """Make the trial's folder; yield its job, and windows while the block runs."""

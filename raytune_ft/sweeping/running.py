@@ -19,7 +19,7 @@ from raytune_ft.mailbox import Mailbox
 from raytune_ft.preparation import Prepared, prepare
 from raytune_ft.resume import shown
 from raytune_ft.screen import Screen
-from raytune_ft.sweeping import forecast, on_ray
+from raytune_ft.sweeping import forecast, on_ray, together
 from raytune_ft.sweeping.board import Board
 from raytune_ft.sweeping.course import Course
 from raytune_ft.sweeping.one_trial import Orders
@@ -82,7 +82,11 @@ def _run_left(
     mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
     job = replace(prepared.job, sharing=plan.concurrent, gpu_share=plan.gpu_share or 1.0)
     with _windows(recipe, prepared, plan.concurrent, folder) as supply:
-        on_ray.carry_out(course, Orders(job, mailbox, supply), plan, show=show, screen=screen)
+        orders = Orders(job, mailbox, supply)
+        if recipe.tune.shared_base:
+            together.carry_out(course, orders, show=show, screen=screen)
+        else:
+            on_ray.carry_out(course, orders, plan, show=show, screen=screen)
 
 
 @contextmanager

@@ -250,8 +250,10 @@ def test_all_stop_behind_a_checkpoint_and_go_on(
             seen.append(event["step"])
         return True
 
-    with pytest.raises(Interrupted):
-        together(recipes, tmp_path, report, at_once=3, guards=Guards(lambda: 3 in seen))
+    guards = Guards(lambda: 3 in seen)
+    _, found = together(recipes, tmp_path, report, at_once=3, guards=guards)
+    assert all(isinstance(outcome.error, Interrupted) for outcome in found)
+    assert [outcome.state.step for outcome in found] == [3, 3, 3]
     runs, _ = together(recipes, tmp_path, report, at_once=3)
     assert seen == [1, 2, 3, 4, 5, 6]
     for run, other in zip(runs, lone, strict=True):

@@ -41,7 +41,7 @@ class Outcome:
     is_given_up: bool = False
     """Whether `report` ended it."""
     error: RaytuneError | None = None
-    """What ended it, if it was no success."""
+    """What ended it before its end; `Interrupted` behind a checkpoint of its last step."""
 
     @property
     def is_done(self) -> bool:
@@ -79,7 +79,6 @@ def run_together(
     Raises:
         RecipeError: jobs cannot share a base.
         DataError: the rows cannot be used, by any.
-        Interrupted: the process was asked to stop; every adapter has a checkpoint of its last step.
     """
     recipes = checked([Recipe.model_validate(job.recipe) for job in jobs])
     device = device_of(jobs[0].sharing)
@@ -123,9 +122,6 @@ class Group:
             self._go_on(place)
         if self.members:
             self._train(packs)
-        for outcome in self.outcomes.values():
-            if isinstance(outcome.error, Interrupted):
-                raise outcome.error
         return [self.outcomes[place] for place in places]
 
     def _train(self, packs: PackStream) -> None:
