@@ -189,7 +189,7 @@ def remarks(found: Survey) -> list[str]:
     recipe, notes = found.recipe, []
     run = Path(recipe.run.storage).expanduser() / (recipe.run.name or "")
     if recipe.run.name and run.exists():
-        notes.append(f"run.name: {run} exists; training will ask for another name or --resume")
+        notes.append(f"run.name: {run} exists; training goes on with it if it is of this recipe")
     notes += [
         f"chat_eval.mmlu: {path} is not here; training needs it"
         for path in recipe.chat_eval.mmlu

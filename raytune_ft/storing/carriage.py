@@ -28,7 +28,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raytune_ft import durable
 from raytune_ft.config.cache import cache_dir
-from raytune_ft.errors import CheckpointError, ModelError
+from raytune_ft.errors import CheckpointError, ModelError, RaytuneError
 from raytune_ft.model import loading
 from raytune_ft.storing import fetching, steps
 from raytune_ft.storing.home import FAILURES, PULSES, Home
@@ -205,7 +205,9 @@ class AtHand:
         if self.is_homes:
             if self.way.home is not None and rank == 0:
                 with contextlib.suppress(CheckpointError):
-                    _asked(self.way.home.begin.remote())  # nobody else writes from now on
+                    _asked(
+                        self.way.home.begin.remote(carried=False)
+                    )  # nobody else writes from now on
             work(job)
             return
         home = self.way.home
@@ -215,7 +217,7 @@ class AtHand:
         if rank:
             work(told)
             return
-        writer = HomeFolder(home, _asked(home.begin.remote()))
+        writer = HomeFolder(home, _asked(home.begin.remote(carried=True)))
         with HomeMirror(self.run, writer, job.recipe["checkpoint"]["keep"]):
             work(told)
 
@@ -361,5 +363,7 @@ def _asked(ref: Any, seconds: float = ANSWERS_IN_S) -> Any:
     except FileNotFoundError:
         raise
     except (ray.exceptions.RayError, OSError) as error:
+        if isinstance(cause := getattr(error, "cause", None), RaytuneError | PermissionError):
+            raise CheckpointError(str(cause)) from None
         reason = str(error).strip().rpartition("\n")[2] or type(error).__name__
         raise CheckpointError(f"the driver's node does not answer: {reason}") from None

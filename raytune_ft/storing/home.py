@@ -11,10 +11,12 @@ import hashlib
 import os
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from raytune_ft import durable
+from raytune_ft.training.guarding.exclusive import only_writer
 from raytune_ft.training.run_folder import MANIFEST, RunFolder
 
 PULSES = "stacks"
@@ -31,12 +33,26 @@ class Home:
     def __init__(self, path: str) -> None:
         self.run = RunFolder(path)
         self._writer = 0
+        self._held, self._holds = ExitStack(), False
         self._lock = threading.Lock()
         self._listings: dict[str, list[tuple[str, int, str]]] = {}
 
-    def begin(self) -> int:
-        """Let a worker write the run from now on; return its number. Earlier ones are refused."""
+    def begin(self, *, carried: bool) -> int:
+        """Let a worker write the run from now on; return its number. Earlier ones are refused.
+
+        Args:
+            carried: by what it sends here; then this process holds the folder, as a worker that
+                is on this node does itself.
+
+        Raises:
+            CheckpointError: another process writes this folder.
+        """
         with self._lock:
+            if not carried:
+                self._held.close()
+            elif not self._holds:
+                self._held.enter_context(only_writer(self.run.path))
+            self._holds = carried
             self._writer = max(self._writer + 1, time.time_ns())  # higher than before a restart
             return self._writer
 

@@ -17,6 +17,7 @@ from raytune_ft.storing import carriage
 from raytune_ft.storing.carriage import HomeFolder, HomeMirror, Ties, Way, at_hand
 from raytune_ft.storing.home import PULSES, Home
 from raytune_ft.training.guarding import failures
+from raytune_ft.training.guarding.exclusive import only_writer
 from raytune_ft.training.guarding.pulse import Pulse
 from raytune_ft.training.guarding.watchdog import Place, Watchdog
 from raytune_ft.training.run_folder import RunFolder, append_jsonl, read_jsonl
@@ -142,12 +143,25 @@ def test_another_start_goes_on_from_what_came_home(run: RunFolder, way: Way, mod
 def test_a_worker_of_an_earlier_start_is_refused(run: RunFolder, way: Way) -> None:
     import ray
 
-    first = HomeFolder(way.home, ray.get(way.home.begin.remote()))
-    second = HomeFolder(way.home, ray.get(way.home.begin.remote()))
+    first = HomeFolder(way.home, ray.get(way.home.begin.remote(carried=True)))
+    second = HomeFolder(way.home, ray.get(way.home.begin.remote(carried=True)))
     second.write("metrics.jsonl", b"new")
     with pytest.raises(CheckpointError, match="a later start of this run's workers writes it"):
         first.write("metrics.jsonl", b"old")
     assert run.metrics.read_bytes() == b"new"
+
+
+def test_a_folder_that_is_carried_to_is_written_by_nobody_else(run: RunFolder, way: Way) -> None:
+    """As a killed driver's worker may do for a moment, on any node."""
+    import ray
+
+    ray.get(way.home.begin.remote(carried=True))
+    ray.get(way.home.begin.remote(carried=True))
+    with pytest.raises(CheckpointError, match="another process trains this run"):
+        only_writer(run.path, patience_s=0.2).__enter__()
+    ray.get(way.home.begin.remote(carried=False))
+    with only_writer(run.path, patience_s=0.2):
+        pass
 
 
 def test_a_half_carried_checkpoint_is_not_there(run: RunFolder, way: Way, tmp_path: Path) -> None:
@@ -157,7 +171,7 @@ def test_a_half_carried_checkpoint_is_not_there(run: RunFolder, way: Way, tmp_pa
     other.path.mkdir(parents=True)
     other.update(name="a1")
     folder = save(other, 5)
-    home = HomeFolder(way.home, ray.get(way.home.begin.remote()))
+    home = HomeFolder(way.home, ray.get(way.home.begin.remote(carried=True)))
     home.send(folder / "weights.safetensors", "checkpoints/step_000005/weights.safetensors")
     assert checkpoint.step_folders(run.checkpoints) == []
     assert home.names() == ["failures.jsonl", "recipe.yaml", "run.json"]
