@@ -4,7 +4,7 @@ Two and four gloo ranks, each in a network namespace of its own, take optimizer 
 engine with every preset, all weights of a small model in float32. What a step takes longer on a
 shaped link than on one without a limit is what the model's seconds are held against. Steps without
 a limit are measured again beside every shaped one, and the fastest of each counts, since machines
-have other work. Prints a line of JSON for each cell and a table at the end. Linux, as root.
+have other work; bytes that leave a host are counted by its interface. Prints a line of JSON for each cell and a table at the end. Linux, as root.
 
 Run: python -m benchmarks.scaling_links [--ranks 2,4] [--links MBIT,MBIT,...] [--steps 4]
      [--zeros none,zero1,zero2,stage2,zero3] [--hidden 256] [--out FILE]
@@ -30,7 +30,7 @@ from benchmarks.lines import Lines
 from benchmarks.namespaces import DEVICE, Hosts, hosts, missing
 from benchmarks.scaling_links_rank import MICRO_STEPS
 from raytune_ft.config.estimates.links import Link, ring_seconds
-from raytune_ft.config.estimates.traffic import Trained, payloads
+from raytune_ft.config.estimates.traffic import Trained, payloads, sent_by_model
 
 ROOT = Path(__file__).resolve().parent.parent
 LINKS = [1000.0, 200.0, 50.0]
@@ -157,41 +157,55 @@ def measure(
         told = ask(pipes, folder, "steps", args.steps)
         made.shape(None)
         free = min(free, slowest(ask(pipes, folder, "steps", args.steps)))
-        _, calls, small = told[0]
+        _, calls, small, _ = told[0]
         link = Link(mbit * 1e6 / 8 * PAYLOAD / FRAME, 0.0)
         wanted = predicted(zero, trained, calls, small, len(pipes), link)
+        out = sum(one[-1] for one in told) / len(told)
         measured = slowest(told) - free
         lines.emit(
             ranks=len(pipes), zero=zero, mbit=mbit, trained=trained, calls=calls,
             small_calls=small, without_limit_s=round(free, 4), predicted_s=round(wanted, 4),
             measured_s=round(measured, 4), ratio=round(measured / wanted, 3),
+            sent_by_model=round(sent_by_model(payloads_of(zero, trained), len(pipes))),
+            sent_on_the_wire=round(out),
         )  # fmt: skip
 
 
 def slowest(told: list[Any]) -> float:
     """Return the seconds of the fastest step, each as long as its slowest rank takes."""
-    return min(map(max, zip(*(seconds for seconds, _, _ in told), strict=True)))
+    return min(map(max, zip(*(one[0] for one in told), strict=True)))
 
 
 def predicted(
     zero: str, trained: int, calls: dict[str, float], small: float, world: int, link: Link
 ) -> float:
     """Return the seconds that a step's collectives take in rings, by the model."""
-    work = Trained(trained, MICRO_STEPS, width=4, sharded=trained, fetches=1)
-    wanted = payloads(ZEROS[zero], work, every_micro_step=zero == "stage2")
+    calls = {{"reduce_scatter": "all_reduce"}.get(kind, kind): n for kind, n in calls.items()}
     numbers = small * ring_seconds("all_reduce", 0.0, world, link)
     return numbers + sum(
         calls[kind] * ring_seconds(kind, size / calls[kind], world, link)
-        for kind, size in wanted.items()
+        for kind, size in payloads_of(zero, trained).items()
     )
+
+
+def payloads_of(zero: str, trained: int) -> dict[str, int]:
+    """Return the payloads of a step, by what gloo does with them.
+
+    Of a reduce-scatter it makes an all-reduce of everything, of which each rank keeps its part.
+    """
+    work = Trained(trained, MICRO_STEPS, width=4, sharded=trained, fetches=1)
+    wanted = payloads(ZEROS[zero], work, every_micro_step=zero == "stage2")
+    if "reduce_scatter" in wanted:
+        wanted["all_reduce"] = wanted.pop("reduce_scatter")
+    return wanted
 
 
 def show(cells: list[dict[str, Any]]) -> None:
     """Print a row for each preset and number of ranks, a column for each link."""
     links = list(dict.fromkeys(cell["mbit"] for cell in cells))
     heads = [f"{mbit:g} Mbit/s" for mbit in links]
-    print(f"\n| `train.deepspeed` | ranks | {' | '.join(heads)} |")
-    print("| --- " * (2 + len(links)) + "|")
+    print(f"\n| `train.deepspeed` | ranks | MB sent | {' | '.join(heads)} |")
+    print("| --- " * (3 + len(links)) + "|")
     for zero, world in dict.fromkeys((cell["zero"], cell["ranks"]) for cell in cells):
         own = {c["mbit"]: c for c in cells if (c["zero"], c["ranks"]) == (zero, world)}
         shown = (
@@ -199,7 +213,10 @@ def show(cells: list[dict[str, Any]]) -> None:
             f"{own[link]['ratio']:.2f}"
             for link in links
         )
-        print(f"| {zero} | {world} | {' | '.join(shown)} |")
+        wire, model = (sum(c[key] for c in own.values()) / len(own) / 1e6
+                       for key in ("sent_on_the_wire", "sent_by_model"))  # fmt: skip
+        bytes_ = f"{model:.2f} / {wire:.2f} = {wire / model:.2f}"
+        print(f"| {zero} | {world} | {bytes_} | {' | '.join(shown)} |")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from benchmarks.namespaces import DEVICE
+
 MICRO_STEPS, TOKENS = 3, 16
 
 
@@ -43,10 +45,18 @@ def main() -> None:
         else:
             steps(engine, 1)  # what stands in buffers from before
             seen.take()
+            before = bytes_out()
             seconds = steps(engine, value)
-            found = seen.take()
+            found, out = seen.take(), bytes_out() - before
             each = {k: n / value for k, n in found.calls.items()}
-            pipe.send((seconds, each, found.small_calls / value))
+            pipe.send((seconds, each, found.small_calls / value, out / value))
+
+
+def bytes_out() -> int:
+    """Return the bytes that this host's one interface has sent, headers included."""
+    lines = Path("/proc/net/dev").read_text(encoding="utf-8").splitlines()
+    (own,) = (line for line in lines if line.strip().startswith(f"{DEVICE}:"))
+    return int(own.partition(":")[2].split()[8])
 
 
 def build(zero: str, folder: Path) -> Any:

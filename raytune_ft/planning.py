@@ -12,6 +12,7 @@ from rich.text import Text
 
 from raytune_ft import outlook, survey
 from raytune_ft.config.estimates import pace
+from raytune_ft.config.estimates.links import Shares, shares
 from raytune_ft.config.schema import Recipe
 from raytune_ft.data.report import CUT, SPLIT, Report
 from raytune_ft.errors import MemoryPlanError
@@ -48,12 +49,15 @@ class PlanReport:
     notes: list[str]
     pace: Pace | None = None
     """None where the device's rates are not known."""
+    network: Shares | None = None
+    """What networks leave of several workers' speed; None for one, and without `pace`."""
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
         memory = None if self.memory is None else memory_json(self.memory)
         pace = None if self.pace is None else self.pace.__dict__
-        return {**self.__dict__, "memory": memory, "pace": pace}
+        network = None if self.network is None else self.network.__dict__
+        return {**self.__dict__, "memory": memory, "pace": pace, "network": network}
 
 
 def plan_recipe(
@@ -83,11 +87,16 @@ def plan_recipe(
     speed = None
     if memory is not None:
         speed = outlook.pace_of(memory.recipe, memory.counts, where, rows, memory.choice)
+    network = None
+    if memory is not None and speed is not None:
+        work = memory.recipe.train.accumulation * speed.micro_s + speed.update_s
+        network = shares(memory.recipe, memory.counts, work)
     if rows is None:
-        return PlanReport(memory, None, 0, False, None, None, None, notes, speed)
+        return PlanReport(memory, None, 0, False, None, None, None, notes, speed, network)
     return PlanReport(
-        memory, rows.report, rows.read, rows.exact, packs, rows.density, rows.steps, notes, speed
-    )
+        memory, rows.report, rows.read, rows.exact, packs, rows.density, rows.steps, notes, speed,
+        network,
+    )  # fmt: skip
 
 
 def print_plan(
@@ -154,6 +163,8 @@ def _plan_rows(recipe: Recipe, report: PlanReport) -> Iterator[tuple[str, str]]:
         yield "steps", f"{about}{report.steps:,} in {train.epochs} epochs"
     if report.pace is not None:
         yield from pace_rows(report.pace)
+    if report.network is not None:
+        yield "network", report.network.line(recipe.run.workers)
     if report.memory is not None:
         yield from memory_rows(report.memory)
 

@@ -166,3 +166,28 @@ def test_what_is_faster_in_a_node_is_used_there() -> None:
     assert one_card == pytest.approx(by_hand, rel=1e-2)
     inside = [links.collective_seconds(k, size, 8, FABRICS["ib400"]) for k in KINDS]
     assert inside == [links.collective_seconds(k, size, 8, FABRICS["eth25"]) for k in KINDS]
+
+
+@pytest.mark.parametrize(
+    ("workers", "said"),
+    [
+        (8, "1.40 GB sent per worker and step; 8 workers keep {} of their speed over NVLink; each "
+            "in a machine of its own, {} over InfiniBand 400G, {} over Ethernet 25G"),
+        (64, "1.57 GB sent per worker and step; 64 workers in machines of 8 keep {} of their speed "
+             "over InfiniBand 400G, {} over Ethernet 25G"),
+    ],
+)  # fmt: skip
+def test_a_plan_says_what_networks_leave(workers: int, said: str) -> None:
+    """Seconds by hand, without latencies, which are below three thousandths here."""
+    recipe, counts = case("train.accumulation=4", f"run.workers={workers}")
+    found = links.shares(recipe, counts, work=1.82)
+    assert found is not None
+    p = counts.trained
+    sent = (workers - 1) / workers * 10 * p
+    times = [sent / 300e9, sent / 45e9, sent / 2.8e9]
+    if workers == 64:  # seven eighths inside and seven eighths of eight nodes' parts across
+        times = [sent / 300e9, 7 / 8 * 10 * p / 300e9 + 7 / 8 * 10 * p / 2.8e9]
+    by_hand = [1.82 / (1.82 + seconds) for seconds in times]
+    assert list(found.kept.values()) == pytest.approx(by_hand, abs=3e-3)
+    assert found.line(workers) == said.format(*(f"{share:.1%}" for share in found.kept.values()))
+    assert links.shares(case("run.workers=1")[0], counts, work=1.82) is None

@@ -74,3 +74,5 @@ def test_a_plan_says_it_without_a_gpu(name: str, capsys: pytest.CaptureFixture[s
     assert int(laid[0]) * int(laid[1]) == 8
     (memory,) = re.findall(r"^memory +([\d.]+) GiB at the peak, per worker$", said, re.MULTILINE)
     assert 1 < float(memory) < DEVICES["h100"].memory / GIB
+    (network,) = re.findall(r"^network +(.*)$", said, re.MULTILINE)
+    assert " GB sent per worker and step; 8 workers keep 9" in network

@@ -14,7 +14,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from raytune_ft.config.estimates.traffic import ROUNDS, Exchange
+from raytune_ft.config.estimates.footprint import Counts
+from raytune_ft.config.estimates.traffic import ROUNDS, Exchange, exchange
+from raytune_ft.config.schema import Recipe
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class Fabric:
         return self.cards * self.across.bandwidth
 
 
+IN_A_NODE = 8
+"""GPUs that NVLink joins in most machines."""
 NVLINK = Link(300e9, 3.4e-6)
 """As NCCL's own tests measured it on nodes of four and eight; latency of its tuning table."""
 INFINIBAND = Link(45e9, 14e-6)
@@ -59,8 +63,8 @@ ETHERNET = Link(2.8e9, 50e-6)
 """25 Gbit/s by TCP; latency assumed."""
 FABRICS = {
     "nvlink": Fabric("NVLink", NVLINK, NVLINK, per_node=1, cards=1),
-    "ib400": Fabric("InfiniBand 400G", NVLINK, INFINIBAND, per_node=8, cards=8),
-    "eth25": Fabric("Ethernet 25G", NVLINK, ETHERNET, per_node=8, cards=1),
+    "ib400": Fabric("InfiniBand 400G", NVLINK, INFINIBAND, IN_A_NODE, cards=8),
+    "eth25": Fabric("Ethernet 25G", NVLINK, ETHERNET, IN_A_NODE, cards=1),
     "ib400-single": Fabric("InfiniBand 400G", INFINIBAND, INFINIBAND, per_node=1),
     "eth25-single": Fabric("Ethernet 25G", ETHERNET, ETHERNET, per_node=1),
 }
@@ -146,3 +150,43 @@ def efficiency(work: float, found: Exchange, ranks: int, fabric: Fabric) -> floa
         fabric: between them.
     """
     return work / (work + exchange_seconds(found, ranks, fabric))
+
+
+@dataclass(frozen=True)
+class Shares:
+    """What networks leave of the speed of a recipe's workers."""
+
+    sent: float
+    """Bytes that each worker sends in an optimizer step."""
+    kept: dict[str, float]
+    """Name of a network -> share of the time that is work."""
+
+    def line(self, workers: int) -> str:
+        """Say it in one line."""
+        first, *others = (f"{share:.1%} {{}}over {name}" for name, share in self.kept.items())
+        where = "" if workers <= IN_A_NODE else f" in machines of {IN_A_NODE}"
+        apart = "; each in a machine of its own, " if workers <= IN_A_NODE else ", "
+        rest = ", ".join(one.format("") for one in others)
+        return (
+            f"{self.sent / 1e9:.2f} GB sent per worker and step; {workers} workers{where} keep "
+            f"{first.format('of their speed ')}{apart}{rest}"
+        )
+
+
+def shares(recipe: Recipe, counts: Counts, work: float) -> Shares | None:
+    """Predict what networks leave of the speed of a recipe's workers; None for one worker.
+
+    Args:
+        recipe: in its layout.
+        counts: of its model.
+        work: seconds of a step's passes and update.
+    """
+    workers = recipe.run.workers
+    if workers == 1:
+        return None
+    found = exchange(recipe, counts)
+    names = ("nvlink", "ib400-single", "eth25-single")
+    if workers > IN_A_NODE:
+        names = ("ib400", "eth25")
+    kept = {FABRICS[n].name: efficiency(work, found, workers, FABRICS[n]) for n in names}
+    return Shares(found.sent(workers), kept)
