@@ -18,7 +18,7 @@ from raytune_ft.storing import fetching
 from raytune_ft.storing.places import Place, local_copy
 from raytune_ft.training.run_folder import RunFolder, read_jsonl
 from tests.conftest import write_chats
-from tests.runs import sha256, start, train, write_recipe
+from tests.runs import sha256, start, write_recipe
 
 pytestmark = [pytest.mark.cluster, pytest.mark.ray, pytest.mark.timeout(3000)]
 
@@ -59,6 +59,14 @@ def call(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [*CLI, *words], capture_output=True, text=True, env=dict(os.environ), check=False
     )
+
+
+def train(recipe: Path, *overrides: str) -> str:
+    """Run to the end; return what it printed for people."""
+    process = start(recipe, *overrides)
+    _, printed = process.communicate(timeout=1200)
+    assert process.returncode == 0, printed
+    return printed
 
 
 def step_there(place: Place) -> int:
