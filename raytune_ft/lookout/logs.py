@@ -117,9 +117,12 @@ def _ended(seen: Seen, name: str) -> int:
     if status == "failed":
         _tell(f"{seen.shown}: failed{reason}; {seen.how_to_go_on()}")
         return code if isinstance(code, int) and 0 < code < 128 else TrainingError.exit_code
+    if status == "damaged":
+        _tell(f"{seen.shown}: damaged: it has no run.json that can be read")
+        return RaytuneError.exit_code
     gone = " (its driver is gone)" if status == "interrupted" else reason
     _tell(f"{seen.shown}: {status}{gone}; {seen.how_to_go_on()}")
-    return Interrupted.exit_code if status != "damaged" else RaytuneError.exit_code
+    return Interrupted.exit_code
 
 
 def _print(tail: Tail, shown: Shown) -> None:
