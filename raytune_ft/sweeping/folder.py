@@ -41,16 +41,15 @@ def open_sweep(recipe: Recipe, source: str, resume: str | None) -> RunFolder | N
         CheckpointError: it is no sweep, or a process works on it just now.
     """
     folder = RunFolder(resume) if resume else _named(recipe)
-    if folder is None or not (folder.path / trials.FILE).is_file():
-        if resume:
-            raise CheckpointError(
-                f"{resume}: is no sweep (it has no {trials.FILE}); go on with a run by: "
-                f"raytune-ft train --resume {resume}"
-            )
-        folder = new_folder(recipe, source)
+    is_sweep = folder is not None and (folder.path / trials.FILE).is_file()
+    if resume and not is_sweep:
+        raise CheckpointError(
+            f"{resume}: is no sweep (it has no {trials.FILE}); go on with a run by: "
+            f"raytune-ft train --resume {resume}"
+        )
+    if folder is None or not is_sweep or not folder.run_json.is_file():
+        folder = new_folder(recipe, source)  # takes over what a killed driver had not begun
         (folder.path / trials.FILE).touch()
-        return folder
-    if not folder.run_json.is_file():  # a driver was killed before its sweep began
         return folder
     check_same(recipe, folder)
     if (folder.path / BEST_RECIPE).is_file() and folder.info().get("status") == "done":
