@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import json
 import os
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ray import tune as ray_tune
+from ray.exceptions import RayError
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
-from raytune_ft.errors import Interrupted
+from raytune_ft.errors import Interrupted, RaytuneError, TrainingError
 from raytune_ft.fitting import POLL_SECONDS, Fit
 from raytune_ft.resume import shown
 from raytune_ft.screen import Screen
@@ -101,9 +103,6 @@ class Watch(Unkept, ray_tune.Callback):  # type: ignore[misc]
         self.course.failed(number, reason_of(trial, self.course.ledger.trials[number]))
         self.show(self.course.trials)
 
-    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        """Nothing to do; it starts again."""
-
 
 def number_of(trial: Any) -> int:
     """Return which of the sweep's trials one of Ray Tune's is."""
@@ -150,7 +149,7 @@ def carry_out(
                 screen.line("trials stop behind this step's checkpoint; once more stops at once")
         asked = wish.signal is not None
     if fit.error is not None:
-        raise fit.error
+        raise _told(fit.error, folder)
     left = sum(not trial.is_over for trial in course.trials)
     if asked and left:
         late = f" within {GRACE_S:g} s, as far as they came" if fit.is_alive() else ""
@@ -159,6 +158,18 @@ def carry_out(
             f"{len(course.trials)} trials are over; go on with: raytune-ft tune --resume "
             f"{shown(folder)}"
         )
+
+
+def _told(error: BaseException, folder: RunFolder) -> BaseException:
+    """Return what is raised for an error of the driver's own, such as a ledger that is full."""
+    if isinstance(error, RaytuneError | RayError):
+        return error
+    traceback.print_exception(error)  # into the sweep's log
+    sweep, kind = shown(folder), type(error).__name__
+    return TrainingError(
+        f"{sweep}: {kind}: {last_line(error)}; see {sweep}/run.log; go on with: raytune-ft tune "
+        f"--resume {sweep}"
+    )
 
 
 def _tuner(
