@@ -156,8 +156,10 @@ def test_the_same_error_at_the_same_step_twice_ends_a_run(run: RunFolder) -> Non
 
 
 def test_hangs_at_the_same_step_are_the_same_whoever_tells(run: RunFolder) -> None:
-    PULSE.step = 5
+    PULSE.step, PULSE.attempt = 5, 1
     assert not failures.note(run, "rank 0: data", rank=0, kind=failures.HANG)
+    assert not failures.note(run, "rank 0: data", rank=2, kind=failures.HANG), "of one start"
+    PULSE.attempt = 2
     assert failures.note(run, "rank 0: backward", rank=1, kind=failures.HANG)
 
 
