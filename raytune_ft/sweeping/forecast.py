@@ -110,10 +110,16 @@ def forecast(
     share = 1 / found.per_gpu if where.gpus else 0.0
     devices = min(where.gpus, found.concurrent) or where.cores
     seconds = None if most is None else most.seconds
-    planned = Forecast(found.concurrent, share, CPUS, seconds, [found.line], most, least, devices)
+    line = found.line if not recipe.tune.shared_base else _on_one_base(where)
+    planned = Forecast(found.concurrent, share, CPUS, seconds, [line], most, least, devices)
     if most is not None and least is not None:
         planned.lines.extend(_cost_lines(recipe, planned, most, least))
     return planned
+
+
+def _on_one_base(where: Machine) -> str:
+    process = "in one process" if where.gpus < 2 else f"in a process for each of {where.gpus} GPUs"
+    return f"trials that can share a base train on one, {process}; the others one by one"
 
 
 def _of(recipe: Recipe, values: Mapping[str, Any]) -> Recipe | str:

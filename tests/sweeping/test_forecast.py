@@ -244,6 +244,17 @@ def test_a_trial_whose_values_cannot_be_together_is_noted_and_costs_nothing(
     assert both.most.steps == alone.most.steps
 
 
+def test_trials_on_one_base_are_told_as_such(planned: tuple[Recipe, list[Trial]]) -> None:
+    recipe, _ = planned
+    shared = recipe.model_copy(
+        update={"tune": recipe.tune.model_copy(update={"shared_base": True})}
+    )
+    line = forecast.forecast(shared, 2).lines[0]
+    assert (
+        line == "trials that can share a base train on one, in one process; the others one by one"
+    )
+
+
 def test_neither_torch_nor_ray_is_needed_where_a_card_knows_the_model() -> None:
     code = (
         "import sys; from raytune_ft.config import loader;"
