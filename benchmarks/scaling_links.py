@@ -4,7 +4,8 @@ Two and four gloo ranks, each in a network namespace of its own, take optimizer 
 engine with every preset, all weights of a small model in float32. What a step takes longer on a
 shaped link than on one without a limit is what the model's seconds are held against. Steps without
 a limit are measured again beside every shaped one, and the fastest of each counts, since machines
-have other work; bytes that leave a host are counted by its interface. Prints a line of JSON for each cell and a table at the end. Linux, as root.
+have other work; bytes that leave a host are counted by its interface. Prints a line of JSON for
+each cell and a table at the end. Linux, as root.
 
 Run: python -m benchmarks.scaling_links [--ranks 2,4] [--links MBIT,MBIT,...] [--steps 4]
      [--zeros none,zero1,zero2,stage2,zero3] [--hidden 256] [--out FILE]
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -49,6 +51,7 @@ def main() -> int:
     if found := missing():
         print(found, file=sys.stderr)
         return 2
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # namespaces go away on the way out
     lines = Lines(args)
     with tempfile.TemporaryDirectory(prefix="scaling_links_") as place:
         folder = Path(place)

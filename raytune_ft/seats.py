@@ -20,8 +20,8 @@ CPUS_PER_WORKER = 0.5
 def check(recipe: Recipe) -> None:
     """Refuse more workers than this machine has GPUs.
 
-    Nothing is said where `RAY_ADDRESS` names a cluster, whose GPUs the driver does not know, and
-    where is no GPU: ranks on a CPU share its cores.
+    Nothing is said where `RAY_ADDRESS` names a cluster, whose GPUs the driver does not know, where
+    is no GPU, since ranks on a CPU share its cores, and where `run.min_workers` find one.
 
     Raises:
         RecipeError: with the settings that take the same steps on the GPUs there are.
@@ -30,7 +30,7 @@ def check(recipe: Recipe) -> None:
     if workers == 1 or os.environ.get("RAY_ADDRESS"):
         return
     there = len(gpus.visible())
-    if 0 < there < workers:
+    if 0 < there < (recipe.run.min_workers or workers):
         gpus_here = "1 GPU" if there == 1 else f"{there} GPUs"
         raise RecipeError(
             f"run.workers: {workers} workers need a GPU each, and this machine has {gpus_here}; "

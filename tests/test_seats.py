@@ -59,6 +59,13 @@ def test_a_cluster_has_gpus_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     seats.check(load_recipe(NAME))
 
 
+@pytest.mark.usefixtures("machine")
+def test_an_elastic_run_begins_with_as_many_as_there_are() -> None:
+    seats.check(load_recipe(NAME, ["run.min_workers=3"]))
+    with pytest.raises(RecipeError, match="this machine has 3 GPUs"):
+        seats.check(load_recipe(NAME, ["run.min_workers=4"]))
+
+
 def test_ranks_without_a_gpu_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     seats.check(load_recipe(NAME))
