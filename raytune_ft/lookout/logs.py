@@ -46,7 +46,7 @@ def show(word: str, name: str, *, follow: bool, last: int | None) -> int:
         _print_rest(tail, shown)
         return 0
     seen = _arrived(word)
-    _follow(seen, *_opened(seen, name, last))
+    _follow(seen, name, last)
     return _ended(seen, name)
 
 
@@ -79,13 +79,16 @@ def step_words(line: str) -> str | None:
         return None
 
 
-def _follow(seen: Seen, tail: Tail, shown: Shown) -> None:
+def _follow(seen: Seen, name: str, last: int | None) -> None:
     """Print lines until nobody drives the run any more."""
     failing_since: float | None = None
+    tail, shown = _opened(seen, name, last)
     while True:
         try:
             driver = seen.driver()  # first: what it wrote until then is read behind that
             cuts = tail.n_cuts
+            if not tail.has_begun:  # either file may come first
+                tail, shown = _opened(seen, name, last)
             _print(tail, shown)
         except CheckpointError:
             failing_since = failing_since or time.monotonic()

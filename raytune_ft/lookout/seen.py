@@ -21,7 +21,7 @@ TRIALS = "trials"
 """Folder of a sweep that has a run folder for each trial."""
 LEDGER = "trials.jsonl"
 """Of a sweep alone."""
-SIGNS = ("run.json", "metrics.jsonl", "lines.log")
+SIGNS = ("run.json", "metrics.jsonl", "lines.log", liveness.ALIVE)
 """What makes a folder a run, a damaged or a starting one as well."""
 
 

@@ -37,6 +37,11 @@ class Tail:
         self._at = -1
         self._shown: deque[tuple[int, bytes]] = deque(maxlen=REMEMBERED)
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether the file was there at the last call."""
+        return self._at >= 0
+
     def new(self) -> Iterator[str]:
         """Yield the whole lines that came since the last call."""
         stamp = self.files.stamp(self.name)

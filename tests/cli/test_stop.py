@@ -39,7 +39,8 @@ with attending.attended(folder):
     with Wish() as wish:
         while wish.signal is None or "slow" in sys.argv:
             time.sleep(0.01)
-    folder.update(status="stopped")
+    if folder.run_json.is_file():
+        folder.update(status="stopped")
     raise Interrupted("stopped after step 4")
 """
 """A driver that stops as `fitting.see_through` does, by the same Wish."""
@@ -86,6 +87,18 @@ def test_a_run_stops_and_it_is_said_how_it_goes_on(tmp_path: Path, call: Command
     again = call("stop", str(place))
     assert (again.code, again.err.count("\n")) == (1, 1)
     assert again.err.startswith(f"{place}: nothing to stop: stopped; go on with")
+
+
+def test_a_run_that_is_only_starting_leaves_nothing(tmp_path: Path, call: Command) -> None:
+    place = tmp_path / "runs/a"
+    with driven(place) as process:
+        for path in place.iterdir():
+            if path.name != liveness.ALIVE:
+                path.unlink()
+        said = call("stop", str(place))
+        assert process.wait(timeout=60) == 1
+    assert said.code == 0
+    assert said.err.splitlines()[-1] == f"{place}: it had not begun, and nothing is left of it"
 
 
 @pytest.mark.parametrize("how", [(), ("elsewhere",)])
