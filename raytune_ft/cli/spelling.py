@@ -86,7 +86,12 @@ def train_words(
     words = []
     if deepspeed is not None:
         words.append(f"train.deepspeed={deepspeed.removeprefix(PRESET_PREFIX)}")
-    if work_dir is not None:
+    if work_dir is not None and "://" in work_dir:
+        from raytune_ft.storing.places import split_run
+
+        storage, name = split_run(work_dir)
+        words += [f"run.storage={storage}", f"run.name={name}"]
+    elif work_dir is not None:
         place = Path(work_dir).expanduser()
         if not place.name:
             raise RecipeError(f"--work-dir: '{work_dir}' names no folder; give one such as runs/a")

@@ -11,7 +11,7 @@ import hashlib
 import os
 import threading
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -111,6 +111,8 @@ class Home:
             half = folder / f"{name}.half_{os.getpid()}"
             half.write_bytes(content)
             half.replace(folder / name)
+        with suppress(OSError):  # of a run without a hang nothing is left
+            folder.rmdir()
         found = sorted(folder.iterdir()) if folder.is_dir() else []
         return {p.name: p.read_bytes() for p in found if p.is_file() and "half" not in p.name}
 

@@ -137,6 +137,13 @@ def test_train_options_of_xtuner(call: Command, work: Path) -> None:
     ) == ["train.deepspeed=zero2", "run.storage=wd", "run.name=x", "train.seed=7"]
 
 
+def test_a_working_folder_may_be_an_address() -> None:
+    words = spelling.train_words(
+        deepspeed=None, work_dir="s3://bucket/runs/a/", seed=None, launcher="none", local_rank=0
+    )
+    assert words == ["run.storage=s3://bucket/runs", "run.name=a"]
+
+
 def test_cfg_options_set_our_fields(call: Command, work: Path) -> None:
     options = ["optim_wrapper.optimizer.lr=1e-3", "train_cfg.max_epochs=2", "max_length=64"]
     plain = plan(call, "tiny.yaml", "train.epochs=2", "data.max_length=64")
