@@ -96,20 +96,19 @@ def fit(recipe: Recipe, n_trials: int, trials: Iterable[Recipe], where: Machine)
     model = Model(recipe)
     asked = recipe.tune.concurrent
     if where.gpus:
-        per_gpu, needed = _on_gpu(trials, model, where)
-        most, there = per_gpu * where.gpus, where.free
+        most, needed = _on_gpu(trials, model, where)
+        there = where.free
     else:
         sizes = [_on_cpu(one, model) for one in trials] if model.is_known else []
-        needed, there, per_gpu = max(sizes, default=None), where.memory, 0
+        needed, there = max(sizes, default=None), where.memory
         most = where.cores
         if needed is not None and there is not None:
             _refuse_one(needed, there, "this machine")
             most = max(1, min(most, int(there * FILLED // needed)))
     if asked is not None and asked > most and min(asked, n_trials) > most:
         raise MemoryPlanError(_too_many(asked, most, needed, there, where))
-    chosen = max(1, min(most, where.cores, n_trials, asked or most))
-    if where.gpus:
-        per_gpu = -(-chosen // where.gpus)
+    chosen = max(1, min(most, n_trials, asked or most))
+    per_gpu = -(-chosen // where.gpus) if where.gpus else 0
     return Fit(chosen, per_gpu, needed, _line(chosen, needed, where))
 
 
@@ -182,6 +181,7 @@ class Layouts:
 
     def __init__(self, recipe: Recipe, counts: Counts, where: Machine) -> None:
         device = where.device or DEVICES["h200"]
+        self.recipe, self.counts = recipe, counts
         self.free = where.free or device.memory
         if recipe.train.layout == "auto":
             self.weighed = layout.weighed(recipe, counts, device)
@@ -193,6 +193,12 @@ class Layouts:
         """Return the layout of a trial that has one of `share` parts of the GPU."""
         room = self.free / share * layout.FILLED
         return layout.fastest(self.weighed, room) or layout.smallest(self.weighed)
+
+    def host_bytes(self, share: int) -> int:
+        """Return what such a trial takes of the host: its process, and what is kept there."""
+        laid = self.on(share).layout
+        fixed = laid.applied(self.recipe, self.counts.layers)
+        return peak.PROCESS + sum(peak.host_bytes(fixed, self.counts, laid.hosted).values())
 
     def most(self, limit: int) -> int:
         """Return how many such trials fit on the GPU, up to `limit`, without getting slow."""
@@ -207,22 +213,33 @@ class Layouts:
 
 
 def _on_gpu(trials: Iterable[Recipe], model: Model, where: Machine) -> tuple[int, int | None]:
-    """Return how many of the heaviest trial fit on one GPU, and its bytes there."""
+    """Return how many trials fit on the GPUs and beside each other on the host; bytes on a GPU."""
     if not model.is_known or where.free is None:
-        return 1, None
-    fitting, taken, seen = where.cores, 0, set()
+        return min(where.gpus, where.cores), None
+    each = list(_different(trials, model, where))
+    for one in each:
+        _refuse_one(one.on(1).memory, where.free, "each GPU")
+    per_gpu = where.cores
+    for one in each:
+        per_gpu = min(per_gpu, one.most(per_gpu))
+    most = min(per_gpu * where.gpus, where.cores)
+    if where.memory is not None:
+        host = max(one.host_bytes(per_gpu) for one in each)
+        most = max(1, min(most, int(where.memory * FILLED // host)))
+    return most, max(one.on(per_gpu).memory for one in each)
+
+
+def _different(trials: Iterable[Recipe], model: Model, where: Machine) -> Iterator[Layouts]:
+    """Yield the layouts of trials that differ in what they take."""
+    seen = set()
+    device = where.device or DEVICES["h200"]
     for recipe in trials:
         counts = model.counts(recipe)
-        train = recipe.train
-        key = (counts, train.micro_batch_size, train.accumulation, train.optimizer, train.layout)
-        if key in seen:  # what it differs in takes no memory
-            continue
-        seen.add(key)
-        found = Layouts(recipe, counts, where)
-        _refuse_one(found.on(1).memory, where.free, "each GPU")
-        fitting = min(fitting, found.most(fitting))
-        taken = max(taken, found.on(fitting).memory)
-    return fitting, taken
+        own = layout.weigh(recipe, counts, device, layout.own_layout(recipe, counts.layers))
+        key = (counts, own, recipe.train.layout)
+        if key not in seen:
+            seen.add(key)
+            yield Layouts(recipe, counts, where)
 
 
 def _on_cpu(recipe: Recipe, model: Model) -> int:

@@ -81,6 +81,28 @@ def test_the_heaviest_value_of_the_space_decides(seven: Recipe) -> None:
     assert few.needed > many.needed and few.concurrent <= many.concurrent
 
 
+@pytest.mark.parametrize("field", ["data.max_length", "train.micro_batch_size"])
+def test_any_field_that_takes_memory_counts(field: str) -> None:
+    recipe = sweep_of(space={field: [1, 2]})
+    content = recipe.model_dump(mode="json")
+    content["train"]["layout"] = "recipe"
+    content["tune"]["space"] = {field: [512, 4096] if "length" in field else [1, 16]}
+    swept = Recipe.model_validate(content)
+    small = with_values(swept, {field: content["tune"]["space"][field][0]})
+    both = fit(swept, 99, heaviest(swept), gpus("h200"))
+    alone = fit(small, 99, [small], gpus("h200"))
+    assert both.needed is not None and alone.needed is not None
+    assert both.needed > alone.needed and both.concurrent < alone.concurrent
+
+
+@pytest.mark.parametrize(("cores", "host", "most"), [(64, 512, 5), (3, 512, 3), (64, 10, 3)])
+def test_cores_and_the_host_count_beside_gpus(
+    seven: Recipe, cores: int, host: int, most: int
+) -> None:
+    where = replace(gpus("h200"), cores=cores, memory=host * GIB)
+    assert fit(seven, 99, heaviest(seven), where).concurrent == most
+
+
 @pytest.mark.parametrize(("memory", "cores", "most"), [(64, 4, 4), (8, 64, 3), (2.2, 64, 1)])
 def test_on_a_cpu_memory_and_cores_count(memory: float, cores: int, most: int) -> None:
     recipe = sweep_of("configs/quickstart.yaml", space={"lora.r": [4, 16]})
