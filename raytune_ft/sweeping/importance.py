@@ -87,7 +87,7 @@ def ranked(order: Sequence[float]) -> Ranks:
 
 
 def grouped(values: Sequence[Hashable]) -> Groups:
-    """Number the group of each value, from 0 in order of first appearance; shape (n,).
+    """Return the number of each value's group, from 0 in order of appearance; shape (n,).
 
     Numbers with few repetitions are cut into about sqrt(n) groups of equal size; others are
     groups as they are.
