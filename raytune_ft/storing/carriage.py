@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,6 +37,7 @@ from raytune_ft.storing.mirror import Mirror, Stamp, stamps
 from raytune_ft.storing.places import BLOCK_BYTES, Beat
 from raytune_ft.training.guarding import failures
 from raytune_ft.training.run_folder import RunFolder
+from raytune_ft.training.saving import checkpoint
 from raytune_ft.training.worker import Job
 
 NONCE = ".driver"
@@ -239,7 +241,11 @@ def at_hand(way: Way) -> Iterator[AtHand]:
     for name in HomeFolder(way.home).names():
         if name == FAILURES:
             HomeFolder(way.home).fetch(name, run.path / name)
-    with failures.told_to(lambda entry: _tell(way.home, entry)), Ties(way.home, run.path / PULSES):
+    with (
+        failures.told_to(lambda entry: _tell(way.home, entry)),
+        checkpoint.brought_by(lambda folder: _bring_step(run, folder, HomeFolder(way.home))),
+        Ties(way.home, run.path / PULSES),
+    ):
         yield AtHand(run, way, is_homes=False)
 
 
@@ -269,6 +275,17 @@ def _fill(run: RunFolder, home: HomeFolder) -> None:
             half.replace(target)
     whole = [step for step, is_whole in there.items() if is_whole]
     fetching.fetch_steps(home, run, whole, fetching.silent)
+
+
+def _bring_step(run: RunFolder, folder: Path, home: HomeFolder) -> None:
+    """Wait until a checkpoint that rank 0 wrote has come home, and fetch it."""
+    deadline = time.monotonic() + ANSWERS_IN_S
+    while time.monotonic() < deadline:
+        if steps.steps_in(home.names(steps.CHECKPOINTS)).get(folder.name):
+            with _alone(run.path):
+                fetching.fetch_step(home, run, folder.name, fetching.silent)
+            return
+        time.sleep(TIES_S)
 
 
 def located(job: Job, run: RunFolder, home: Any) -> Job:

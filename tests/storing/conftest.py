@@ -22,6 +22,15 @@ def server() -> Iterator[str]:
     running.stop()
 
 
+@pytest.fixture(scope="package")
+def started() -> Iterator[None]:
+    """Have a Ray of this package's tests."""
+    from raytune_ft.cluster import ray_session
+
+    with ray_session():
+        yield
+
+
 @pytest.fixture
 def bucket(server: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """Return the address of an empty bucket; the environment says where its server is."""

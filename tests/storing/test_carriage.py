@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,15 +25,7 @@ from raytune_ft.training.saving.checkpoint import TrainState
 from raytune_ft.training.saving.load_from import Begin
 from raytune_ft.training.worker import Job
 
-pytestmark = pytest.mark.ray
-
-
-@pytest.fixture(scope="module", autouse=True)
-def started() -> Iterator[None]:
-    from raytune_ft.cluster import ray_session
-
-    with ray_session():
-        yield
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("started")]
 
 
 @pytest.fixture
@@ -138,6 +129,14 @@ def test_another_start_goes_on_from_what_came_home(run: RunFolder, way: Way, mod
 
         place.train(job_of(run, model), 1, work)
     assert seen == ["step_000001"]
+
+
+def test_another_rank_gets_the_checkpoint_that_rank_0_wrote(run: RunFolder, way: Way) -> None:
+    """As the best one at the end, which ranks of other nodes have never seen."""
+    with at_hand(way) as place:
+        saved = save(run, 2)
+        loaded = checkpoint.load(place.run.checkpoints / saved.name)
+    assert loaded.state.step == 2
 
 
 def test_a_worker_of_an_earlier_start_is_refused(run: RunFolder, way: Way) -> None:

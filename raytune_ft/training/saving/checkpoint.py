@@ -11,7 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from raytune_ft.training.run_folder import MANIFEST, STEP_PREFIX
 from raytune_ft.training.saving import durable
 
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
+_bring: list[Callable[[Path], object]] = []
+"""Of this process, which is one rank."""
 FORMAT = 2
 """Of state.json; 1 had no `format`."""
 
@@ -125,8 +128,24 @@ def folder_name(step: int) -> str:
     return f"{STEP_PREFIX}{step:06d}"
 
 
+@contextmanager
+def brought_by(bring: Callable[[Path], object]) -> Iterator[None]:
+    """While the block runs, have a checkpoint brought that another machine wrote, if it is loaded.
+
+    For a rank on a machine that does not have the run's folder.
+    """
+    _bring.append(bring)
+    try:
+        yield
+    finally:
+        _bring.remove(bring)
+
+
 def load(folder: Path) -> Loaded:
     """Read a checkpoint back; CheckpointError names the first file that is not as written."""
+    if not folder.is_dir():
+        for bring in _bring:
+            bring(folder)
     problem = damage(folder)
     if problem:
         raise CheckpointError(f"{folder}: {problem}; use an earlier checkpoint")
