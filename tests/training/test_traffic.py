@@ -60,7 +60,7 @@ def work(rank: int, world: int, folder: str) -> None:
         found = seen.take()
         weights = engine.weights()
         told.append({
-            "cell": [zero, method, dtype], "payloads": found.payloads, "small": found.small, "small_calls": found.small_calls,
+            "cell": [zero, method, dtype], "payloads": found.payloads, "small": found.small,
             "calls": found.calls, "sizes": {n: list(s) for n, s in sizes(engine).items()},
             "loss": losses[0], "weight": float(sum(w.double().sum() for w in weights.values())),
         })  # fmt: skip

@@ -185,8 +185,7 @@ def shares(recipe: Recipe, counts: Counts, work: float) -> Shares | None:
     if workers == 1:
         return None
     found = exchange(recipe, counts)
-    names = ("nvlink", "ib400-single", "eth25-single")
-    if workers > IN_A_NODE:
-        names = ("ib400", "eth25")
+    together = workers <= IN_A_NODE
+    names = ["nvlink", "ib400-single", "eth25-single"] if together else ["ib400", "eth25"]
     kept = {FABRICS[n].name: efficiency(work, found, workers, FABRICS[n]) for n in names}
     return Shares(found.sent(workers), kept)
