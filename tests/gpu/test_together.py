@@ -61,7 +61,7 @@ def batch() -> dict[str, torch.Tensor]:
     rng = np.random.default_rng(3)
     packs = []
     for middle in (200, 77):
-        ids = rng.integers(5, 300, LENGTH).astype(np.int32)
+        ids = rng.integers(5, 250, LENGTH).astype(np.int32)
         positions = np.concatenate([np.arange(middle), np.arange(LENGTH - middle)])
         bounds = np.array([0, middle, LENGTH], np.int32)
         packs.append(Pack(ids, ids.copy(), positions.astype(np.int32), bounds, np.arange(2)))
