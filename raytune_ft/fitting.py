@@ -6,11 +6,13 @@ that were lost too often. The main thread only waits, so that signals reach it a
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -37,9 +39,9 @@ from raytune_ft.wish import GRACE_S, Wish
 POLL_SECONDS = 0.2
 ASK_SECONDS = 0.5
 JOB_SECONDS = 0.1
-GROW_SECONDS = 30.0
-"""Between two looks of Ray Train whether there is room for more workers; what was trained since
-the last checkpoint is trained again with them."""
+NEVER_S = 1e9
+"""Between two looks of Ray Train whether to start a run's workers again as more of them. It would
+not wait for a checkpoint; a run that is elastic grows behind one."""
 ALONE_SECONDS = 10.0
 """Behind the failure that ends a run, for workers that have not met it."""
 
@@ -58,10 +60,11 @@ class Workers:
         self.mailbox: Any = (
             ray.remote(Mailbox).options(num_cpus=0, scheduling_strategy=here).remote()
         )
-        trainer = _trainer(recipe, folder, self.mailbox)
-        each = trainer.scaling_config.resources_per_worker
-        self.need = Need(each, recipe.run.min_workers or recipe.run.workers)
-        self.ended = Fit(trainer)
+        trainers = (_trainer(recipe, folder, self.mailbox, k) for k in itertools.count())
+        first = next(trainers)
+        each, run = first.scaling_config.resources_per_worker, recipe.run
+        self.need = Need(each, run.min_workers or run.workers, run.workers)
+        self.ended = Fit(Growing(itertools.chain([first], trainers), self.mailbox))
 
     def fit(self, job: worker.Job, supply: Supply, screen: Screen) -> None:
         """Tell them their job, and see them to the end.
@@ -74,7 +77,13 @@ class Workers:
         with (
             Wish() as wish,
             watched(self.mailbox, screen, self.folder),
-            told_of_room(ray.nodes, self.need, screen.line),
+            told_of_room(
+                ray.nodes,
+                ray.available_resources,
+                self.need,
+                screen.line,
+                self.mailbox.has_room.remote,
+            ),
         ):
             self.mailbox.give.remote([ray.put((job, supply))])
             try:
@@ -87,7 +96,7 @@ class Workers:
                 raise
 
 
-def _trainer(recipe: Recipe, folder: RunFolder, mailbox: Any) -> Any:
+def _trainer(recipe: Recipe, folder: RunFolder, mailbox: Any, number: int) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -105,16 +114,32 @@ def _trainer(recipe: Recipe, folder: RunFolder, mailbox: Any) -> Any:
         torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo", timeout_s=PATIENCE_S),
         scaling_config=ScalingConfig(
             num_workers=(least, recipe.run.workers) if least else recipe.run.workers,
-            elastic_resize_monitor_interval_s=GROW_SECONDS,
+            elastic_resize_monitor_interval_s=NEVER_S,
             use_gpu=on_gpu,
             resources_per_worker={"CPU": cpus, **({"GPU": 1} if on_gpu else {})},
         ),
         run_config=RunConfig(
-            name=f"attempt_{os.getpid()}",
+            name=f"attempt_{os.getpid()}_{number}",
             storage_path=str(folder.path / "ray"),
             failure_config=FailureConfig(max_failures=recipe.run.max_failures),
         ),
     )
+
+
+@dataclass
+class Growing:
+    """A trainer whose workers may end behind a checkpoint, to be started again as more."""
+
+    trainers: Iterator[Any]
+    """The first one, and those that go on."""
+    mailbox: Any
+
+    def fit(self) -> None:
+        """Fit them one after the other, as long as the workers ended for that."""
+        for trainer in self.trainers:
+            trainer.fit()
+            if not ray.get(self.mailbox.growing.remote()):
+                return
 
 
 class Fit(threading.Thread):
@@ -186,14 +211,23 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
 
         place.train(job, rank, train)
 
+    if rank == 0:
+        mailbox.begin.remote(ranks)
     with (
         carriage.at_hand(config["way"]) as place,
         noise_to(place.run.log),
         AskedToEnd() as killed,
-        asked_by(mailbox) as asked,
+        asked_by(mailbox, ranks) as asked,
     ):
-        guards = Guards(interrupted=lambda: killed() or asked(), watched=True)
-        failures.guard(work, place.run, rank)
+        guards = Guards(
+            interrupted=lambda: killed() or asked(),
+            wanting=lambda: asked.to_grow,
+            watched=True,
+        )
+        try:
+            failures.guard(work, place.run, rank)
+        except failures.Grow:
+            ray.get(mailbox.grow.remote(ranks))
     ray.train.report({"done": True})
 
 
@@ -205,20 +239,33 @@ def _told(mailbox: Any) -> tuple[worker.Job, Supply]:
     return job, supply
 
 
+@dataclass
+class Asked:
+    """What the driver asks of a worker, as far as it has got there."""
+
+    to_stop: bool = False
+    to_grow: bool = False
+    """Behind a checkpoint, since more workers could go on from it."""
+
+    def __call__(self) -> bool:
+        """Tell whether to stop."""
+        return self.to_stop
+
+
 @contextmanager
-def asked_by(mailbox: Any) -> Iterator[Callable[[], bool]]:
-    """Ask the driver beside the training whether the run is to stop; yield what tells it."""
-    asked, done = threading.Event(), threading.Event()
+def asked_by(mailbox: Any, ranks: int = 1) -> Iterator[Asked]:
+    """Ask the driver of so many workers, beside the training, what it asks for; yield that."""
+    asked, done = Asked(), threading.Event()
 
     def ask() -> None:
         with suppress(ray.exceptions.RayError):  # the driver is gone, and with it this process
-            while not done.wait(ASK_SECONDS) and not asked.is_set():
-                if ray.get(mailbox.stopping.remote()):
-                    asked.set()
+            while not done.wait(ASK_SECONDS):
+                with suppress(ray.exceptions.ActorUnavailableError):  # a link is cut for a while
+                    asked.to_stop, asked.to_grow = ray.get(mailbox.wishes.remote(ranks))
 
     threading.Thread(target=ask, daemon=True).start()
     try:
-        yield asked.is_set
+        yield asked
     finally:
         done.set()
 

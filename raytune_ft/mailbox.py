@@ -16,6 +16,8 @@ class Mailbox:
     def __init__(self) -> None:
         self.events: list[dict[str, Any]] = []
         self.asked = False
+        self.room = self.vain = self.grown_from = 0
+        self.grows = False
         self.job: Sequence[Any] = ()
 
     def give(self, job: Sequence[Any]) -> None:
@@ -34,9 +36,29 @@ class Mailbox:
         """Ask the workers to stop."""
         self.asked = True
 
-    def stopping(self) -> bool:
-        """Tell whether they were asked to."""
-        return self.asked
+    def has_room(self, workers: int) -> None:
+        """Keep for how many workers there is room; what was in vain may be tried again then."""
+        if workers != self.room:
+            self.room, self.vain = workers, 0
+
+    def begin(self, workers: int) -> None:
+        """Note with how many workers a start begins: no more than before, and it was in vain."""
+        if 0 < workers <= self.grown_from:
+            self.vain = self.room
+        self.grown_from = 0
+
+    def wishes(self, workers: int) -> tuple[bool, bool]:
+        """Tell whether so many workers are to stop, and whether there could be more of them."""
+        return self.asked, self.room > workers and self.room != self.vain
+
+    def grow(self, workers: int) -> None:
+        """Note that so many have ended behind a checkpoint, to be started again as more."""
+        self.grown_from, self.grows = workers, True
+
+    def growing(self) -> bool:
+        """Tell whether they have, since the last call."""
+        grows, self.grows = self.grows, False
+        return grows
 
     def put(self, event: dict[str, Any]) -> None:
         """Add one event."""

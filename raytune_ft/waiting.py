@@ -26,6 +26,8 @@ class Need:
     """Resources of one worker, as Ray calls them."""
     least: int
     """Workers without which the run waits."""
+    most: int
+    """Workers that it can use."""
 
 
 def room_for(nodes: Sequence[Mapping[str, Any]], each: Mapping[str, float]) -> int:
@@ -43,6 +45,11 @@ def room_for(nodes: Sequence[Mapping[str, Any]], each: Mapping[str, float]) -> i
     return found
 
 
+def is_free(free: Mapping[str, float], each: Mapping[str, float]) -> bool:
+    """Tell whether nobody holds what one more worker takes, of all nodes together."""
+    return all(free.get(name, 0.0) + NOISE >= amount for name, amount in each.items())
+
+
 def line(room: int, need: Need, before: int | None) -> str | None:
     """Return what to tell of the room that there is now; None: nothing.
 
@@ -57,22 +64,27 @@ def line(room: int, need: Need, before: int | None) -> str | None:
             f"the cluster has room for {room} of {need.least} workers ({what} each); waiting for "
             "a node, or end this run and go on with fewer run.workers"
         )
-    return "the cluster has room for all workers again" if before is not None else None
+    return "the cluster has room for the workers again" if before is not None else None
 
 
 @contextmanager
 def told_of_room(
     look: Callable[[], Sequence[Mapping[str, Any]]],
+    free: Callable[[], Mapping[str, float]],
     need: Need,
     say: Callable[[str], object],
+    told_room: Callable[[int], object] = lambda _: None,
     every_s: float = LOOK_S,
 ) -> Iterator[None]:
     """Tell while the block runs whether its workers have room, as often as that changes.
 
     Args:
         look: gives the nodes as `ray.nodes` does; may raise what Ray raises without its head.
+        free: gives what nobody holds, as `ray.available_resources` does.
         need: of the run.
         say: tells a line.
+        told_room: gets with every look for how many of `need.most` there is room; 0 where nothing
+            is free for one more.
         every_s: seconds between two looks.
     """
     over = threading.Event()
@@ -82,11 +94,14 @@ def told_of_room(
         seen, looks = -1, 0
         while not over.wait(every_s):
             try:
-                room = room_for(look(), need.each)
+                room, left = room_for(look(), need.each), free()
             except Exception:  # noqa: S112, the head is away: Ray's own errors differ by the moment
                 continue
             seen, looks = room, looks + 1 if room == seen else 1
-            if looks != LOOKS or room == told:
+            if looks < LOOKS:
+                continue
+            told_room(min(room, need.most) if is_free(left, need.each) else 0)
+            if looks > LOOKS or room == told:
                 continue
             if (text := line(room, need, told)) is not None:
                 say(text)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Mapping
 from typing import Any
 
-from raytune_ft.waiting import Need, line, room_for, told_of_room
+from raytune_ft.mailbox import Mailbox
+from raytune_ft.waiting import Need, is_free, line, room_for, told_of_room
 
-GPUS = Need({"CPU": 0.5, "GPU": 1}, least=3)
+GPUS = Need({"CPU": 0.5, "GPU": 1}, least=3, most=4)
 
 
 def node(*, up: bool = True, **resources: float) -> Mapping[str, Any]:
@@ -31,13 +33,13 @@ def test_what_is_told() -> None:
         "the cluster has room for 2 of 3 workers (0.5 CPU, 1 GPU each); waiting for a node, or end "
         "this run and go on with fewer run.workers"
     )
-    assert line(3, GPUS, 2) == "the cluster has room for all workers again"
+    assert line(3, GPUS, 2) == "the cluster has room for the workers again"
 
 
 def test_each_change_is_told_once_and_a_lost_head_tells_nothing() -> None:
     eight, four = [node(CPU=8, GPU=4)], [node(CPU=8, GPU=2)]
     looks = [eight] * 3 + [four] + [eight] * 2 + [four] * 4 + [None] * 2 + [four] * 2 + [eight] * 4
-    left, done, said = iter(looks), threading.Event(), list[str]()
+    left, done, said, rooms = iter(looks), threading.Event(), list[str](), list[int]()
 
     def look() -> list[Mapping[str, Any]]:
         found = next(left, ...)
@@ -48,6 +50,36 @@ def test_each_change_is_told_once_and_a_lost_head_tells_nothing() -> None:
             raise RuntimeError("no head")
         return found
 
-    with told_of_room(look, GPUS, said.append, every_s=0.001):
+    def free() -> dict[str, float]:
+        return {"CPU": 4.0, "GPU": 1.0}
+
+    with told_of_room(look, free, GPUS, said.append, rooms.append, every_s=0.001):
         assert done.wait(30)
     assert said == [str(line(2, GPUS, None)), str(line(4, GPUS, 2))]
+    assert [room for room, _ in itertools.groupby(rooms)] == [4, 2, 4]
+
+
+def test_what_others_hold_is_not_free() -> None:
+    assert is_free({"CPU": 0.5, "GPU": 1.0}, GPUS.each)
+    assert not is_free({"CPU": 8.0}, GPUS.each)
+    assert not is_free({"CPU": 0.4, "GPU": 1.0}, GPUS.each)
+
+
+def test_workers_grow_once_and_not_again_in_vain() -> None:
+    """Until the cluster's room is another one: each try costs a start of all workers."""
+    mailbox = Mailbox()
+    assert mailbox.wishes(2) == (False, False), "nothing is known yet"
+    mailbox.begin(2)
+    mailbox.has_room(4)
+    assert mailbox.wishes(2) == (False, True) and mailbox.wishes(4) == (False, False)
+    mailbox.grow(2)
+    assert mailbox.growing() and not mailbox.growing()
+    mailbox.begin(2)
+    mailbox.has_room(4)
+    assert mailbox.wishes(2) == (False, False)
+    mailbox.has_room(3)
+    assert mailbox.wishes(2) == (False, True)
+    mailbox.grow(2)
+    mailbox.begin(3)
+    mailbox.begin(2)  # a worker was lost
+    assert mailbox.wishes(2) == (False, True)

@@ -34,6 +34,10 @@ class Retry(Exception):  # noqa: N818, what is raised is the wish
     """All workers have to be started again; what they do otherwise then is written down already."""
 
 
+class Grow(Exception):  # noqa: N818, as `Retry`
+    """There is room for more workers, and a checkpoint for them to go on from."""
+
+
 def begin(folder: RunFolder) -> None:
     """Forget what an earlier driver of the run met; workers find the file there."""
     forget(folder.path / FOLDER)
@@ -62,7 +66,7 @@ def guard(work: Callable[[], object], folder: RunFolder, rank: int) -> None:
     except errors.RaytuneError as error:
         _write(folder, {"words": str(error), "type": type(error).__name__, "fatal": True}, rank)
         traceback.print_exc()
-    except Retry:
+    except (Retry, Grow):
         raise
     except Exception as error:
         words = f"{type(error).__name__}: {last_line(error)}"

@@ -18,9 +18,10 @@ import torch
 
 from raytune_ft.config.schema import Recipe
 from raytune_ft.errors import CheckpointError, TrainingError
+from raytune_ft.training import course
 from raytune_ft.training.engine import Engine, rank, world_size
 from raytune_ft.training.guarding import disk, failures, memory_end
-from raytune_ft.training.guarding.failures import Elsewhere
+from raytune_ft.training.guarding.failures import Elsewhere, Grow
 from raytune_ft.training.guarding.pulse import PULSE, listen, loading
 from raytune_ft.training.guarding.watchdog import (
     FOLDER,
@@ -49,6 +50,8 @@ class Guards:
 
     interrupted: Callable[[], bool] = lambda: False
     """Whether this rank was asked to stop."""
+    wanting: Callable[[], bool] = lambda: False
+    """Whether all are to end behind a checkpoint, since more of them could go on from it."""
     watched: bool = False
     """Whether a hang ends this process; somebody has to start it again."""
     watchdog: Watchdog | None = None
@@ -88,7 +91,7 @@ def guarded(
     guards: Guards, hooks: Hooks, engine: Engine, recipe: Recipe, folder: RunFolder
 ) -> Iterator[Hooks]:
     """Watch over training while the block runs; yield the hooks to train with."""
-    save = functools.partial(_save, hooks.save, engine, recipe, folder)
+    save = functools.partial(_save, hooks.save, engine, recipe, folder, guards.wanting)
     hooks = replace(hooks, interrupted=guards.interrupted, save=save)
     with ExitStack() as stack:
         if guards.watchdog is not None:
@@ -149,18 +152,26 @@ def _save(
     engine: Engine,
     recipe: Recipe,
     folder: RunFolder,
+    wanting: Callable[[], bool],
     state: TrainState,
 ) -> None:
-    """Save if there is room for it; if not, every rank knows before any begins."""
+    """Save if there is room for it; if not, every rank knows before any begins.
+
+    Raises:
+        Grow: on every rank, behind the save, where any of them is told to make room for more.
+    """
     problem = None
     if rank() == 0:
         try:
             disk.check_save(folder.checkpoints, engine.shapes, recipe.train.optimizer)
         except CheckpointError as error:
             problem = error
-    short = exchange(torch.tensor([problem is not None], dtype=torch.int64), engine.device)[0][0]
+    known = torch.tensor([problem is not None, wanting()], dtype=torch.int64)
+    (short, *_), *_ = table = exchange(known, engine.device)
     if problem is not None:
         raise problem
     if short:
         raise Elsewhere(f"step {state.step}: no room for a checkpoint")
     save(state)
+    if any(more for _, more in table) and not course.ended(state, recipe):
+        raise Grow(f"step {state.step}: there is room for more workers")
