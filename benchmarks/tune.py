@@ -16,6 +16,7 @@ Run: python -m benchmarks.tune [--trials K] [--steps N] [--length L] [--packs P]
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import resource
@@ -23,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -150,8 +152,12 @@ def one(args: argparse.Namespace) -> dict[str, Any]:
         if not all(outcome.is_done for outcome in found):
             raise SystemExit(str([outcome.error for outcome in found]))
     else:
-        worker.run(jobs[0], packs, None, lambda event: told(0, event) and None)
+        worker.run(jobs[0], packs, None, functools.partial(_heard, told))
     return {"variant": args.one, **_figures(said, numbers, device, torch)}
+
+
+def _heard(told: Callable[[int, dict[str, Any]], bool], event: dict[str, Any]) -> None:
+    told(0, event)
 
 
 def _job(args: argparse.Namespace, recipe: Any, number: int) -> Any:
@@ -290,7 +296,10 @@ def print_table(lines: list[dict[str, Any]]) -> None:
 
 
 def _largest_gap(lines: list[dict[str, Any]]) -> float | None:
-    shared = next((x["losses"] for x in lines if x.get("variant") == SHARED and "losses" in x), {})
+    shared: dict[str, list[float]] = {}
+    for line in lines:
+        if line.get("variant") == SHARED:
+            shared = line.get("losses", {})
     gaps = [
         abs(mine - theirs)
         for line in lines

@@ -91,8 +91,8 @@ def test_a_step_of_each_is_as_if_alone(model: Path, kind: tuple[str, str]) -> No
         begin(engine, number)
         seed_step(42, 1)
         engine.module.train()
-        loss = engine.forward_backward(given, targets)
-        expected.append((float(loss), gradient(engine)))
+        alone = float(engine.forward_backward(given, targets))
+        expected.append((alone, gradient(engine)))
         del engine
     engines, passes = build_engines(recipes, model, CUDA, len(recipes))
     assert fast.report_of(engines[0].module).counts["linear"] == 14

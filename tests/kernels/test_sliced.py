@@ -37,7 +37,9 @@ def test_each_trial_is_as_if_alone(*, has_bias: bool, is_adapted: bool) -> None:
     bases = [Base(torch.nn.Linear(WIDTH, out, bias=has_bias).requires_grad_(False)) for out in outs]
     x = torch.randn(len(TRIALS), ROWS, WIDTH)
     seed = torch.tensor([1234])
-    loras = updates(2, outs) if is_adapted else [[None] * len(outs)] * len(TRIALS)
+    loras: list[list[Lora | None]] = [[None] * len(outs)] * len(TRIALS)
+    if is_adapted:
+        loras = updates(2, outs)
     weights = [torch.randn(len(TRIALS), ROWS, out) for out in outs]
 
     together = x.clone().requires_grad_()
