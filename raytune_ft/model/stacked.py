@@ -52,8 +52,9 @@ class _Rewound:
         self.behind: torch.Tensor | None = None
 
     def drop(self, dropout: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        if not (dropout.training and getattr(dropout, "p", 0.0)):
-            return dropout(x)  # type: ignore[no-any-return]
+        if not (dropout.training and isinstance(dropout, nn.Dropout) and dropout.p):
+            untouched: torch.Tensor = dropout(x)
+            return untouched
         if self.before is None:
             self.before = random_state(self.device)
         else:
@@ -88,4 +89,5 @@ def _update(member: Any, x: torch.Tensor, rewound: _Rewound) -> torch.Tensor:
     a, b = member.lora_A[name], member.lora_B[name]
     x = x.to(a.weight.dtype)
     update: torch.Tensor = b(a(rewound.drop(member.lora_dropout[name], x)))
-    return update * member.scaling[name]
+    scaling: float = member.scaling[name]
+    return update * scaling

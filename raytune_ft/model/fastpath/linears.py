@@ -119,7 +119,7 @@ def _adapted(
 
 def _members(layer: Any) -> Sequence[Any]:
     """Return the layers of one adapter each that a layer stands for: itself, as a rule."""
-    return layer.members if isinstance(layer, StackedLora) else (layer,)
+    return list(layer.members) if isinstance(layer, StackedLora) else (layer,)
 
 
 def is_lora(layer: Any) -> bool:
