@@ -60,7 +60,8 @@ class Workers:
         self.mailbox: Any = (
             ray.remote(Mailbox).options(num_cpus=0, scheduling_strategy=here).remote()
         )
-        trainers = (_trainer(recipe, folder, self.mailbox, k) for k in itertools.count())
+        way = carriage.way_of(folder)  # one for all: its actor holds the folder for the workers
+        trainers = (_trainer(recipe, folder, way, self.mailbox, k) for k in itertools.count())
         first = next(trainers)
         each, run = first.scaling_config.resources_per_worker, recipe.run
         self.need = Need(each, run.min_workers or run.workers, run.workers)
@@ -96,7 +97,9 @@ class Workers:
                 raise
 
 
-def _trainer(recipe: Recipe, folder: RunFolder, mailbox: Any, number: int) -> Any:
+def _trainer(
+    recipe: Recipe, folder: RunFolder, way: carriage.Way, mailbox: Any, number: int
+) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -107,7 +110,7 @@ def _trainer(recipe: Recipe, folder: RunFolder, mailbox: Any, number: int) -> An
         train_loop_per_worker,
         train_loop_config={
             "recipe": recipe.model_dump(mode="json"),
-            "way": carriage.way_of(folder),
+            "way": way,
             "mailbox": mailbox,
         },
         # for the start, in which ranks take their time; guards.guarded sets that of the steps
