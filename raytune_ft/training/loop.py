@@ -94,9 +94,11 @@ def training(
         Interrupted: the run was asked to stop; its checkpoint is written.
     """
     seed_step(recipe.train.seed, state.step)
-    again = recipe.train.objective == "dpo"  # the first model sees every token as well
     eta = Eta(recipe)
-    meter = Meter.of(engine.module, engine.device, world_size(), forward_again=again)
+    meter = Meter.of(
+        engine.module, engine.device, world_size(),
+        forward_again=recipe.train.objective == "dpo",  # the first model sees every token as well
+    )  # fmt: skip
     clock = engine.timed_by(ForwardClock(engine.module, engine.device))
     stragglers = Stragglers()
     hooks = eta.timed_hooks(hooks)
