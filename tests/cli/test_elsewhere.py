@@ -149,9 +149,12 @@ def test_a_driver_elsewhere_is_stopped_through_the_store(
     place = storage / "running"
     command = [sys.executable, "-c", DRIVER, str(tmp_path / "done"), place.address]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None and process.stdout.readline() == "here\n"
-        said = call("stop", place.address)
-        assert process.wait(timeout=60) == 0
+        try:
+            assert process.stdout is not None and process.stdout.readline() == "here\n"
+            said = call("stop", place.address)
+            assert process.wait(timeout=60) == 0, said
+        finally:
+            process.kill()
     assert said.code == 0 and "on another-host is asked to stop behind" in said.err
     assert said.err.splitlines()[-1] == (
         f"{place.address}: stopped; go on with: raytune-ft train --resume {place.address}"

@@ -131,14 +131,19 @@ def _keep(folder: RunFolder, error: RaytuneError) -> None:
 
 def _attend(desk: Desk, over: threading.Event) -> None:
     own, beaten = liveness.this_process(), float("-inf")
+    obeyed: dict[str, Any] | None = None
     while True:
         with suppress(OSError, RaytuneError):  # the next look may find disk and network well
             if time.monotonic() - beaten >= liveness.BEAT_S:
                 _beat(desk, over=False)
                 beaten = time.monotonic()
-            if (request := _request(desk, own)) is not None and can_be_told():
-                desk.delete(REQUEST)
+            request = _request(desk, own)
+            if request is not None and request != obeyed and can_be_told():
+                obeyed = request  # before it is deleted: a store that fails then has lost no word
                 interrupt(own, now=bool(request.get("now")), over=over)
+            if request is not None and request == obeyed:
+                desk.delete(REQUEST)
+                obeyed = None
         if over.wait(LOOK_S):
             return
 
