@@ -156,8 +156,9 @@ def test_a_merge_says_what_it_did(on_nf4: Made, tmp_path: Path, call: Command) -
     lines = said.err.splitlines()
     assert lines[0].startswith("merging into the dequantised NF4 weights, which training saw")
     assert lines[1].startswith("held-out loss by base: dequantized ")
-    assert lines[2].split() == ["layers", "number", "|dW|/|W|", "lost/|dW|", "at", "most"]
-    assert lines[3].split()[:2] == ["down_proj", "2"]
+    assert lines[2].startswith("|dW|: how far the adapter moves a weight W; lost: ")
+    assert lines[3].split() == ["layers", "number", "|dW|/|W|", "lost/|dW|", "at", "most"]
+    assert lines[4].split()[:2] == ["down_proj", "2"]
     report = content_of(tmp_path / "m/merge_report.json")
     assert report["base"] == "dequantized"
     assert set(report["held_out"]) == {"original", "dequantized"}
