@@ -173,9 +173,14 @@ def compare(names: Several, html: HtmlOut = None, as_json: Json = False) -> int:
 
 
 def _folder(name: str) -> RunFolder:
-    """Open a run by its path, or by its name under runs/; damaged ones as well."""
+    """Open a run by its path, its name under runs/ or its address; damaged ones here as well."""
+    from raytune_ft.storing.places import is_elsewhere
     from raytune_ft.training.run_folder import RunFolder
 
+    if is_elsewhere(name):
+        from raytune_ft.storing import fetching  # a second of imports
+
+        return fetching.run_folder(name)
     for place in (Path(name).expanduser(), Path(STORAGE) / name):
         if (place / "run.json").is_file() or (place / "metrics.jsonl").is_file():
             return RunFolder(place)
