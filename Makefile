@@ -58,10 +58,11 @@ exact: setup ## gradients of every way to train beside float64, sample by sample
 	@$(BIN)/python -m pytest -m exact
 	@$(BIN)/python -m pytest tests/training/test_same_bytes.py -s --seeds=20
 
-faults: setup ## 400 runs' processes killed at random instants, hangs, a full disk; hours on 2 cores
+faults: setup ## 400 runs' processes killed at random instants, hangs, a full disk, a cluster's; hours on 2 cores
 	@$(BIN)/python -m pytest tests/data/test_ledger.py --kills=200
 	@$(BIN)/python -m pytest tests/faults --faults=4 --plain-faults=0 --ray-faults=0
 	@$(BIN)/python -m tests.faults.run --plain 300 --worlds 50 --ray 100 --json faults.json $(ARGS)
+	@$(BIN)/python -m pytest -m cluster -s --faults=3 tests/cluster/test_cluster_faults.py
 
 soak: setup ## the endpoint under 20,000 generated requests, kills, redeploys, overload; hours on 2 cores
 	@$(BIN)/python -m pytest tests/soak -m soak -s
