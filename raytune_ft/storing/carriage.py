@@ -121,6 +121,11 @@ class HomeFolder:
                 return
 
 
+def homes_own(run: RunFolder) -> tuple[str, ...]:
+    """Return files that only the driver writes, line by line: replaced, they would lose some."""
+    return FAILURES, run.lines.name
+
+
 class HomeMirror(Mirror):
     """Carries a run home; of run.json what changed, since the driver writes it as well."""
 
@@ -137,7 +142,7 @@ class HomeMirror(Mirror):
         elif name == self.run.log.name:
             self.place.send(self.run.log, "logs/rank_0.log")
             self._sent[name], self._at[name] = stamp, now
-        elif name != FAILURES and not name.startswith(f"{PULSES}/"):
+        elif name not in homes_own(self.run) and not name.startswith(f"{PULSES}/"):
             super()._send_file(name, stamp, now)
         else:
             self._sent[name] = stamp
@@ -267,8 +272,9 @@ def _fill(run: RunFolder, home: HomeFolder) -> None:
     for step in steps.steps_here(run.checkpoints):
         if step not in there:
             durable.drop(run.checkpoints / step)
+    own = homes_own(run)
     for name in filter(steps.is_small, names):
-        if name != FAILURES and not name.startswith((f"{PULSES}/", "logs/", "run.log")):
+        if name not in own and not name.startswith((f"{PULSES}/", "logs/", "run.log")):
             target = run.path / name
             half = target.with_name(f".{target.name}.half_{os.getpid()}")
             home.fetch(name, half)

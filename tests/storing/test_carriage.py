@@ -116,6 +116,21 @@ def test_what_rank_0_writes_comes_home(run: RunFolder, way: Way, model: Path) ->
     assert not list(run.checkpoints.glob(".*")), "nothing half is left"
 
 
+def test_what_the_driver_says_meanwhile_is_not_lost(run: RunFolder, way: Way, model: Path) -> None:
+    with run.lines.open("a", buffering=1) as said:
+        said.write("start workers\n")
+
+        def work(job: Job) -> None:
+            there = RunFolder(job.run_path)
+            there.lines.write_text("of the worker's node\n")
+            said.write("step 1\n")
+
+        with at_hand(way) as place:
+            place.train(job_of(run, model), 0, work)
+        said.write("done\n")
+    assert run.lines.read_text() == "start workers\nstep 1\ndone\n"
+
+
 def test_another_start_goes_on_from_what_came_home(run: RunFolder, way: Way, model: Path) -> None:
     """What a killed worker had not sent is nowhere else: every node takes the driver's newest."""
     save(run, 1)
