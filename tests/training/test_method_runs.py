@@ -165,10 +165,10 @@ def results(model: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -
     folder, seen = tmp_path_factory.mktemp("runs"), []
     real = worker.export
 
-    def look(recipe: Recipe, voice: Any, run: RunFolder, base: Path) -> None:
+    def look(recipe: Recipe, voice: Any, run: RunFolder, *where: Any) -> None:
         voice.model.eval()
         seen.append(logits(voice.model))
-        real(recipe, voice, run, base)
+        real(recipe, voice, run, *where)
 
     new = {"new_tokens": TOKENS}
     with pytest.MonkeyPatch.context() as patch:
