@@ -146,7 +146,7 @@ def test_lines_elsewhere_are_followed_as_the_file_is_replaced(
 def test_a_driver_elsewhere_is_stopped_through_the_store(
     storage: Place, tmp_path: Path, call: Command
 ) -> None:
-    place = storage / "running"
+    place = storage / "driven"  # where no other driver has given a sign of life
     command = [sys.executable, "-c", DRIVER, str(tmp_path / "done"), place.address]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
