@@ -88,7 +88,7 @@ def _trained(
     asked = Recipe.model_validate(orders.job.recipe)
     metric = asked.tune.metric
     try:
-        if not (folder.run_json.is_file() and is_trained(folder)):
+        if not is_trained(folder):
             _train(recipe_of(asked, values, folder), orders, sweep, folder, metric)
             folder.update(status="done")
     except Exception:

@@ -81,7 +81,7 @@ def run_group(
     """
     asked = Recipe.model_validate(orders.job.recipe)
     metric = asked.tune.metric
-    left = [trial for trial in group if not _is_trained(RunFolder(trial.folder))]
+    left = [trial for trial in group if not is_trained(RunFolder(trial.folder))]
     said: dict[int, Event] = {}
     if left:
         left[0].folder.mkdir(parents=True, exist_ok=True)
@@ -160,10 +160,6 @@ def _alone(job: Job, packs: Any, validation: Any, tell: Teller, guards: Guards) 
         return Outcome(TrainState(), is_given_up=True)
     except RaytuneError as error:
         return Outcome(TrainState(), error=error)
-
-
-def _is_trained(folder: RunFolder) -> bool:
-    return folder.run_json.is_file() and is_trained(folder)
 
 
 def _noted(outcome: Outcome, folder: RunFolder, metric: str) -> Event:

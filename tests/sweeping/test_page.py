@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ from raytune_ft.training.run_folder import RunFolder, append_jsonl
 from tests.sweeping.made_sweeps import draw, make_sweep, recipe_of
 from tests.training.test_report import HOSTILE, TAGS, markup
 
-CHROMIUM = shutil.which("chromium")
 OURS = TAGS | {"rect", "a", "u", "script"}
 
 
@@ -58,18 +56,6 @@ def test_nothing_that_a_sweep_holds_becomes_markup(tmp_path: Path) -> None:
     assert len(links) == 9 and all(re.fullmatch(r"trials/trial_\d{4}/", link) for link in links)
     assert "alert(1)" in page, "it is there, as text"
     assert "default-src 'none'" in page and "script-src 'sha256-" in page
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    if CHROMIUM is None:
-        pytest.skip("no chromium found; apt-get install chromium runs the page tests")
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-    with playwright.sync_playwright() as driver:
-        started = driver.chromium.launch(executable_path=CHROMIUM, args=flags)
-        yield started
-        started.close()
 
 
 class Opened:

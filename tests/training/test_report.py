@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,6 @@ from raytune_ft.training.watching.reporting.svg import Chart, Line, draw
 from raytune_ft.training.watching.reporting.tables import changes, measured_table
 from tests.training.made_runs import GIB, make_run, recipe_of
 
-CHROMIUM = shutil.which("chromium")
 HOSTILE = (
     "</p><script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)>"
     "\"'><svg onload=alert(3)>{{7*7}}\u2028\u202e" + "w" * 300
@@ -84,18 +82,6 @@ def test_nothing_that_a_run_holds_becomes_markup(tmp_path: Path) -> None:
     assert not any(name.startswith("on") or name in ("src", "href") for name in found.attributes)
     assert "alert(1)" in page, "it is there, as text"
     assert "default-src 'none'" in page
-
-
-@pytest.fixture(scope="module")
-def browser() -> Any:
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    if CHROMIUM is None:
-        pytest.skip("no chromium found; apt-get install chromium runs the page tests")
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-    with playwright.sync_playwright() as driver:
-        started = driver.chromium.launch(executable_path=CHROMIUM, args=flags)
-        yield started
-        started.close()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
