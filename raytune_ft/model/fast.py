@@ -104,7 +104,7 @@ def install(
     bases = installer.bases()
     said: tuple[str, ...] = ()
     if in_fp8:  # behind the proof, whose bounds are those of the same mathematics
-        said = eighths.into_fp8(bases, resident=resident)
+        said = eighths.into_fp8(bases, resident=resident, refused=installer.report().plain)
     reserve([base for base in bases if base.eighths is None])
     return installer.report(said)
 

@@ -213,7 +213,8 @@ def test_a_graph_replays_it(resident: bool) -> None:
 
     def step() -> list[Tensor]:
         (y,) = adapted(x, [(base, None)])
-        return [y, *torch.autograd.grad(y, x, pull)]
+        # a graph that lives on ties x's gradient to the stream that it was made in
+        return [*torch.autograd.grad(y, x, pull), y.detach()]
 
     eager, side = step(), torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

@@ -9,7 +9,7 @@ About three minutes on an H100, most of it the compilation of kernels.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -87,12 +87,6 @@ def shape_of_7b(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 torch.nn.init.normal_(parameter, std=0.02)
     model.save_pretrained(place)
     return place
-
-
-@pytest.fixture(autouse=True)
-def empty_device() -> Iterator[None]:
-    yield
-    torch.cuda.empty_cache()
 
 
 def of_7b(place: Path, fast: bool, *, dtype: str = "bfloat16", dropout: float = 0.0) -> Made:

@@ -201,7 +201,7 @@ def test_a_model_with_nothing_to_multiply_so_is_refused(folder: Path) -> None:
     with pytest.raises(ModelError, match="does nothing here: all weights are like 24 x 24, no"):
         install(odd, CPU, "auto", compute="fp8")
     trained = network("Llama", folder).requires_grad_(True)
-    with pytest.raises(ModelError, match="no linear layer is on the fast path"):
+    with pytest.raises(ModelError, match=r"is on the fast path \(.*trained in full"):
         install(trained, CPU, "auto", compute="fp8")
     with pytest.raises(ModelError, match="ZeRO-3 parts its weights"):
         install(trained, CPU, "auto", compute="fp8", sharded=True)

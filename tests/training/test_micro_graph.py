@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.autograd.graph import get_gradient_edge
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from raytune_ft.model.loss import bounds_of
@@ -83,6 +84,22 @@ def test_a_pass_asks_the_device_for_nothing(tiny_model: Path, changes: dict[str,
         held.work()
     assert seen.names["add_"] >= len(one.engine.trained)
     assert not [name for name in (*WAITS, *DRAWS) if seen.names[name]]
+
+
+@pytest.mark.parametrize("zero", ["none", "zero2"])
+def test_nothing_ties_gradients_to_the_stream_that_an_engine_is_built_in(
+    tiny_model: Path, zero: str
+) -> None:
+    """A capture has a stream of its own; autograd adds gradients in that of a node it finds."""
+    one = side(tiny_model, "fixed", **{"model.dtype": "bfloat16", "train.deepspeed": zero})
+    for _ in range(2):
+        for name, weight in one.engine.trained.items():
+            seen = get_gradient_edge(weight).node.metadata
+            assert "seen" not in seen, f"the node that adds {name}'s gradients lives on"
+            seen["seen"] = True
+            del seen
+        step, n_targets = batches()[0]
+        one.engine.forward_backward(step[0], n_targets)
 
 
 def test_masks_differ_from_pass_to_pass_and_come_again(tiny_model: Path) -> None:

@@ -7,7 +7,7 @@ adapter have the base's own weights (docs/fp8.md).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -23,12 +23,15 @@ def check(compute: str, device: torch.device) -> None:
         raise ModelError(f"model.compute 'fp8': {refused}; leave it out here")
 
 
-def into_fp8(bases: Iterable[Base], *, resident: bool) -> tuple[str, ...]:
+def into_fp8(
+    bases: Iterable[Base], *, resident: bool, refused: Sequence[str] = ()
+) -> tuple[str, ...]:
     """Let frozen weights be multiplied in float8; return what a run says about it.
 
     Args:
         bases: of all linear layers on the fast path.
         resident: keep them in float8 beside what is stored.
+        refused: why others are not on the fast path.
 
     Raises:
         ModelError: none of them can be.
@@ -46,11 +49,11 @@ def into_fp8(bases: Iterable[Base], *, resident: bool) -> tuple[str, ...]:
         base.in_fp8(resident=resident or on_cpu)
         count += 1
     if not count:
-        why = (
-            f"all weights are like {next(iter(odd))}, no multiples of {fp8.UNIT}"
-            if odd
-            else ("no linear layer is on the fast path, which docs/fast-path.md gives reasons for")
-        )
+        why = "no linear layer is on the fast path, which docs/fast-path.md gives reasons for"
+        if odd:
+            why = f"all weights are like {next(iter(odd))}, no multiples of {fp8.UNIT}"
+        elif refused:
+            why = f"no linear layer is on the fast path ({'; '.join(refused)})"
         raise ModelError(f"model.compute 'fp8' does nothing here: {why}; leave it out")
     return tuple(_lines(count, odd, kept=resident, on_cpu=on_cpu))
 

@@ -56,7 +56,9 @@ class ZeroEngine(Engine):
         if sums_once(train.deepspeed, count, train.accumulation):
             config["zero_optimization"]["stage"] = 1
         _check_half(config)
-        with redirect_stdout(io.StringIO()):  # its bfloat16 stage 1 prints memory tables
+        # Its bfloat16 stage 1 prints memory tables, and keeps views of weights. If those had a
+        # graph, it would tie all gradients to today's stream, where no capture may add them up.
+        with redirect_stdout(io.StringIO()), torch.no_grad():
             self.engine, *_ = deepspeed.initialize(
                 model=module,
                 optimizer=build_optimizer(self.trained, train, b_lr_ratio),
