@@ -19,14 +19,13 @@ from bitsandbytes import functional
 from bitsandbytes.optim.optimizer import Optimizer2State
 from torch import Tensor
 
+from raytune_ft.config.estimates.setting import STATE_AHEAD, STATE_PART
 from raytune_ft.kernels.transfer import Arrival, begin, pinned
 
-PART = 2**22
-"""Elements at a time: 16 MiB of each average."""
+PART = STATE_PART
+"""Elements at a time."""
 ALIGNED = 64
 """Elements of which a weight's averages begin at a multiple."""
-AHEAD = 2
-"""Parts that are on their way while one is updated, and as many on their way back."""
 AVERAGES = ("state1", "state2")
 
 
@@ -98,14 +97,14 @@ class HostAdamW(Optimizer2State):  # type: ignore[misc]
         coming, leaving = deque[_Part](), deque[_Part]()
         parts = iter(self._parts())
         while True:
-            while len(coming) <= AHEAD and (part := next(parts, None)) is not None:
+            while len(coming) <= STATE_AHEAD and (part := next(parts, None)) is not None:
                 part.come()
                 coming.append(part)
             if not coming:
                 break
             leaving.append(coming.popleft())
             leaving[-1].update()
-            if len(leaving) > AHEAD:
+            if len(leaving) > STATE_AHEAD:
                 leaving.popleft().wait()
         for part in leaving:
             part.wait()

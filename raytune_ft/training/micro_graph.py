@@ -5,6 +5,7 @@ take the device 100 ms and the host 311. Here a pass has fixed shapes (`micro_sh
 loss, backward and the sums of gradients. The first pass of a shape runs as it is, the very first
 one watched; the second is captured as a CUDA graph, and all others replay it. What a replay does
 not know is read from memory: tokens, bounds, the seed of the adapters' dropout, the loss's weight.
+All graphs work in the same memory (`graph_memory`), and so do first passes of further shapes.
 
 The numbers are those of the same pass without a graph. Seeds are drawn outside, from the same
 random state as without, so that resuming needs nothing new. A pass that asks the device, draws or
@@ -31,6 +32,7 @@ from raytune_ft.model.fastpath.lane import Packed
 from raytune_ft.model.loss import TokenLoss
 from raytune_ft.training.batching import TensorBatch
 from raytune_ft.training.engine import Engine
+from raytune_ft.training.graph_memory import GraphMemory
 from raytune_ft.training.guarding.room import Room
 from raytune_ft.training.laid_out import decoder_layers
 from raytune_ft.training.micro_shapes import Shape
@@ -41,6 +43,8 @@ MOST_TOKENS = 8192
 """Tokens of a pass from which on the device takes longer than Python: graphs bring nothing."""
 SPARE = 32
 """Part of a small device that stays free instead of `HEADROOM`: a layout leaves it no more."""
+LOSS = 512
+"""Bytes that torch's allocator takes for a number."""
 HEADROOM = 2**30
 """Bytes that stay free beside a graph: gradients of a pass, workspaces, answers between steps."""
 
@@ -118,7 +122,7 @@ class MicroStep:
         self.may_capture = engine.device.type == "cuda"
         self.captured = 0
         """Graphs made so far."""
-        self.pool: Any = None
+        self.memory: GraphMemory | None = None
         self._passes: dict[Shape, _Pass] = {}
 
     def take(self, batch: TensorBatch, share: float) -> torch.Tensor | None:
@@ -153,7 +157,7 @@ class MicroStep:
         """Let all passes go, and their memory; what comes next begins anew."""
         held = [one.graph for one in self._passes.values() if one.graph is not None]
         self._passes.clear()
-        self.pool = None
+        self.memory = None
         for graph in held:
             graph.reset()
         if held:
@@ -257,8 +261,22 @@ class _Pass:
         return torch.where(counted, losses, 0.0).sum()
 
     def _plainly(self) -> torch.Tensor:
+        memory = self.owner.memory
+        if memory is not None and self.owner.may_capture:
+            return self._borrowing(memory)
         found = self.work() if self.owner.seen_safe else self.watched()
         self.owner.seen_safe = self.ran = True
+        return found
+
+    def _borrowing(self, memory: GraphMemory) -> torch.Tensor:
+        with memory.lent():
+            inside = self.work()
+        found = inside.clone()
+        del inside
+        self.ran = True
+        if (left := memory.left()) > LOSS:
+            self.owner.close()
+            self.owner.stay_plain(f"a pass keeps {left:,} bytes for later ones")
         return found
 
     def _capture(self) -> None:
@@ -271,24 +289,24 @@ class _Pass:
         if free < idle * (not owner.captured) + spare:  # the first one takes what passes took
             owner.stay_plain(f"{free:,} bytes are free, {idle + spare:,} are wanted")
             return
-        if owner.pool is None:
-            owner.pool = torch.cuda.graph_pool_handle()
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        if owner.memory is None:
+            owner.memory = GraphMemory(device)
+        graph, memory = torch.cuda.CUDAGraph(), owner.memory
         generator = torch.cuda.default_generators[device.index]
         state = generator.clone_state()
         try:
             # cuBLAS takes its workspace anew, so that it lies in the graph's own memory
             torch._C._cuda_clearCublasWorkspaces()
             # other threads, such as the one that watches collectives, may ask the device meanwhile
-            capture = torch.cuda.graph(graph, owner.pool, stream, "thread_local")
-            with torch.cuda.stream(stream), capture:
+            capture = torch.cuda.graph(graph, memory.pool, memory.stream, "thread_local")
+            with torch.cuda.stream(memory.stream), capture:
                 output = self.work()
         except RuntimeError as why:
             # an end that fails leaves both as they are in the middle of a capture
             generator.graphsafe_set_state(state)
             with suppress(RuntimeError):
-                torch._C._cuda_endAllocateToPool(device.index, owner.pool)
-                torch._C._cuda_releasePool(device.index, owner.pool)
+                torch._C._cuda_endAllocateToPool(device.index, memory.pool)
+                torch._C._cuda_releasePool(device.index, memory.pool)
             owner.stay_plain(str(why).partition("\n")[0])
         else:
             self.graph, self.output, self.buffers = graph, output, shared_buffers()

@@ -30,7 +30,7 @@ from raytune_ft.config.estimates.layout import (
 )
 from raytune_ft.config.estimates.pace import DEVICES
 from raytune_ft.config.estimates.peak import GPU_CONTEXT, kept_of_layers, memory_bytes
-from raytune_ft.config.estimates.setting import LADDER, Setting
+from raytune_ft.config.estimates.setting import LADDER, STATE_PART, Setting
 from raytune_ft.config.loader import load_recipe
 from raytune_ft.config.schema import Recipe
 
@@ -116,7 +116,10 @@ def test_each_step_onto_the_host_frees_memory_and_takes_its_time(word: str) -> N
     assert found[-1].seconds < 1.05 * found[0].seconds
     tables = 2 * counts.embedding * 2
     inputs = 2048 * counts.hidden * 2
-    assert found[0].memory - found[2].memory == pytest.approx(tables // 2 + 30 * inputs, rel=1e-3)
+    # without DeepSpeed averages wait on the host as well, and five parts of them are here at once
+    parts = 5 * 8 * STATE_PART if word.endswith("none") else 0
+    freed = tables // 2 + 30 * inputs - parts
+    assert found[0].memory - found[2].memory == pytest.approx(freed, rel=1e-3)
 
 
 def test_an_8_gib_card_holds_2048_tokens_of_a_7b_with_the_recipe_as_it_is() -> None:

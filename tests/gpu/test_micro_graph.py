@@ -10,6 +10,7 @@ through with fixed passes that are not captured, where the marks are taken out.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,10 +113,20 @@ def least_cosine(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
     )  # fmt: skip
 
 
+@pytest.fixture
+def in_order(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let attention add up its gradients in one order, so that bits can be compared."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("in_order")
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_replays_have_the_numbers_of_passes(kind: str, engine: str, folder: Path) -> None:
-    """Losses and gradients: of fixed passes without a graph, and of passes of any shape."""
+    """Losses and gradients: the bits of fixed passes without a graph; near passes of any shape."""
     changes = ENGINES[engine]
     graph = built(kind, folder, WAY, **changes)
     fixed = uncaptured(built(kind, folder, WAY, **changes))
@@ -133,6 +144,8 @@ def test_replays_have_the_numbers_of_passes(kind: str, engine: str, folder: Path
             far = max(abs(a - b) / abs(b) for a, b in zip(replayed, losses, strict=True) if b)
             apart[place] = max(apart[place], far)
             cosines[place] = min(cosines[place], least_cosine(found, one.gradients()))
+        alike = fixed.gradients()
+        assert all(torch.equal(value, alike[name]) for name, value in found.items())
         for one in (graph, fixed, free):
             one.engine.step(0.0)
     assert graph.micro is not None and graph.said == []
@@ -140,10 +153,29 @@ def test_replays_have_the_numbers_of_passes(kind: str, engine: str, folder: Path
           f"loss apart, cosine {cosines[0]:.7f}; any shape {apart[1]:.1e}, "
           f"{cosines[1]:.7f}")  # fmt: skip
     assert graph.micro.captured >= (3 if ON_GPU else 0)
-    assert apart[0] == 0.0, "nothing in a forward pass adds up in any order"
-    assert cosines[0] > 0.99999, "attention's way back adds up in any order"
+    assert apart[0] == 0.0
     assert apart[1] < 5e-3
     assert cosines[1] >= 0.999
+
+
+def test_all_graphs_work_in_the_memory_of_one(folder: Path) -> None:
+    """And so do first passes of further shapes; the largest pass comes first here."""
+    kind = "groups of 128"
+    one = built(kind, folder, WAY, **ENGINES["zero2"])
+    (largest, *others), n_targets = batches(KINDS[kind].steps())[0]
+    for _ in range(3):
+        one.engine.forward_backward(largest, n_targets)
+    assert one.micro is not None
+    first, held = one.micro.captured, torch.cuda.memory_reserved() if ON_GPU else 0
+    for batch in 3 * others:
+        one.engine.forward_backward(batch, n_targets)
+    taken = (torch.cuda.memory_reserved() if ON_GPU else 0) - held
+    print(f"\n{held / 2**20:.0f} MiB with {first} graph, {taken / 2**20:.0f} more with "
+          f"{one.micro.captured}")  # fmt: skip
+    assert one.said == []
+    assert not ON_GPU or one.micro.captured > first
+    # many samples have a few KB more of bounds; a graph of its own would take hundreds of MiB
+    assert taken <= 32 * 2**20
 
 
 def test_masks_differ_between_replays_and_come_again(folder: Path) -> None:

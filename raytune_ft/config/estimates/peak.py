@@ -18,6 +18,8 @@ from raytune_ft.config.estimates.setting import (
     PART_ROWS,
     PART_WORDS,
     PARTS_AHEAD,
+    STATE_AHEAD,
+    STATE_PART,
     TILE,
     Setting,
 )
@@ -193,6 +195,9 @@ def _training_state(setting: Setting) -> dict[str, float]:
     shards = setting.ranks if zero.stage == 3 else 1
     own = 0.0 if setting.is_full else n * setting.adapter_width
     optimizer = 0 if on_host else n * (moments + (4 if has_master else 0)) / setting.ranks
+    if setting.streams_state:  # beside what passes take: graphs keep their memory
+        parts = 2 * STATE_AHEAD + 1
+        optimizer += MOMENTS[recipe.train.optimizer] * min(n, parts * STATE_PART)
     return {
         "adapter": own / shards,
         "start of DPO": own if recipe.train.objective == "dpo" else 0,

@@ -27,6 +27,8 @@ PART_ROWS = 1024
 """Tokens that meet a part at a time."""
 STREAMED = {"paged_adamw_32bit"}
 """Optimizers whose averages can wait on the host between steps, brought and taken in parts."""
+STATE_PART, STATE_AHEAD = 2**21, 2
+"""Weights of such a part; parts that are on their way while one is updated, to it and from it."""
 
 
 @dataclass(frozen=True)
