@@ -2,10 +2,11 @@
 
 The shipped recipe internlm_7b_qlora_oasst1_e3 on chat rows: random weights of its shape, the same
 rows, ids and optimizer step (16 packs of 2048) for every side, each variant in a process of its
-own. First comes the gate: the fast path's losses and gradients beside the plain path's. Then the
-variants in the order A B C ... C B A, so that a drift of the clocks cancels; slow peers, behind by
-far more than a drift, run once, in the middle. Clocks, power and temperature are written each
-second. A line of JSON for each run, then a table with ratios.
+own. First comes the gate: the fast path's losses and gradients beside the plain path's. Then those
+that are close, in the order Z ... B A, hf, A B ... Z, so that a drift of the clocks cancels: A is
+`ours`, B the strongest peer, so these have their second pass first where the budget ends. What runs
+once comes last: other peers, behind by far more than a drift, and profiles. Clocks, power and
+temperature are written each second. A line of JSON for each run, then a table with ratios.
 
 Ours: ours, mb1, mb1+nograph, plain, bare, ray, profile, profile+mb1, ours+fp8, mb1+fp8,
 profile+fp8, ours+8gb, ours+6gb (benchmarks.qlora_ours).
@@ -37,8 +38,9 @@ from benchmarks.lines import Lines
 ROOT = Path(__file__).resolve().parent.parent
 OURS = tuple(qlora_ours.CHANGES)
 TWICE = (
-    "ours", "ours+fp8", "mb1", "mb1+fp8", "bare", "ray", "unsloth+nogc+b4", "hf+liger+nogc+b4",
+    "ours", "unsloth+nogc+b4", "hf+liger+nogc+b4", "mb1", "ray", "bare", "ours+fp8", "mb1+fp8",
 )  # fmt: skip
+"""What is near enough for a drift to matter; those whose second pass matters most come first."""
 DEFAULT = ("ours", "mb1", "unsloth+nogc+b4", "hf+liger+nogc+b4", "hf")
 """What eight minutes have room for."""
 AGAINST = "hf"
@@ -204,12 +206,13 @@ def bench(args: argparse.Namespace) -> None:
 
 
 def ordered(args: argparse.Namespace) -> Iterator[tuple[str, int]]:
-    """Yield (variant, pass): there and back, what runs once between."""
+    """Yield (variant, pass): there and back around what ratios are to, then what runs once."""
     able = [v for v in args.variants if args.unsloth_site or not v.startswith("unsloth")]
-    twice = [v for v in able if v in TWICE]
-    yield from ((v, 1) for v in twice)
-    yield from ((v, 1) for v in able if v not in TWICE)
-    yield from ((v, 2) for v in reversed(twice))
+    twice = [v for v in TWICE if v in able]
+    yield from ((v, 1) for v in reversed(twice))
+    yield from ((v, 1) for v in able if v == AGAINST)
+    yield from ((v, 2) for v in twice)
+    yield from ((v, 1) for v in able if v not in TWICE and v != AGAINST)
 
 
 def machine() -> dict[str, Any]:
@@ -258,8 +261,8 @@ def print_table(lines: list[dict[str, Any]]) -> None:
             print(f"{line['variant']}: {line.get('failed', line.get('skipped'))}")
     speeds = {name: sum(run["tok_s"] for run in both) / len(both) for name, both in runs.items()}
     base = speeds.get(AGAINST)
-    columns = ["variant", "tok/s", "passes", f"x {AGAINST}", "allocated GB", "device GB", "step s",
-               "settings"]  # fmt: skip
+    columns = ["variant", "tok/s", "passes", f"x {AGAINST}", "allocated GiB", "device GiB",
+               "step s", "settings"]  # fmt: skip
     print("|", " | ".join(columns), "|")
     print("|", " | ".join("---" for _ in columns), "|")
     for name, both in sorted(runs.items(), key=lambda item: -speeds[item[0]]):
@@ -269,15 +272,20 @@ def print_table(lines: list[dict[str, Any]]) -> None:
         seconds = sorted(s for run in both for s in run["step_s"])
         last = both[-1]
         cells = [name, f"{speeds[name]:,.0f}", " / ".join(f"{v:,}" for v in values) + note, ratio,
-                 str(last.get("allocated_gb", "")), str(last.get("device_gb", "")),
+                 _rounded(last.get("allocated_gb")), _rounded(last.get("device_gb")),
                  f"{seconds[0]:.2f} to {seconds[-1]:.2f}", _settings(last)]  # fmt: skip
         print("|", " | ".join(cells), "|")
 
 
+def _rounded(gib: float | None) -> str:
+    return "" if gib is None else f"{gib:.1f}"
+
+
 def _settings(line: dict[str, Any]) -> str:
-    if "micro_batch" in line:
-        return f"{line['micro_batch']} x {line['passes']}, recompute {line['recompute']}"
-    return ""
+    if "micro_batch" not in line:
+        return ""
+    again = ", recomputed" if line.get("recompute") else ""
+    return f"{line['micro_batch']} x {line['passes']}{again}"
 
 
 if __name__ == "__main__":

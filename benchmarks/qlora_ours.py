@@ -4,7 +4,7 @@ ours        the recipe as shipped, automatic settings: engine, step and dropout 
 mb1         the same, one pack per pass and no layer recomputed: passes replayed from CUDA graphs
 mb1+nograph without graphs; profile+mb1: where the time of a replayed pass goes
 plain       the recipe's own numbers without the fast path
-bare        automatic settings, plain torch, nothing around passes and optimizer
+bare        plain torch, nothing around passes and optimizer, laid out as `ours`
 ray         automatic settings, the whole training loop in a Ray Train worker
 profile     where the device's time goes in a micro-step of `ours`, part by part
 ours+fp8    `ours` with frozen weights multiplied in float8; mb1+fp8, profile+fp8 likewise. It is
@@ -40,19 +40,32 @@ CHANGES |= {
 }
 CHANGES |= {"mb1+nograph": CHANGES["mb1"], "profile+mb1": CHANGES["mb1"]}
 CHANGES |= {"ours+8gb": {}, "ours+6gb": {"train.deepspeed": "none"}}
+LAID_OUT_AS = {"bare": "ours"}
+"""Variant -> whose automatic layout it takes: by itself it may choose another that is as fast."""
 CARDS = {"ours+8gb": 8.0, "ours+6gb": 6.25}
 """GiB of the cards that variants are planned for, and capped at."""
+GAUGES = {"allocated_gb": "memory_gib", "reserved_gb": "memory_reserved_gib",
+          "device_gb": "memory_device_gib"}  # fmt: skip
+"""Names here -> what a run's ledger calls them; a CPU's has none."""
 LR = 2e-4
 GIB = 2**30
 PARTS = {
     "attention": ("flash", "fmha", "attention", "cudnn_generated", "sdpa"),
     "round to float8": ("quantize_rows", "_eighth"),
     "unpack NF4": ("dequant", "nf4", "kgemm_4bit", "unpack"),
-    "matrix products": ("gemm", "nvjet", "cutlass", "sm90_xmma", "cublas", "matmul"),
+    "dropout times A and back": ("_project",),
+    "products added to adapters'": ("_badd_",),
+    "other matrix products": ("gemm", "nvjet", "cutlass", "sm90_xmma", "cublas", "matmul"),
+    "loss": ("cross_entropy",),
+    "norms, rotary, SwiGLU": ("_forward_kernel", "_backward_kernel", "_rope_kernel"),
     "optimizer": ("optimizer", "adam", "multi_tensor"),
     "copies": ("memcpy", "memset", "copy"),
 }
-"""Part of a step -> what the names of its kernels hold; the first that fits."""
+"""Part of a step -> what the names of its kernels hold; the first that fits.
+
+Hopper's library products that add to what is there have `_badd_`: those with frozen weights, but
+where adapters have none. Head and adapters' small products are among the others.
+"""
 
 
 class Ours:
@@ -71,8 +84,10 @@ class Ours:
         self.asked = qlora_rows.recipe_of(args, changes)
         self.put_weights()
         shape, run = args.folder / "shape", RunFolder(tempfile.mkdtemp(prefix="run_"))
+        like = LAID_OUT_AS.get(args.one or "")
+        planned = qlora_rows.recipe_of(args, CHANGES[like]) if like else self.asked
         self.choice = layouts.settled(
-            self.asked, run, shape, self.device, self.said.append, share=share
+            planned, run, shape, self.device, self.said.append, share=share
         )
         self.room = Room.of(self.asked, run.path, self.said.append, self.choice)
         self.recipe = self.room.fitting()
@@ -266,12 +281,11 @@ def profile(ours: Ours) -> dict[str, Any]:
         wait(torch)
     wall = time.perf_counter() - started
     per, parts, kernels = step.n_tokens / 2048, dict[str, float](), dict[str, float]()
-    for event in seen.key_averages():
-        micros = getattr(event, "self_device_time_total", 0) or event.self_cpu_time_total
-        name = event.key.lower()
+    for key, micros in spent(seen, torch):
+        name = key.lower()
         part = next((p for p, signs in PARTS.items() if any(s in name for s in signs)), "the rest")
         parts[part] = parts.get(part, 0.0) + micros / 1e3 / per
-        kernels[event.key[:80]] = kernels.get(event.key[:80], 0.0) + micros / 1e3 / per
+        kernels[key[:80]] = kernels.get(key[:80], 0.0) + micros / 1e3 / per
     largest = sorted(kernels.items(), key=lambda item: -item[1])[:25]
     return {
         "ms_per_2048": {name: round(value, 2) for name, value in sorted(parts.items())},
@@ -279,6 +293,19 @@ def profile(ours: Ours) -> dict[str, Any]:
         "wall_ms": round(wall * 1e3 / per, 1),
         "largest": [[name, round(value, 3)] for name, value in largest],
     }
+
+
+def spent(seen: Any, torch: Any) -> Iterator[tuple[str, float]]:
+    """Yield (name, microseconds) of the device's kernels, of the host's operations without one.
+
+    A profile of a GPU has the host's launches and waits as well, which are no work of the device.
+    """
+    host = torch.autograd.DeviceType.CPU
+    for event in seen.key_averages():
+        if not torch.cuda.is_available():
+            yield event.key, event.self_cpu_time_total
+        elif event.device_type != host:
+            yield event.key, event.self_device_time_total
 
 
 def measured_through_ray(args: Namespace) -> dict[str, Any]:
@@ -304,18 +331,25 @@ def measured_through_ray(args: Namespace) -> dict[str, Any]:
     lines = [json.loads(line) for line in (storage / "metrics.jsonl").read_text().splitlines()]
     full = [line for line in lines[args.warm :] if line["seconds"]]
     seconds = [line["seconds"] for line in full]
-    info = json.loads((storage / "run.json").read_text())
     return {
         "tokens": full[-1]["tokens"],
         "tok_s": round(median(line["tokens"] / line["seconds"] for line in full)),
         "step_s": [round(s, 4) for s in seconds],
-        "allocated_gb": full[-1]["memory_gib"],
-        "reserved_gb": full[-1]["memory_reserved_gib"],
-        "device_gb": full[-1]["memory_device_gib"],
-        "data_wait": max(line["data_wait"] for line in full),
+        **{name: round(full[-1][key], 2) for name, key in GAUGES.items() if full[-1][key]},
+        "data_wait": round(max(line["data_wait"] for line in full), 5),
         "losses": [round(line["loss"], 4) for line in lines],
-        "layout": (info.get("layout") or {}).get("layout"),
+        **_layout_of(args, json.loads((storage / "run.json").read_text())),
     }
+
+
+def _layout_of(args: Namespace, info: dict[str, Any]) -> dict[str, Any]:
+    """Return how a run's steps were laid out: by its choice, or by the recipe on a CPU."""
+    found = (info.get("layout") or {}).get("layout")
+    if found is None:
+        train = qlora_rows.recipe_of(args, CHANGES["ray"]).train
+        return {"micro_batch": train.micro_batch_size, "passes": train.accumulation}
+    return {"micro_batch": found["micro_batch_size"], "passes": found["accumulation"],
+            "recompute": found["recomputed"]}  # fmt: skip
 
 
 def _in_ray(config: dict[str, Any]) -> None:
