@@ -43,6 +43,8 @@ TWICE = (
 """What is near enough for a drift to matter; those whose second pass matters most come first."""
 DEFAULT = ("ours", "mb1", "unsloth+nogc+b4", "hf+liger+nogc+b4", "hf")
 """What eight minutes have room for."""
+PEERS = ("hf", "trl", "unsloth")
+"""What a peer's name begins with, before its first `+`."""
 AGAINST = "hf"
 APART = 1.03
 """Two passes that differ by more are not compared."""
@@ -149,7 +151,7 @@ class Bench(Lines):
         args = self.args
         sizes = ["--folder", args.folder, "--length", args.length, "--packs", args.packs,
                  "--warm", args.warm, "--steps", args.steps, "--cap", args.cap]  # fmt: skip
-        if name.partition("+")[0] in ("hf", "trl", "unsloth"):
+        if _is_peer(name):
             words = [sys.executable, "-m", "benchmarks.peers", name, *sizes]
         else:
             words = [sys.executable, "-m", "benchmarks.qlora_gpu", "--one", name, *sizes,
@@ -261,20 +263,25 @@ def print_table(lines: list[dict[str, Any]]) -> None:
             print(f"{line['variant']}: {line.get('failed', line.get('skipped'))}")
     speeds = {name: sum(run["tok_s"] for run in both) / len(both) for name, both in runs.items()}
     base = speeds.get(AGAINST)
-    columns = ["variant", "tok/s", "passes", f"x {AGAINST}", "allocated GiB", "device GiB",
-               "step s", "settings"]  # fmt: skip
+    best = max((speed for name, speed in speeds.items() if _is_peer(name)), default=None)
+    columns = ["variant", "tok/s", "passes", f"x {AGAINST}", "x best peer", "allocated GiB",
+               "device GiB", "step s", "settings"]  # fmt: skip
     print("|", " | ".join(columns), "|")
     print("|", " | ".join("---" for _ in columns), "|")
     for name, both in sorted(runs.items(), key=lambda item: -speeds[item[0]]):
         values = [run["tok_s"] for run in both]
         note = ", differ" if max(values) > APART * min(values) else ""
-        ratio = f"{speeds[name] / base:.2f}" if base else ""
+        ratios = [f"{speeds[name] / one:.2f}" if one else "" for one in (base, best)]
         seconds = sorted(s for run in both for s in run["step_s"])
         last = both[-1]
-        cells = [name, f"{speeds[name]:,.0f}", " / ".join(f"{v:,}" for v in values) + note, ratio,
+        cells = [name, f"{speeds[name]:,.0f}", " / ".join(f"{v:,}" for v in values) + note, *ratios,
                  _rounded(last.get("allocated_gb")), _rounded(last.get("device_gb")),
                  f"{seconds[0]:.2f} to {seconds[-1]:.2f}", _settings(last)]  # fmt: skip
         print("|", " | ".join(cells), "|")
+
+
+def _is_peer(name: str) -> bool:
+    return name.partition("+")[0] in PEERS
 
 
 def _rounded(gib: float | None) -> str:
