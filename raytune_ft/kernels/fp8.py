@@ -15,7 +15,7 @@ Shapes: T tokens, a weight is (out, in). torch wants both a multiple of 16.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -144,7 +144,8 @@ def eighth(source: Nf4Weight | Tensor, scales: Tensor, *, transposed: bool) -> T
 
         return fp8_triton.eighth(source, scales, transposed=transposed)
     if isinstance(source, Nf4Weight):
-        source = dequantize_reference(source)
+        # as in one launch: a weight is not rounded to its own type on the way
+        source = dequantize_reference(replace(source, dtype=torch.float32))
     values = (source.float() / scales.unsqueeze(1)).to(E4M3)
     return (values.t() if transposed else values).contiguous()
 

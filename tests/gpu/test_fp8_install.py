@@ -12,17 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from raytune_ft.config.estimates.layout import Layout
-from raytune_ft.config.schema import ModelSection, Recipe
-from raytune_ft.model.fast import install
+from raytune_ft.config.schema import Recipe
 from raytune_ft.model.fastpath.linears import PART
-from raytune_ft.model.loading import load_model
-from raytune_ft.model.loss import TokenLoss
 from raytune_ft.training.laid_out import lay_out
 from raytune_ft.training.run_folder import read_json, read_jsonl
-from tests.kernels.installed import Batch, Made, batches, gradients, train, with_adapter
+from tests.kernels.eighth_steps import Drawn, check_steps, draw
+from tests.kernels.installed import Batch, Made, gradients
 
 pytestmark = [
     pytest.mark.gpu,
@@ -32,78 +29,22 @@ pytestmark = [
     ),
 ]
 DEVICE = torch.device("cuda", 0)
-WORDS, LENGTH, RANK = 4096, 2048, 64
-SHAPE: dict[str, Any] = {
-    "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 2,
-    "num_attention_heads": 32,
-}  # fmt: skip
-LEAST_COSINE = 0.97
-"""Each rounded product is off by 3.8% of its size, by itself, and a gradient here has passed 28 of
-them at most: 1 / sqrt(1 + 28 * 0.038**2) is 0.98."""
+WORDS, LENGTH = 4096, 2048
 
 
 @pytest.fixture(scope="module")
-def shape_of_7b(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shape_of_7b(tmp_path_factory: pytest.TempPathFactory) -> Drawn:
     """Two layers of InternLM-7B with few words, drawn in bfloat16."""
-    return drawn(tmp_path_factory.mktemp("7b"))
-
-
-def drawn(place: Path) -> Path:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=WORDS, rms_norm_eps=1e-6, attention_bias=True, dtype=torch.bfloat16, **SHAPE
-    )
-    torch.manual_seed(0)
-    with torch.device(DEVICE):
-        LlamaForCausalLM(config).bfloat16().save_pretrained(place)
-    return place
-
-
-def made(
-    place: Path,
-    compute: str,
-    *,
-    resident: bool = False,
-    dropout: float = 0.0,
-    quantization: str = "nf4",
-) -> Made:
-    section = ModelSection.model_validate(
-        {"path": str(place), "quantization": quantization, "dtype": "bfloat16"}
-    )
-    loaded = load_model(place, section, DEVICE)
-    model = with_adapter(loaded, r=RANK, alpha=16, dropout=dropout)
-    report = install(model, DEVICE, True, compute=compute, resident=resident)
-    return model.train(), TokenLoss(model, report), report
-
-
-def given() -> list[Batch]:
-    return batches(DEVICE, LENGTH, WORDS)
+    return draw(
+        tmp_path_factory.mktemp("7b"), DEVICE, length=LENGTH, words=WORDS, rank=64,
+        hidden_size=4096, intermediate_size=11008, num_attention_heads=32,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
-def test_ten_steps_follow_those_of_the_own_weights(shape_of_7b: Path, quantization: str) -> None:
-    """Prints every trained weight's cosine in the first step."""
-    losses, first = [], []
-    for compute in ("auto", "fp8"):
-        one = made(shape_of_7b, compute, quantization=quantization)
-        given()[0].loss(one[1]).backward()
-        first.append(gradients(one[0]))
-        losses.append(train(one, 10, given(), lr=2e-4))
-    cosines = {
-        name.removeprefix("base_model.model.model.layers."): _cosine(value, first[0][name])
-        for name, value in first[1].items()
-    }
-    for name, cosine in cosines.items():
-        print(f"{name}: {cosine:.4f}")
-    print(f"{quantization}: losses {losses}; {'; '.join(one[2].lines())}")
-    assert losses[1] == pytest.approx(losses[0], rel=0.01)
-    assert min(cosines.values()) > LEAST_COSINE
-    assert max(cosines.values()) < 0.99999
-
-
-def _cosine(one: Tensor, two: Tensor) -> float:
-    return float(torch.nn.functional.cosine_similarity(one.flatten(), two.flatten(), dim=0))
+def test_ten_steps_are_those_of_the_same_roundings(shape_of_7b: Drawn, quantization: str) -> None:
+    """Prints every trained weight's cosines in the first step."""
+    check_steps(shape_of_7b, quantization)
 
 
 @pytest.fixture
@@ -116,16 +57,16 @@ def in_order(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("in_order")
-def test_weights_that_stay_and_layers_that_run_again_give_the_same_bits(shape_of_7b: Path) -> None:
+def test_weights_that_stay_and_layers_that_run_again_give_the_same_bits(shape_of_7b: Drawn) -> None:
     """A layout may change between steps; kept in both orders, weights take 2 bytes each."""
     found, sizes = [], []
     for resident in (False, True):
-        one = made(shape_of_7b, "fp8", resident=resident, dropout=0.1)
+        one = shape_of_7b.made("fp8", resident=resident, dropout=0.1)
         sizes.append(_held(one[0]))
         for layout in (Layout(1, 1, 0, resident), Layout(1, 1, 1, resident), Layout(1, 1, 2)):
             lay_out(one[0], layout)
             torch.manual_seed(3)
-            given()[0].loss(one[1]).backward()
+            shape_of_7b.rows()[0].loss(one[1]).backward()
             found.append(gradients(one[0]))
         assert _held(one[0]) == 0
     weights = sum(part.base.shape.numel() for part in _parts(one[0]))
@@ -143,16 +84,16 @@ def _held(model: torch.nn.Module) -> int:
     return sum(value.numel() for part in _parts(model) for value in part.base.eighths.kept.values())
 
 
-def test_what_a_micro_step_takes(shape_of_7b: Path) -> None:
+def test_what_a_micro_step_takes(shape_of_7b: Drawn) -> None:
     """Prints; no time is asserted. Four rows of 2048, as the automatic layout has on this GPU."""
-    rows = batches(DEVICE, LENGTH, WORDS)[2]
+    rows = shape_of_7b.rows()[2]
     four = Batch(*(torch.cat([part, part]) for part in vars(rows).values()))
     for name, batch in (("1 row", rows.first_row()), ("4 rows", four)):
         for dropout in (0.0, 0.1):
             row = {}
             for compute in ("auto", "fp8"):
                 for resident in (False, True):
-                    one = made(shape_of_7b, compute, resident=resident, dropout=dropout)
+                    one = shape_of_7b.made(compute, resident=resident, dropout=dropout)
                     torch.cuda.reset_peak_memory_stats()
                     step = _micro_step(one, batch)
                     row[f"{compute}{', kept' * resident}"] = (

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from raytune_ft.config.estimates.layout import Layout
 from raytune_ft.config.schema import Recipe
 from raytune_ft.errors import CheckpointError, ModelError
-from raytune_ft.kernels import fp8
-from raytune_ft.kernels.linear import Base
+from raytune_ft.kernels import fp8, linear
+from raytune_ft.kernels.fp8 import Fp8Weight, Rows
+from raytune_ft.kernels.fp8 import quantize_rows as fp8_rows
+from raytune_ft.kernels.linear import Base, Plan, through_bases
 from raytune_ft.model import adapter
 from raytune_ft.model.fast import OFF, install
 from raytune_ft.model.fastpath import eighths
@@ -24,7 +26,9 @@ from raytune_ft.model.fastpath.linears import PART
 from raytune_ft.model.loss import TokenLoss
 from raytune_ft.training.laid_out import lay_out
 from raytune_ft.training.run_folder import read_json
+from tests.kernels.eighth_steps import Drawn, check_steps, draw
 from tests.kernels.installed import CPU, Made, batches, gradients, network, train, with_adapter
+from tests.kernels.rounded import by_rows, cosines, rounded
 
 OF_LOSSES = 0.02
 """A product is off by 4% of its size, each by itself, and random models of width 32 have little to
@@ -55,24 +59,13 @@ class Rounded(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
         scales = w.abs().amax(1, keepdim=True) / 448
-        ctx.scales, ctx.rounded = scales.t(), _rounded(w / scales)
-        return (_by_rows(x) @ (ctx.rounded * scales).t()).to(x.dtype)
+        ctx.scales, ctx.rounded = scales.t(), rounded(w / scales)
+        return (by_rows(x) @ (ctx.rounded * scales).t()).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         scaled = gradients[0] * ctx.scales
-        return (_by_rows(scaled) @ ctx.rounded).to(scaled.dtype), None
-
-
-def _rounded(values: Tensor) -> Tensor:
-    """Round to four bits, the first one among them, of at least 2**-6."""
-    place = values.double().abs().clamp_min(2**-6).log2().floor() - 3
-    return torch.round(values.double() / 2**place) * 2**place
-
-
-def _by_rows(x: Tensor) -> Tensor:
-    scales = x.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 448
-    return _rounded(x / scales) * scales
+        return (by_rows(scaled) @ ctx.rounded).to(scaled.dtype), None
 
 
 def round_products(model: nn.Module) -> None:
@@ -109,8 +102,7 @@ def test_ten_steps_are_those_of_the_plain_way_with_rounded_products(
         losses[side] = train(one, 10)
     for name in first["installed"]:
         own, rounded = (
-            _cosine(first["installed"][name], first[side][name])
-            for side in ("own weights", "rounded")
+            cosines(first["installed"], first[side])[name] for side in ("own weights", "rounded")
         )
         layer = name.removeprefix("base_model.model.model.layers.")
         print(f"{family} {layer}: cosine {own:.4f} to own weights, {rounded:.6f} to rounded ones")
@@ -121,8 +113,79 @@ def test_ten_steps_are_those_of_the_plain_way_with_rounded_products(
     assert all(base.eighths is not None for base in bases(sides["installed"][0]))
 
 
-def _cosine(one: Tensor, two: Tensor) -> float:
-    return float(nn.functional.cosine_similarity(one.flatten(), two.flatten(), dim=0))
+TINY = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Drawn:
+    place = tmp_path_factory.mktemp("tiny")
+    return draw(place, CPU, length=48, words=96, rank=8, **TINY)
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_bfloat16_steps_are_those_of_the_same_roundings(tiny: Drawn, quantization: str) -> None:
+    """As tests/gpu has it at a 7B's shape."""
+    check_steps(tiny, quantization, steps=3)
+
+
+def _scales_on_the_wrong_side(weight: Fp8Weight, gradient: Tensor) -> Tensor:
+    rows = fp8.quantize_rows(gradient)
+    return fp8._product(rows, weight.values(transposed=True), weight.ones, gradient.dtype)
+
+
+def _one_scale_for_all(weight: Fp8Weight, x: Rows, bias: Tensor | None, dtype: Any) -> Tensor:
+    level = weight.scales.mean().expand_as(weight.scales).unsqueeze(0)
+    return fp8._product(x, weight.values(transposed=False), level, dtype, bias)
+
+
+def _sums_that_lose(weight: Fp8Weight, x: Rows, bias: Tensor | None, dtype: Any) -> Tensor:
+    """As Hopper's fast ones, by 2.7%."""
+    return (fp8._product(x, weight.values(transposed=False), weight.scales.unsqueeze(0),
+                         torch.float32, bias) * 0.973).to(dtype)  # fmt: skip
+
+
+def _of_another_layer(weight: Fp8Weight, gradient: Tensor) -> Tensor:
+    other = Fp8Weight(weight.source.flip(0), weight.scales, weight.ones)  # type: ignore[union-attr]
+    rows = fp8.quantize_rows(gradient, weight.scales)
+    return fp8._product(rows, other.values(transposed=True), weight.ones, gradient.dtype)
+
+
+def _coarser(weight: Fp8Weight, gradient: Tensor) -> Tensor:
+    """Gradients in e5m2, whose numbers e4m3 has too."""
+    rows = fp8.quantize_rows(gradient, weight.scales)
+    values = rows.values.float().to(torch.float8_e5m2).to(fp8.E4M3)
+    coarse = Rows(values, rows.scales)
+    return fp8._product(coarse, weight.values(transposed=True), weight.ones, gradient.dtype)
+
+
+def _of_one_layer(plan: Plan, outer: list[Tensor], total: Tensor | None) -> Tensor:
+    """All products are made, and those of one layer are the gradient of a group's input."""
+    through_bases(plan, outer, total)
+    return through_bases(Plan.of(plan.parts[:1], 0), outer[:1], total)
+
+
+def _of_other_rows(x: Tensor, factors: Tensor | None = None) -> Rows:
+    return fp8_rows(x.roll(1, 0), factors)
+
+
+PRODUCTS, GRADIENTS = "products are off", "not its replay's gradient"
+FAULTS: dict[str, tuple[Any, str, Any, str]] = {
+    "scales on the wrong side": (Fp8Weight, "back", _scales_on_the_wrong_side, PRODUCTS),
+    "one scale for all rows": (Fp8Weight, "times", _one_scale_for_all, PRODUCTS),
+    "sums that lose": (Fp8Weight, "times", _sums_that_lose, PRODUCTS),
+    "another layer's weight": (Fp8Weight, "back", _of_another_layer, PRODUCTS),
+    "gradients of two bits": (Fp8Weight, "back", _coarser, PRODUCTS),
+    "a row's neighbour": (fp8, "quantize_rows", _of_other_rows, PRODUCTS),
+    "a product left out": (linear, "through_bases", _of_one_layer, GRADIENTS),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_are_noticed(fault: str, tiny: Drawn, monkeypatch: pytest.MonkeyPatch) -> None:
+    place, name, instead, said = FAULTS[fault]
+    monkeypatch.setattr(place, name, instead)
+    with pytest.raises(AssertionError, match=said):
+        check_steps(tiny, "none", steps=1)
 
 
 @pytest.mark.parametrize("resident", [False, True])
