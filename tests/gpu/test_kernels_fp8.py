@@ -108,8 +108,12 @@ def test_what_is_kept_gives_the_same_bits() -> None:
 
 @pytest.mark.parametrize("tokens", [2048, 8192])
 @pytest.mark.parametrize("shape", [(4096, 4096), (11008, 4096), (4096, 11008)])
-def test_sums_add_little_to_the_rounding_of_factors(shape: tuple[int, int], tokens: int) -> None:
-    """Products of what is rounded, beside the same in float32; prints rates of both ways to sum."""
+def test_sums_add_nothing_to_the_rounding_of_factors(shape: tuple[int, int], tokens: int) -> None:
+    """Products of what is rounded, beside the same in float32; prints rates of both ways to sum.
+
+    Both factors are drawn from one seed: rows that meet themselves are sums of one sign, where
+    sums that are cut off lose most. bfloat16 rounds results by half of the bound at most.
+    """
     matrix = _random(*shape) * 0.02
     weight = Fp8Weight.of(matrix, matrix)
     weight.keep()
@@ -139,8 +143,7 @@ def test_sums_add_little_to_the_rounding_of_factors(shape: tuple[int, int], toke
         f"{row[True][1]:.0f} and {row[False][1]:.0f} TFLOP/s, bfloat16 {rate:.0f}; rounding "
         f"{', '.join(f'{name} {micros:.0f} us' for name, micros in rows.items())}"
     )
-    # the factors' own roundings are 3.8% of a product; bfloat16's of the result is among these
-    assert off < 0.01
+    assert off < 2**-8
 
 
 def _seconds(run: Callable[[], Tensor], repeats: int = 20) -> float:
