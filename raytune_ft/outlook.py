@@ -19,7 +19,7 @@ from raytune_ft.config.estimates.footprint import Counts
 from raytune_ft.config.estimates.layout import Choice
 from raytune_ft.config.estimates.pace import Device
 from raytune_ft.config.schema import Recipe
-from raytune_ft.errors import MemoryPlanError, RecipeError
+from raytune_ft.errors import MemoryPlanError, ModelError, RecipeError
 
 if TYPE_CHECKING:
     from raytune_ft.row_counts import Counted
@@ -122,6 +122,17 @@ def place(
     return Place(smallest.memory, device, free)
 
 
+def check_float8(recipe: Recipe, device: Device | None) -> None:
+    """Refuse `model.compute: fp8` for a GPU without it, as a worker does there; ModelError."""
+    if recipe.model.compute != "fp8" or device is None or device.has_float8:
+        return
+    have, need = (".".join(map(str, one)) for one in (device.capability, pace.FLOAT8_FROM))
+    raise ModelError(
+        f"model.compute 'fp8': {device.name} has compute capability {have}, float8 needs {need} or "
+        "more; leave it out here"
+    )
+
+
 def _measured() -> Device | None:
     """Measure the first GPU; None where it is full, or torch cannot use it."""
     import torch
@@ -182,7 +193,7 @@ def check_memory(recipe: Recipe, kept: Choice | None = None) -> Outlook | None:
     Raises:
         RecipeError: there are fewer GPUs here than workers.
         MemoryPlanError: it clearly does not fit, in halves neither if `train.on_oom` is `halve`.
-        ModelError: no family reads the model's config.json.
+        ModelError: no family reads the model's config.json, or the GPU has no float8.
     """
     if os.environ.get("RAY_ADDRESS"):
         return None
@@ -190,6 +201,7 @@ def check_memory(recipe: Recipe, kept: Choice | None = None) -> Outlook | None:
     folder = survey.model_folder(recipe.model.path)
     shape = survey.read_config(folder) if folder else catalog.card_config(recipe.model.path)
     where = place()
+    check_float8(recipe, where.device)
     together = 1 if where.memory is not None else recipe.run.workers
     available = where.memory or gpus.host_memory()
     if shape is None or available is None:

@@ -74,6 +74,7 @@ def plan_recipe(
         RecipeError, ModelError, DataError: what training would fail on.
     """
     where = outlook.place(gpu_memory, gpu, may_measure=True)
+    outlook.check_float8(recipe, where.device)
     found = survey.survey(recipe)
     rows, notes = found.counted, list(found.notes)
     packs = rows.packs if rows else None

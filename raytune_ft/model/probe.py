@@ -32,6 +32,7 @@ def probe(device: torch.device) -> Device:
         2 * COPIED / copy,
         start,
         host=COPIED / 4 / _host(device),
+        capability=torch.cuda.get_device_capability(device),
     )
 
 

@@ -124,13 +124,12 @@ def step_seconds(
         return None
     laid = Layouts(recipe, counts, where).on(per_gpu).layout
     fixed, way = laid.applied(recipe, counts.layers), laid.way
-    on_device, on_host = pace.sides(fixed, counts, device, fill, **way)
+    sides = pace.sides(fixed, counts, device, fill, **way)
     update = pace.update_seconds(fixed, counts, device, hosted=laid.hosted)
 
     def shared(at_once: int) -> float:
-        sharing, power = -(-at_once // where.gpus), pace.BALANCE
-        micro: float = ((sharing * on_device) ** power + on_host**power) ** (1 / power)
-        return laid.accumulation * micro + sharing * update
+        sharing = -(-at_once // where.gpus)
+        return laid.accumulation * sides.joined(sharing) + sharing * update
 
     return shared
 

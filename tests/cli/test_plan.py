@@ -11,7 +11,7 @@ from raytune_ft import outlook
 from raytune_ft.config.estimates import gpus
 from raytune_ft.config.loader import load_recipe
 from raytune_ft.config.schema import Recipe
-from raytune_ft.errors import MemoryPlanError
+from raytune_ft.errors import MemoryPlanError, ModelError
 from tests.cli.conftest import Command
 
 GIB = 2**30
@@ -84,6 +84,22 @@ def test_a_gpu_that_nobody_knows_is_named(call: Command) -> None:
     said = call("plan", NAME, "--gpu", "voodoo2")
     assert (said.code, len(said.err.splitlines())) == (2, 1)
     assert "no rates of 'voodoo2' are known; choose: h200" in said.err
+
+
+def test_float8_is_not_planned_for_a_gpu_without_it(
+    call: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the words of a worker there."""
+    said = call("plan", NAME, "model.compute=fp8", "--gpu", "a100")
+    assert (said.code, len(said.err.splitlines())) == (ModelError.exit_code, 1)
+    why = "model.compute 'fp8': A100 has compute capability 8.0, float8 needs 8.9 or more; leave"
+    assert why in said.err
+    assert call("plan", NAME, "model.compute=fp8", "--gpu", "l40s").code == 0
+    assert call("plan", NAME, "--gpu", "a100").code == 0
+    cards = [gpus.Gpu("NVIDIA A100-SXM4-80GB", 80 * GIB)]
+    monkeypatch.setattr(gpus, "visible", lambda: cards)
+    with pytest.raises(ModelError, match=r"A100 has compute capability 8\.0"):
+        outlook.check_memory(load_recipe(NAME, ["model.compute=fp8"]))
 
 
 def one_gpu(monkeypatch: pytest.MonkeyPatch, gib: float) -> None:

@@ -67,8 +67,8 @@ def test_peaks_are_within_5_percent_of_measured_ones(cell: dict[str, Any]) -> No
 def test_times_are_near_measured_ones(cell: dict[str, Any]) -> None:
     recipe, counts = planned(cell)
     predicted = micro_seconds(recipe, counts, DEVICES["h200"])
-    on_device, on_host = sides(recipe, counts, DEVICES["h200"])
-    rel = 0.06 if on_device > 1.4 * on_host else NOT_COUNTED.get(cell["cell"], 0.15)
+    found = sides(recipe, counts, DEVICES["h200"])
+    rel = 0.06 if found.device > 1.4 * found.host else NOT_COUNTED.get(cell["cell"], 0.15)
     assert predicted == pytest.approx(median(cell["micro_s"]), rel=rel)
 
 
