@@ -10,7 +10,7 @@ Rows are a file of one's own; of a folder's two files, one is held out. A line o
 goes to --out, and runs that stand there are not run again.
 Run: python -m benchmarks.fp8_gap --rows chats.jsonl --held-out others.jsonl [--out FILE]
      on a GPU: --quantization nf4 --steps 60 --packs 8 --micro 8 --length 1024 --r 64 --lr 5e-4 \
-         --dropout 0.1
+         --dropout 0.1 --held-out-packs 40
      python -m benchmarks.fp8_gap --table FILE
 """
 
@@ -76,14 +76,14 @@ def measured(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     from raytune_ft.model import loading
 
     folder = loading.prepare_folder(args.model, log=print)
-    place = Path(tempfile.mkdtemp(prefix="fp8_gap_"))
     done = {(line["compute"], line["seed"]) for line in known(args.out)}
     for seed in args.seeds:
         for compute in SIDES:
             if (compute, seed) not in done:
                 recipe = recipe_of(args, folder, compute, seed)
-                name = f"{compute}-{seed}"
-                yield run(recipe, folder, place / name, args.held_out_packs, args.sharing)
+                with tempfile.TemporaryDirectory(prefix="fp8_gap_") as place:
+                    run_folder = Path(place, f"{compute}-{seed}")
+                    yield run(recipe, folder, run_folder, args.held_out_packs, args.sharing)
                 gc.collect()
 
 

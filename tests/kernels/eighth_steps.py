@@ -51,9 +51,9 @@ class Least:
     time (P, V, dO, K) gave the shares above. The bounds have a quarter more noise.
 
     bfloat16 rounds some four times for each product, by 0.17%: 0.8% of float8's noise at every
-    place, as the same models show in bfloat16. So beside its replay a gradient may be off by
-    0.0014 of its square where float8's noise is 0.17, and by 0.0005 elsewhere: cosines of 0.9993
-    and 0.9997. The bounds have three times as much.
+    place. So beside its replay a gradient may be off by 0.0014 of its square where float8's noise
+    is 0.17, and by 0.0005 elsewhere: cosines of 0.9993 and 0.9997, as a CPU has them at a 7B's
+    width and rows of 768. The bounds have three times as much.
     """
 
     own: float
