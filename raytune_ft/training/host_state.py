@@ -71,6 +71,11 @@ class _Part:
         for arrival in self.arrivals:
             arrival.wait()
 
+    def go(self) -> None:
+        """Give the device's memory back, once all has left."""
+        self.wait()
+        self.here = ()
+
 
 class HostAdamW(Optimizer2State):  # type: ignore[misc]
     """A 32-bit AdamW of bitsandbytes whose averages lie on the host; see the module."""
@@ -105,9 +110,9 @@ class HostAdamW(Optimizer2State):  # type: ignore[misc]
             leaving.append(coming.popleft())
             leaving[-1].update()
             if len(leaving) > STATE_AHEAD:
-                leaving.popleft().wait()
+                leaving.popleft().go()
         for part in leaving:
-            part.wait()
+            part.go()
         if leaving and leaving[-1].device.type == "cuda":  # the host may read averages now
             torch.cuda.current_stream(leaving[-1].device).synchronize()
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import json
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from raytune_ft.config.estimates.layout import Layout, hosted_layouts
-from raytune_ft.config.estimates.setting import EMBEDDING, HEAD, INPUTS, LADDER
+from raytune_ft.config.estimates.setting import EMBEDDING, HEAD, INPUTS, LADDER, STATE_AHEAD
 from raytune_ft.config.schema import Recipe, TrainSection
 from raytune_ft.data.packing import collate
 from raytune_ft.kernels import transfer
@@ -282,6 +283,30 @@ def test_averages_on_the_host_take_the_same_steps(
     restore(optimizer, same, its)
     again = state_of(optimizer, same)
     assert all(torch.equal(again[name], its[name]) for name in its)
+
+
+def test_few_parts_of_averages_are_on_the_device_at_once(
+    sections: TrainSection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plan of memory counts five of them, whatever the number of weights."""
+    monkeypatch.setattr(host_state, "PART", 64)
+    trained = {name: nn.Parameter(torch.ones(100, 7)) for name in "abcdef"}
+    optimizer = build_optimizer(trained, sections)
+    host_state.keep_on_host(optimizer)
+    here: list[weakref.ref[torch.Tensor]] = []
+    most, come = [0], host_state._Part.come
+
+    def noted(part: Any) -> None:
+        come(part)
+        here.extend(map(weakref.ref, part.here))
+        most[0] = max(most[0], sum(one() is not None for one in here))
+
+    monkeypatch.setattr(host_state._Part, "come", noted)
+    for parameter in trained.values():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert len(here) == 2 * -(-6 * 704 // 64)  # each begins at a multiple of 64
+    assert most[0] == 2 * (2 * STATE_AHEAD + 1)
 
 
 def test_a_run_s_layout_is_read_as_it_was_written() -> None:
