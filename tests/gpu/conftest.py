@@ -9,8 +9,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from raytune_ft.cluster import ALLOCATION
+
 if torch.cuda.is_available():
     os.environ["DS_ACCELERATOR"] = "cuda"
+    for name, value in ALLOCATION.items():  # as a run has it
+        os.environ.setdefault(name, value)
 
 
 @pytest.fixture(autouse=True)
