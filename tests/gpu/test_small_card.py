@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import os
+import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -229,12 +230,23 @@ def cap(size: float) -> None:
 
 
 def used() -> tuple[float, float, float]:
-    """Return GiB: allocated and reserved at the peak, and of the whole device now."""
+    """Return GiB: allocated and reserved at the peak, and what this process has of the device."""
     if not ON_GPU:
         return 0.0, 0.0, 0.0
-    free, whole = torch.cuda.mem_get_info(HERE)
-    sizes = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved(), whole - free
+    sizes = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved(), own_bytes()
     return sizes[0] / GIB, sizes[1] / GIB, sizes[2] / GIB
+
+
+def own_bytes() -> int:
+    """Return what the driver says that this process has; all of the device, if it says nothing."""
+    asked = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
+    said = subprocess.run(asked, capture_output=True, text=True, check=True).stdout
+    known = dict(line.split(", ") for line in said.splitlines() if line.count(", ") == 1)
+    mine = known.get(str(os.getpid()), "")
+    if mine.isdecimal():
+        return int(mine) * 2**20
+    free, whole = torch.cuda.mem_get_info(HERE)
+    return whole - free
 
 
 def test_a_7b_learns_in_5_gib_of_a_small_card_what_it_learns_without_a_cap(
