@@ -192,7 +192,7 @@ def seven_b(*words: str) -> tuple[Recipe, dict[str, Any], Counts]:
     assert found is not None
     shape = dict(found)
     if TINY:
-        shape |= {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 5000}
+        shape |= {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 40000}
         shape |= {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 4}
         recipe = recipe.model_copy(
             update={"data": recipe.data.model_copy(update={"max_length": LENGTH}),
