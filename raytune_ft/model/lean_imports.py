@@ -1,58 +1,182 @@
 """Lean imports: libraries without what they import at their own import and a run never uses.
 
-In: a block of imports. Out: the same modules without torch's compiler, a second of every start,
-which bitsandbytes and DeepSpeed load to decorate functions for devices and optimizers of others,
-and without mlflow, which DeepSpeed's autotuner loads where it is installed.
+In: a block of imports. Out: the same modules without torch's compiler, which bitsandbytes and
+DeepSpeed load to decorate functions for devices and optimizers of others and transformers for one
+kind of mask; without sympy, which the types of torch's distributed tensors bring; and without what
+transformers shards and detects objects with. Together they are half of what such a block takes.
+What stands for a name imports it when it is called, so whoever does use it waits then.
 """
 
 from __future__ import annotations
 
 import functools
+import gc
+import importlib
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FunctionType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
 
-UNUSED = ("mlflow",)
-"""Packages that count as absent meanwhile, if nobody imported them before."""
+UNUSED = ("mlflow", "boto3")
+"""Packages that count as absent meanwhile, if nobody imported them before: what DeepSpeed's
+autotuner and accelerate's questions about other people's clusters load where it is installed."""
+DYNAMO = "torch._dynamo"
+MARKS = ("allow_in_graph", "assume_constant_result", "disable")
+"""Decorators of `torch.compiler` and `torch._dynamo` that tell the compiler what to do with a
+function: without a compiler it is what it was."""
+LATER = {
+    # transformers.masking_utils: masks made by vmap; imports torch._dynamo
+    "torch._dynamo._trace_wrapped_higher_order_op": ("TransformGetItemToIndex",),
+    # torch.distributed.tensor, for shapes that a compiler does not know; imports sympy
+    "torch.fx.experimental.symbolic_shapes": (
+        "GuardOnDataDependentSymNode",
+        "guard_or_false",
+        "statically_known_true",
+    ),
+    # transformers.distributed: sharding and checkpoints of its own
+    "torch.distributed._composable.fsdp": ("fully_shard",),
+    "torch.distributed.fsdp": ("CPUOffloadPolicy", "MixedPrecisionPolicy"),
+    "torch.distributed.checkpoint.hf_storage": (
+        "HuggingFaceStorageReader",
+        "HuggingFaceStorageWriter",
+    ),
+    # transformers.loss: boxes of objects in pictures
+    "scipy.optimize": ("linear_sum_assignment",),
+}
+"""Modules that are imported when one of these names of theirs is called. Where something else of
+them is asked for, they are imported at once, and all of them with the compiler itself."""
 
 
 @contextmanager
 def lean() -> Iterator[None]:
     """Import without what is not used; `torch.compile` compiles at a function's first call.
 
+    No garbage is looked for meanwhile either: imports leave none, and it is a tenth of their time.
+
     Changes this process's modules while it runs, so no other thread may import meanwhile.
     """
-    compile_now = torch.compile
+    compile_now, marks = torch.compile, {name: getattr(torch.compiler, name) for name in MARKS}
     hidden = [name for name in UNUSED if name not in sys.modules]
-    torch.compile = functools.partial(_later, compile_now)
+    postponed = [name for name in LATER if name not in sys.modules]
+    if DYNAMO not in sys.modules:
+        torch._dynamo = Compiler(DYNAMO)
+    torch.compile = functools.partial(_later, compile_now, lambda: True)
+    for name, mark in marks.items():
+        setattr(torch.compiler, name, functools.partial(_later, mark, _compiler_is_there))
     sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None: no such package
+    sys.modules.update({name: Postponed(name) for name in postponed})
+    sys.meta_path.insert(0, Lookout())
+    collects = gc.isenabled()
+    gc.disable()
     try:
         yield
     finally:
+        if collects:
+            gc.enable()
         torch.compile = compile_now
+        for name, mark in marks.items():
+            setattr(torch.compiler, name, mark)
+        if isinstance(vars(torch).get("_dynamo"), Compiler):
+            del torch._dynamo  # torch imports it when it is asked for
         for name in hidden:
             if sys.modules.get(name, compile_now) is None:
                 del sys.modules[name]
+        sys.meta_path[:] = [one for one in sys.meta_path if not isinstance(one, Lookout)]
+        for name in postponed:
+            _forget(name)
 
 
-def _later(compile_now: Callable[..., Any], model: Any = None, **options: Any) -> Any:
-    """Stand for `torch.compile`, as a decorator with and without options."""
+class Compiler(ModuleType):
+    """Stands for `torch._dynamo` as `torch` has it, for what decorates functions by it."""
+
+    def __getattr__(self, name: str) -> Any:
+        def real(*args: Any, **kwargs: Any) -> Any:
+            return getattr(importlib.import_module(DYNAMO), name)(*args, **kwargs)
+
+        if name in MARKS:
+            return functools.partial(_later, real, _compiler_is_there)
+        return getattr(importlib.import_module(DYNAMO), name)
+
+
+class Lookout:
+    """Sees the compiler come: it takes from postponed modules what no stand-in is."""
+
+    def find_spec(self, name: str, _path: object = None, _target: object = None) -> None:
+        """Find nothing, but have the modules themselves imported from now on."""
+        if name == DYNAMO:
+            for postponed in LATER:
+                _forget(postponed)
+
+
+class Postponed(ModuleType):
+    """Stands for a module in `from MODULE import NAME`."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if name not in LATER[self.__name__]:
+            return getattr(_imported(self.__name__), name)
+        return StandIn(name, (), {"_of": self.__name__})
+
+
+class StandIn(type):
+    """Stands for a function or class of a postponed module: what is made or asked is the real one.
+
+    Nothing is an instance of a class that nobody has imported.
+    """
+
+    _of: str
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        return getattr(_imported(cls._of), cls.__name__)(*args, **kwargs)
+
+    def __instancecheck__(cls, one: object) -> bool:
+        module = sys.modules.get(cls._of)
+        is_there = module is not None and not isinstance(module, Postponed)
+        return is_there and isinstance(one, getattr(module, cls.__name__))
+
+
+def _imported(name: str) -> ModuleType:
+    """Return the module itself."""
+    _forget(name)
+    return importlib.import_module(name)
+
+
+def _forget(name: str) -> None:
+    if isinstance(sys.modules.get(name), Postponed):
+        del sys.modules[name]
+
+
+def _compiler_is_there() -> bool:
+    return DYNAMO in sys.modules
+
+
+def _later(
+    decorate: Callable[..., Any], due: Callable[[], bool], model: Any = None, **options: Any
+) -> Any:
+    """Stand for a decorator, with and without options, that acts at the first call when it is due.
+
+    Args:
+        decorate: the decorator.
+        due: tells at a call whether it is to act.
+        model: what it is given.
+        **options: of the decorator.
+    """
     if model is None:
-        return functools.partial(_later, compile_now, **options)
+        return functools.partial(_later, decorate, due, **options)
     if not isinstance(model, FunctionType):
-        return compile_now(model, **options)
+        return decorate(model, **options)
 
     @functools.lru_cache(maxsize=1)
-    def compiled() -> Callable[..., Any]:
-        made: Callable[..., Any] = compile_now(model, **options)
+    def decorated() -> Callable[..., Any]:
+        made: Callable[..., Any] = decorate(model, **options)
         return made
 
     @functools.wraps(model)
     def call(*args: Any, **kwargs: Any) -> Any:
-        return compiled()(*args, **kwargs)
+        return (decorated() if due() else model)(*args, **kwargs)
 
     return call

@@ -14,7 +14,7 @@ import torch
 
 from raytune_ft.config.schema import ModelSection
 from raytune_ft.model import nf4_store
-from raytune_ft.model.lean_imports import lean
+from raytune_ft.model.lean_imports import Postponed, lean
 from raytune_ft.model.loading import load_model
 from raytune_ft.training.ahead import read_ahead
 
@@ -35,7 +35,7 @@ import mlflow
 @pytest.mark.slow
 def test_a_worker_has_its_libraries_but_no_compiler() -> None:
     wanted = ["bitsandbytes", "deepspeed", "deepspeed.runtime.engine", "peft"]
-    spared = ["mlflow", "torch._inductor.compile_fx"]
+    spared = ["mlflow", "scipy.optimize", "sympy", "torch._dynamo", "torch.distributed.fsdp"]
     said = subprocess.run(
         [sys.executable, "-c", READY, " ".join([*wanted, *spared])],
         capture_output=True, text=True, check=True,
@@ -67,6 +67,39 @@ def test_a_function_that_is_decorated_meanwhile_is_compiled_when_it_is_called() 
     for function in (twice, twice, plain):
         assert function(x).tolist() == [0.0, 2.0, 4.0]
     assert made == ["graph"]
+
+
+POSTPONED = "torch.distributed._composable.fsdp"
+
+
+def test_a_name_of_a_postponed_module_is_the_real_one_when_it_is_called(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delitem(sys.modules, POSTPONED, raising=False)
+    with lean():
+        from torch.distributed._composable.fsdp import fully_shard
+
+        assert isinstance(sys.modules[POSTPONED], Postponed)
+        assert not isinstance(fully_shard, FunctionType)
+        assert not isinstance(1, fully_shard)  # type: ignore[arg-type]
+    assert POSTPONED not in sys.modules
+    with pytest.raises(ValueError, match="ModuleList"):
+        fully_shard(torch.nn.ModuleList())
+    real = sys.modules[POSTPONED]
+    assert isinstance(real.fully_shard, FunctionType)
+    with lean():
+        assert sys.modules[POSTPONED] is real
+
+
+def test_what_else_a_postponed_module_has_is_imported_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delitem(sys.modules, POSTPONED, raising=False)
+    with lean():
+        from torch.distributed._composable.fsdp import FSDPModule
+
+        assert isinstance(FSDPModule, type) and FSDPModule.__module__.startswith("torch.")
+        assert not isinstance(sys.modules[POSTPONED], Postponed)
 
 
 def test_modules_are_put_back_whatever_happens(monkeypatch: pytest.MonkeyPatch) -> None:
