@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import gc
 import importlib
+import operator
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,23 +20,38 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
+from torch._compile import _disable_dynamo
 
 UNUSED = ("mlflow", "boto3")
 """Packages that count as absent meanwhile, if nobody imported them before: what DeepSpeed's
 autotuner and accelerate's questions about other people's clusters load where it is installed."""
 DYNAMO = "torch._dynamo"
+SHAPES = "torch.fx.experimental.symbolic_shapes"
+PLAIN: dict[str, Callable[..., bool | int]] = {
+    "expect_true": lambda one: one,
+    "guard_or_false": lambda one: one,
+    "guard_or_true": lambda one: one,
+    "guard_size_oblivious": lambda one: one,
+    "guarding_hint_or_throw": lambda one: one,
+    "has_guarding_hint": lambda _: True,
+    "is_nested_int": lambda _: False,
+    "statically_known_true": lambda one: one,
+    "sym_and": lambda *several: functools.reduce(operator.and_, several),
+    "sym_eq": lambda one, other: one == other,
+    "sym_or": lambda *several: functools.reduce(operator.or_, several),
+}
+"""What functions of `SHAPES` say of bool, int and tuples of them, which are no symbols."""
 MARKS = ("allow_in_graph", "assume_constant_result", "disable")
 """Decorators of `torch.compiler` and `torch._dynamo` that tell the compiler what to do with a
 function: without a compiler it is what it was."""
+HIDDEN = "__dynamo_disable"
+"""Attribute of a function in which torch keeps what stands for it."""
 LATER = {
     # transformers.masking_utils: masks made by vmap; imports torch._dynamo
     "torch._dynamo._trace_wrapped_higher_order_op": ("TransformGetItemToIndex",),
-    # torch.distributed.tensor, for shapes that a compiler does not know; imports sympy
-    "torch.fx.experimental.symbolic_shapes": (
-        "GuardOnDataDependentSymNode",
-        "guard_or_false",
-        "statically_known_true",
-    ),
+    # torch.distributed.tensor and operations on meta tensors, for shapes that only a compiler does
+    # not know; imports sympy
+    SHAPES: ("GuardOnDataDependentSymNode", *PLAIN),
     # transformers.distributed: sharding and checkpoints of its own
     "torch.distributed._composable.fsdp": ("fully_shard",),
     "torch.distributed.fsdp": ("CPUOffloadPolicy", "MixedPrecisionPolicy"),
@@ -45,9 +61,13 @@ LATER = {
     ),
     # transformers.loss: boxes of objects in pictures
     "scipy.optimize": ("linear_sum_assignment",),
+    # operations on meta tensors look whether a number is one of its symbols
+    "sympy": ("Basic",),
 }
 """Modules that are imported when one of these names of theirs is called. Where something else of
-them is asked for, they are imported at once, and all of them with the compiler itself."""
+them is asked for, they are imported at once, and all of them with `REAL`."""
+REAL = (DYNAMO, SHAPES, "torch.utils._sympy")
+"""Modules, and parts of them, that take what no stand-in is."""
 
 
 @contextmanager
@@ -60,19 +80,17 @@ def lean() -> Iterator[None]:
     """
     compile_now, marks = torch.compile, {name: getattr(torch.compiler, name) for name in MARKS}
     hidden = [name for name in UNUSED if name not in sys.modules]
-    postponed = [name for name in LATER if name not in sys.modules]
     if DYNAMO not in sys.modules:
         torch._dynamo = Compiler(DYNAMO)
     torch.compile = functools.partial(_later, compile_now, lambda: True)
     for name, mark in marks.items():
         setattr(torch.compiler, name, functools.partial(_later, mark, _compiler_is_there))
     sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None: no such package
-    sys.modules.update({name: Postponed(name) for name in postponed})
-    sys.meta_path.insert(0, Lookout())
     collects = gc.isenabled()
     gc.disable()
     try:
-        yield
+        with postponed(*LATER):
+            yield
     finally:
         if collects:
             gc.enable()
@@ -84,9 +102,47 @@ def lean() -> Iterator[None]:
         for name in hidden:
             if sys.modules.get(name, compile_now) is None:
                 del sys.modules[name]
-        sys.meta_path[:] = [one for one in sys.meta_path if not isinstance(one, Lookout)]
-        for name in postponed:
+
+
+@contextmanager
+def postponed(*names: str) -> Iterator[None]:
+    """Import none of these of `LATER` while the block runs, unless they are used."""
+    lookout, absent = Lookout(), [name for name in names if name not in sys.modules]
+    sys.modules.update({name: Postponed(name) for name in absent})
+    sys.meta_path.insert(0, lookout)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(lookout)
+        for name in absent:
             _forget(name)
+
+
+def spare_compiler() -> None:
+    """Have what torch hides from its compiler run without it, as long as nobody has imported it.
+
+    torch wraps such functions (meta tensors' operations, custom operations, checkpointing) in
+    `_disable_dynamo`. At the first call that imports the compiler for nothing but to hide them from
+    it, and keeps what is to be called in an attribute of theirs, which is given here before.
+    """
+    wrapper = _disable_dynamo(lambda: None).__code__
+    for one in gc.get_objects():
+        if type(one) is FunctionType and one.__code__ is wrapper and one.__closure__:
+            held = dict(zip(wrapper.co_freevars, one.__closure__, strict=True))
+            function, recursive = (held[name].cell_contents for name in ("fn", "recursive"))
+            if type(function) is FunctionType and not hasattr(function, HIDDEN):
+                setattr(function, HIDDEN, _until_compiler(function, recursive=recursive))
+
+
+def _until_compiler(function: FunctionType, *, recursive: bool) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not _compiler_is_there():
+            return function(*args, **kwargs)
+        hidden = importlib.import_module(DYNAMO).disable(function, recursive, wrapping=False)
+        setattr(function, HIDDEN, hidden)
+        return hidden(*args, **kwargs)
+
+    return call
 
 
 class Compiler(ModuleType):
@@ -102,13 +158,13 @@ class Compiler(ModuleType):
 
 
 class Lookout:
-    """Sees the compiler come: it takes from postponed modules what no stand-in is."""
+    """Sees the compiler come, or what it is made of."""
 
     def find_spec(self, name: str, _path: object = None, _target: object = None) -> None:
         """Find nothing, but have the modules themselves imported from now on."""
-        if name == DYNAMO:
-            for postponed in LATER:
-                _forget(postponed)
+        if name.startswith(REAL):
+            for module in LATER:
+                _forget(module)
 
 
 class Postponed(ModuleType):
@@ -131,12 +187,18 @@ class StandIn(type):
     _of: str
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        if cls._of == SHAPES and all(map(_is_plain, args)):
+            return PLAIN[cls.__name__](*args)
         return getattr(_imported(cls._of), cls.__name__)(*args, **kwargs)
 
     def __instancecheck__(cls, one: object) -> bool:
         module = sys.modules.get(cls._of)
         is_there = module is not None and not isinstance(module, Postponed)
         return is_there and isinstance(one, getattr(module, cls.__name__))
+
+
+def _is_plain(one: object) -> bool:
+    return type(one) in (bool, int) or (type(one) is tuple and all(map(_is_plain, one)))
 
 
 def _imported(name: str) -> ModuleType:
