@@ -124,7 +124,10 @@ def spare_compiler() -> None:
     torch wraps such functions (meta tensors' operations, custom operations, checkpointing) in
     `_disable_dynamo`. At the first call that imports the compiler for nothing but to hide them from
     it, and keeps what is to be called in an attribute of theirs, which is given here before.
+    Checkpointing also asks `torch._dynamo`, whose stand-in stays until it is imported.
     """
+    if not _compiler_is_there():
+        torch._dynamo = Compiler(DYNAMO)
     wrapper = _disable_dynamo(lambda: None).__code__
     for one in gc.get_objects():
         if type(one) is FunctionType and one.__code__ is wrapper and one.__closure__:
@@ -154,7 +157,21 @@ class Compiler(ModuleType):
 
         if name in MARKS:
             return functools.partial(_later, real, _compiler_is_there)
+        if name == "config" and not _compiler_is_there():
+            return Settings(f"{DYNAMO}.{name}")
         return getattr(importlib.import_module(DYNAMO), name)
+
+
+class Settings(ModuleType):
+    """Stands for the compiler's settings; checkpointing notes one in case that it compiles."""
+
+    error_on_nested_fx_trace = True
+
+    def __setattr__(self, name: str, value: object) -> None:
+        setattr(importlib.import_module(DYNAMO).config, name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(importlib.import_module(DYNAMO).config, name)
 
 
 class Lookout:

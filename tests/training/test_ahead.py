@@ -41,10 +41,13 @@ from raytune_ft.config.schema import ModelSection
 from raytune_ft.model.loading import load_model
 section = ModelSection(path=sys.argv[1], quantization="nf4")
 model = load_model(Path(section.path), section, torch.device("cpu"))
-model(input_ids=torch.tensor([[1, 2, 3]])).logits.sum()
+model.train().gradient_checkpointing_enable({"use_reentrant": False})
+model.enable_input_require_grads()
+model(input_ids=torch.tensor([[1, 2, 3]])).logits.sum().backward()
 spared = ("sympy", "torch._dynamo")
 before = [name for name in spared if name in sys.modules]
-torch._dynamo
+torch._dynamo.config.cache_size_limit = 3
+assert torch._dynamo.config.cache_size_limit == 3
 from torch.nn.functional import relu
 assert torch.compile(relu, backend="eager")(torch.tensor([-1.0, 1.0])).tolist() == [0.0, 1.0]
 model(input_ids=torch.tensor([[1, 2, 3]])).logits.sum()
