@@ -33,6 +33,10 @@ until after hours a batch does not fit that did at first."""
 
 T = TypeVar("T")
 
+PRELOADED = {"RAY_preload_python_modules": "ray.train.v2._internal.execution.controller"}
+"""Read by a raylet that is started here: what its processes import before they have work. Nearly
+all that a run takes need it, some of them one after the other."""
+
 REASON_LENGTH = 400
 """Characters of what Ray says, which may be a page."""
 
@@ -169,6 +173,8 @@ def ray_beside() -> Iterator[RayBeside]:
     To be entered before `ray` is imported elsewhere: what it reads at import is set here.
     """
     _prepare_environment()
+    for key, value in PRELOADED.items():
+        os.environ.setdefault(key, value)
     importlib.import_module("ray")  # here, so that no two threads import it at once
     beside = RayBeside()
     beside.start()
