@@ -8,12 +8,9 @@ prints, by its own clock: what is waited for, since Ray starts while the driver 
 while it reads. Beside them stand the seconds of CPU of all processes, which a busy machine does not
 stretch, and how many processes there are. Asking sample prompts is left out, since how long answers
 are is the recipe's choice. Files written a moment ago lie in the page cache for all runs; with
---cold they are asked to leave it before each. With --timeline a line for each process tells when it
-began and reached what, and where the first rank stood how often while it loaded and took its first
-step (`start_timeline`); looking takes a core's tenth, so that times of such a run are a bit longer.
+--cold they are asked to leave it before each.
 Run: python -m benchmarks.start --folder DIR [--runs first,second,off] [--cold] [--layers N]
-     [--budget SECONDS] [--timeline] [--out FILE];
-rehearsal without a GPU: --gpu "" --shrink 64 --layers 2 --length 64
+     [--budget SECONDS] [--out FILE];  rehearsal without a GPU: --shrink 64 --layers 2 --length 64
 Prints a line of JSON for each start, then a table.
 """
 
@@ -32,7 +29,6 @@ from typing import Any
 
 from benchmarks import made_model
 from benchmarks.scaling_runs import POLL_S, ROOT, Run, environment
-from benchmarks.start_timeline import Timeline
 
 STAGE = re.compile(r"\[\s*([\d.]+) s\] (.+)")
 STARTS = ("first", "second", "off")
@@ -65,7 +61,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int)
     parser.add_argument("--shrink", type=int, default=1)
     parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--timeline", action="store_true")
     parser.add_argument("--budget", type=float, default=300.0)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -130,7 +125,6 @@ def measured(args: argparse.Namespace, name: str, deadline: float) -> dict[str, 
         [args.gpu] if args.gpu else [],
         module="raytune_ft.train",
     ).start()
-    timeline = Timeline(run).begun() if args.timeline else None
     stages, offset = list[tuple[float, str]](), float("inf")
     try:
         while run.step() < 1 and run.process.poll() is None and time.monotonic() < deadline:
@@ -143,8 +137,6 @@ def measured(args: argparse.Namespace, name: str, deadline: float) -> dict[str, 
         if run.step() < 1:
             return {"start": name, "failed": run.process.poll(), "words": run.words()}
     finally:
-        for line in timeline.end() if timeline is not None else ():
-            emit(args, **line)
         run.end()
     (step,) = run.lines("metrics.jsonl")[:1]
     return {

@@ -9,17 +9,17 @@ import sys
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO, TypeVar
+from typing import TextIO
 
 from raytune_ft.errors import TrainingError
 
 QUIET = {
     "RAY_DEDUP_LOGS": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -30,12 +30,6 @@ QUIET = {
 ALLOCATION = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 """torch reads it when it first takes GPU memory. Packs of differing lengths otherwise leave gaps,
 until after hours a batch does not fit that did at first."""
-
-T = TypeVar("T")
-
-PRELOADED = {"RAY_preload_python_modules": "ray.train.v2._internal.execution.controller"}
-"""Read by a raylet that is started here: what its processes import before they have work. Nearly
-all that a run takes need it, some of them one after the other."""
 
 REASON_LENGTH = 400
 """Characters of what Ray says, which may be a page."""
@@ -117,41 +111,19 @@ class RayBeside(threading.Thread):
 
     def __init__(self) -> None:
         super().__init__(name="ray", daemon=True)
-        self._tried, self._told, self._over = (threading.Event() for _ in range(3))
-        self._first: Callable[[], object] | None = None
+        self._tried, self._over = threading.Event(), threading.Event()
         self._error: BaseException | None = None
 
     def run(self) -> None:
-        """Start Ray, do what comes first with it, keep it until `end`, shut it down."""
+        """Start Ray, keep it until `end`, shut it down."""
         try:
             with ray_session():
                 self._tried.set()
-                self._told.wait()
-                if self._first is not None and not self._over.is_set():
-                    self._first()
                 self._over.wait()
         except BaseException as error:  # the one who waits raises it
             self._error = error
         finally:
             self._tried.set()
-
-    def first(self, work: Callable[[], T]) -> Future[T]:
-        """Have something done in the thread as soon as Ray is there; it ends before Ray does.
-
-        Args:
-            work: imports nothing, since others import meanwhile; to be given once.
-        """
-        done = Future[T]()
-
-        def do() -> None:
-            try:
-                done.set_result(work())
-            except BaseException as error:  # whoever asks for the result raises it
-                done.set_exception(error)
-
-        self._first = do
-        self._told.set()
-        return done
 
     def wait(self) -> None:
         """Return when Ray is there; TrainingError if it does not start."""
@@ -162,7 +134,6 @@ class RayBeside(threading.Thread):
     def end(self) -> None:
         """Have Ray shut down, behind its start if that is not over."""
         self._over.set()
-        self._told.set()
         self.join()
 
 
@@ -173,8 +144,6 @@ def ray_beside() -> Iterator[RayBeside]:
     To be entered before `ray` is imported elsewhere: what it reads at import is set here.
     """
     _prepare_environment()
-    for key, value in PRELOADED.items():
-        os.environ.setdefault(key, value)
     importlib.import_module("ray")  # here, so that no two threads import it at once
     beside = RayBeside()
     beside.start()

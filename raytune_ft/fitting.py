@@ -2,9 +2,6 @@
 
 What ends a run comes back as one error of `errors`: what a worker wrote down, a signal, or workers
 that were lost too often. The main thread only waits, so that signals reach it at once.
-
-Workers start before the driver has imported torch, so nothing here imports it at once; what trains
-is imported by the workers.
 """
 
 from __future__ import annotations
@@ -16,28 +13,28 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
 
 from raytune_ft import claim, errors, seats
 from raytune_ft.cluster import noise_to
 from raytune_ft.config.schema import Recipe
+from raytune_ft.data.feeder import Supply
+from raytune_ft.data.stream import on_node
 from raytune_ft.mailbox import Mailbox
-from raytune_ft.meeting import Meeting, Trainer
 from raytune_ft.resume import shown
-from raytune_ft.storing.way import Way, beside_driver, way_of
+from raytune_ft.screen import Screen
+from raytune_ft.storing import carriage
+from raytune_ft.training import ahead, worker
 from raytune_ft.training.guarding import failures
+from raytune_ft.training.guarding.guards import Guards
 from raytune_ft.training.guarding.interruption import AskedToEnd
 from raytune_ft.training.guarding.watchdog import PATIENCE_S
 from raytune_ft.training.run_folder import RunFolder
+from raytune_ft.training.saving.checkpoint import step_folders, step_of
 from raytune_ft.waiting import Need, told_of_room
 from raytune_ft.wish import GRACE_S, Wish
-
-if TYPE_CHECKING:
-    from raytune_ft.data.feeder import Supply
-    from raytune_ft.screen import Screen
-    from raytune_ft.training import worker
 
 POLL_SECONDS = 0.2
 ASK_SECONDS = 0.5
@@ -59,9 +56,11 @@ class Workers:
         failures.begin(folder)
         self.folder = folder
         # where the driver is: without that node there is no run, without another one there is
-        mailbox = ray.remote(num_cpus=0)(Mailbox)
-        self.mailbox: Any = mailbox.options(scheduling_strategy=beside_driver()).remote()
-        way = way_of(folder)  # one for all: its actor holds the folder for the workers
+        here = on_node(ray.get_runtime_context().get_node_id())
+        self.mailbox: Any = (
+            ray.remote(Mailbox).options(num_cpus=0, scheduling_strategy=here).remote()
+        )
+        way = carriage.way_of(folder)  # one for all: its actor holds the folder for the workers
         trainers = (_trainer(recipe, folder, way, self.mailbox, k) for k in itertools.count())
         first = next(trainers)
         each, run = first.scaling_config.resources_per_worker, recipe.run
@@ -98,13 +97,16 @@ class Workers:
                 raise
 
 
-def _trainer(recipe: Recipe, folder: RunFolder, way: Way, mailbox: Any, number: int) -> Any:
+def _trainer(
+    recipe: Recipe, folder: RunFolder, way: carriage.Way, mailbox: Any, number: int
+) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
 
     on_gpu = claim.on_gpu()
     least = recipe.run.min_workers
     cpus = seats.cpus_per_worker(recipe.run.workers, ray.cluster_resources().get("CPU", 0))
-    return Trainer(
+    return TorchTrainer(
         train_loop_per_worker,
         train_loop_config={
             "recipe": recipe.model_dump(mode="json"),
@@ -112,7 +114,7 @@ def _trainer(recipe: Recipe, folder: RunFolder, way: Way, mailbox: Any, number: 
             "mailbox": mailbox,
         },
         # for the start, in which ranks take their time; guards.guarded sets that of the steps
-        backend_config=Meeting("nccl" if on_gpu else "gloo", PATIENCE_S),
+        torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo", timeout_s=PATIENCE_S),
         scaling_config=ScalingConfig(
             num_workers=(least, recipe.run.workers) if least else recipe.run.workers,
             elastic_resize_monitor_interval_s=NEVER_S,
@@ -182,8 +184,6 @@ def see_through(ended: Fit, wish: Wish, mailbox: Any, folder: RunFolder, screen:
     if fatal is not None:
         raise fatal
     if wish.is_late:
-        from raytune_ft.training.saving.checkpoint import step_folders, step_of
-
         steps = step_folders(folder.checkpoints)
         last = f"its checkpoint of step {step_of(steps[-1])} stands" if steps else "it has none yet"
         raise errors.Interrupted(f"stopped in a step longer than {GRACE_S:g} s; {last}; {on}")
@@ -200,10 +200,6 @@ def see_through(ended: Fit, wish: Wish, mailbox: Any, folder: RunFolder, screen:
 
 def train_loop_per_worker(config: dict[str, Any]) -> None:
     """Entry on each Ray Train worker: bind the streams and hand over to training.worker."""
-    from raytune_ft.storing import carriage
-    from raytune_ft.training import ahead, worker
-    from raytune_ft.training.guarding.guards import Guards
-
     mailbox = config["mailbox"]
     context = ray.train.get_context()
     rank, ranks = context.get_world_rank(), context.get_world_size()

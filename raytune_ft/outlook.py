@@ -180,21 +180,7 @@ def pace_of(
     )
 
 
-def looked_at(recipe: Recipe) -> Place | None:
-    """Return the place of a run that starts Ray on this machine; None where a cluster is joined.
-
-    Raises:
-        RecipeError: there are fewer GPUs here than workers.
-    """
-    if os.environ.get("RAY_ADDRESS"):
-        return None
-    seats.check(recipe)
-    return place()
-
-
-def check_memory(
-    recipe: Recipe, kept: Choice | None = None, where: Place | None = None
-) -> Outlook | None:
+def check_memory(recipe: Recipe, kept: Choice | None = None) -> Outlook | None:
     """Predict whether a run fits this machine, and in which layout, before anything loads.
 
     None: nothing can be said here, since the model's shape is not known or the workers are on
@@ -203,18 +189,18 @@ def check_memory(
     Args:
         recipe: of the run.
         kept: the layout of a run that is to go on, with which it goes on exactly.
-        where: what `looked_at` found before workers took memory; None: it is looked at now.
 
     Raises:
         RecipeError: there are fewer GPUs here than workers.
         MemoryPlanError: it clearly does not fit, in halves neither if `train.on_oom` is `halve`.
         ModelError: no family reads the model's config.json, or the GPU has no float8.
     """
-    where = where or looked_at(recipe)
-    if where is None:
+    if os.environ.get("RAY_ADDRESS"):
         return None
+    seats.check(recipe)
     folder = survey.model_folder(recipe.model.path)
     shape = survey.read_config(folder) if folder else catalog.card_config(recipe.model.path)
+    where = place()
     check_float8(recipe, where.device)
     together = 1 if where.memory is not None else recipe.run.workers
     available = where.memory or gpus.host_memory()

@@ -1,14 +1,13 @@
 """Running: a folder and a Ray that is starting in, a run that has come to its end out.
 
-Read top to bottom: memory -> rows, while workers start and import -> a feeder, which has windows of
-packs made -> the workers are told their job, each running `training.worker.run` on its share of one
-sequence -> report and summary.
+Read top to bottom: memory -> workers, which start and import -> rows meanwhile -> a feeder, which
+has windows of packs made -> the workers are told their job, each running `training.worker.run` on
+its share of one sequence -> report and summary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future
 from typing import TextIO
 
 from rich.console import Console
@@ -19,7 +18,7 @@ from raytune_ft.config.schema import Recipe
 from raytune_ft.data.feeder import feeding
 from raytune_ft.fitting import Workers
 from raytune_ft.lost_ray import seen_to_the_end
-from raytune_ft.outlook import Outlook, Place
+from raytune_ft.outlook import Outlook
 from raytune_ft.preparation import prepare
 from raytune_ft.resume import resumable, shown
 from raytune_ft.screen import Screen
@@ -39,8 +38,6 @@ def carry_out(
     source: str,
     *,
     goes_on: bool,
-    where: Place | None,
-    begun: Future[Workers] | None,
     ray_start: RayBeside,
     terminal: TextIO,
     call_off: Callable[[], None],
@@ -53,16 +50,13 @@ def carry_out(
         folder: of the run; it may be empty.
         source: what the user called the recipe, for the run's record.
         goes_on: whether the run began before.
-        where: as `outlook.looked_at` found it.
-        begun: its workers, which start as soon as Ray is there; None: they wait until it is known
-            whether the cluster has room for them.
         ray_start: Ray, which may not be there yet.
         terminal: where people look; standard output and error go to the log meanwhile.
         call_off: of `last_words.spoken_for`.
         mirror: sends the run to where it is kept, if that is elsewhere.
     """
     kept = layouts.kept_choice(folder, recipe) if goes_on else None
-    seen = outlook.check_memory(recipe, kept, where)
+    seen = outlook.check_memory(recipe, kept)
     with resumable(folder, shown(folder)), reporting.left_with_report(folder):
         screen = Screen(
             recipe.train.log_every,
@@ -81,9 +75,7 @@ def carry_out(
             for line in claim.lines(recipe):
                 screen.line(line)
             with seen_to_the_end(folder, shown(folder), screen, terminal, call_off):
-                workers = Workers(recipe, folder) if begun is None else begun.result()
-                _fit(workers, recipe, folder, source, screen, seen,
-                     goes_on=goes_on, is_laid_out=bool(kept))  # fmt: skip
+                _fit(recipe, folder, source, screen, seen, goes_on=goes_on, is_laid_out=bool(kept))
             folder.update(status="done")
             screen.stage("report")
             reporting.write_report(folder)
@@ -94,7 +86,6 @@ def carry_out(
 
 
 def _fit(
-    workers: Workers,
     recipe: Recipe,
     folder: RunFolder,
     source: str,
@@ -104,7 +95,8 @@ def _fit(
     goes_on: bool,
     is_laid_out: bool,
 ) -> None:
-    """Prepare while workers start, see them to their end."""
+    """Start workers, prepare meanwhile, see the workers to their end."""
+    workers = Workers(recipe, folder)
     prepared = prepare(recipe, folder, source, screen)
     folder.update(plan={"parts": seen.parts} if seen is not None else None)
     if not is_laid_out:

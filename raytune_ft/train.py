@@ -1,8 +1,7 @@
 """`python -m raytune_ft.train --config NAME_OR_FILE [key=value ...]`: the whole way of one run.
 
 Names and folder are looked at first, since a mistake in them should not wait for anything. Then Ray
-starts, in a thread, and workers as soon as it is there, while the rest is imported: `running` goes
-on from there.
+starts, in a thread, while the rest is imported: `running` goes on from there.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ def train(recipe: Recipe, *, source: str, resume: str | None = None) -> int:
         resume: folder or address of a run to go on with, from its last checkpoint; a run of the
             recipe's name is gone on with as well.
     """
-    from raytune_ft import outlook, survey  # a second of imports; Ctrl-C is answered in a line
+    from raytune_ft import survey  # a second of imports; Ctrl-C there is answered in a line
 
     survey.check_names(recipe)
     survey.check_deepspeed(recipe)
@@ -43,16 +42,10 @@ def train(recipe: Recipe, *, source: str, resume: str | None = None) -> int:
         end_kept(folder),
         ray_beside() as ray_start,
     ):
-        where = outlook.looked_at(recipe)  # while no worker takes memory of a GPU
-        from raytune_ft.fitting import Workers
-
-        begun = None
-        if where is not None:
-            begun = ray_start.first(lambda: Workers(recipe, folder))
-        from raytune_ft.running import carry_out  # seconds of imports, in which all that starts
+        from raytune_ft.running import carry_out  # seconds of imports, in which Ray starts
 
         return carry_out(
-            recipe, folder, source, goes_on=run.goes_on, where=where, begun=begun,
+            recipe, folder, source, goes_on=run.goes_on,
             ray_start=ray_start, terminal=terminal, call_off=call_off, mirror=mirror,
         )  # fmt: skip
 

@@ -16,9 +16,6 @@ HEAVY = ("bitsandbytes", "datasets", "deepspeed", "peft", "transformers", "trito
         ("raytune_ft.running", HEAVY),
         # Ray starts behind these, while what follows is imported
         ("raytune_ft.train", (*HEAVY, "ray", "torch")),
-        # workers behind these; Ray Train's controller imports the last one
-        ("raytune_ft.fitting", (*HEAVY, "torch", "tokenizers")),
-        ("raytune_ft.meeting", (*HEAVY, "torch", "tokenizers")),
     ],
 )
 def test_the_driver_imports_none_of_the_workers_libraries(

@@ -19,7 +19,6 @@ from raytune_ft.config.schema import ModelSection
 from raytune_ft.errors import MemoryPlanError, ModelError
 from raytune_ft.model import default_model, hub, nf4_store
 from raytune_ft.model.families import Family, detect, translate
-from raytune_ft.model.lean_imports import SHAPES, postponed
 from raytune_ft.model.silence import quiet
 from raytune_ft.model.tensors import load_pickled
 
@@ -197,7 +196,7 @@ def _read(
 ) -> PreTrainedModel:
     """Have transformers read a folder's weights, and see that none is missing or too many."""
     network = family.network(config)
-    with quiet(), _without_hooks(), postponed("sympy", SHAPES):
+    with quiet(), _without_hooks():
         try:
             model, info = network.from_pretrained(
                 folder,

@@ -17,6 +17,7 @@ import json
 import os
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raytune_ft import durable
 from raytune_ft.config.cache import cache_dir
@@ -33,16 +35,42 @@ from raytune_ft.storing import fetching, steps
 from raytune_ft.storing.home import FAILURES, PULSES, Home
 from raytune_ft.storing.mirror import Mirror, Stamp, stamps
 from raytune_ft.storing.places import BLOCK_BYTES, Beat
-from raytune_ft.storing.way import NONCE, Way
 from raytune_ft.training.guarding import failures
 from raytune_ft.training.run_folder import RunFolder
 from raytune_ft.training.saving import checkpoint
 from raytune_ft.training.worker import Job
 
+NONCE = ".driver"
+"""In the run's folder: which driver's it is."""
+CALLS_AT_ONCE = 16
 SMALL_S = 2.0
 TIES_S = 0.5
 ANSWERS_IN_S = 90.0
 """A link may be cut for a while."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """How workers find the run; travels to every node."""
+
+    path: str
+    """Of the run's folder, on the driver's node."""
+    nonce: str
+    home: Any
+    """The actor; None where there is but this node."""
+
+
+def way_of(run: RunFolder) -> Way:
+    """Make what workers find the run by; the actor that holds it goes with this driver."""
+    nonce = uuid.uuid4().hex
+    (run.path / NONCE).write_text(nonce, encoding="utf-8")
+    if len(ray.nodes()) == 1 and not os.environ.get("RAY_ADDRESS"):
+        return Way(str(run.path), nonce, None)
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor = ray.remote(num_cpus=0)(Home).options(
+        scheduling_strategy=here, max_concurrency=CALLS_AT_ONCE, max_restarts=-1
+    )
+    return Way(str(run.path), nonce, actor.remote(str(run.path)))
 
 
 class HomeFolder:

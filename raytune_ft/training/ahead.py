@@ -16,7 +16,7 @@ import torch
 from raytune_ft.config.schema import ModelSection, Recipe
 from raytune_ft.errors import RaytuneError
 from raytune_ft.model import loading, nf4_store
-from raytune_ft.model.lean_imports import lean, spare_compiler
+from raytune_ft.model.lean_imports import lean
 
 MUON = "deepspeed.runtime.zero.muon.muon_optimizer"
 """DeepSpeed imports it when any engine is made, and it torch's compiler."""
@@ -37,7 +37,6 @@ def come_ready(recipe: Recipe) -> None:
         for name in names:
             with suppress(ImportError):
                 importlib.import_module(name)
-    spare_compiler()
 
 
 def read_ahead(folder: Path, section: ModelSection, device: torch.device) -> None:

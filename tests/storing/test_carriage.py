@@ -13,9 +13,8 @@ import torch
 
 from raytune_ft.errors import CheckpointError, ModelError
 from raytune_ft.storing import carriage
-from raytune_ft.storing.carriage import HomeFolder, HomeMirror, Ties, at_hand
+from raytune_ft.storing.carriage import HomeFolder, HomeMirror, Ties, Way, at_hand
 from raytune_ft.storing.home import PULSES, Home
-from raytune_ft.storing.way import Way, way_of
 from raytune_ft.training.guarding import failures
 from raytune_ft.training.guarding.exclusive import only_writer
 from raytune_ft.training.guarding.pulse import Pulse
@@ -72,7 +71,7 @@ def model(tmp_path: Path) -> Path:
 
 
 def test_a_folder_that_is_here_is_used_as_it_is(run: RunFolder, model: Path) -> None:
-    own = way_of(run)
+    own = carriage.way_of(run)
     assert own.home is None, "there is but one node"
     with at_hand(own) as place:
         assert place.is_homes and place.run.path == run.path

@@ -13,11 +13,10 @@ from raytune_ft.config.schema import Recipe
 from raytune_ft.data.packing import Position
 from raytune_ft.data.places import Placed, iter_packs
 from raytune_ft.storing import carriage, fetching, steps
-from raytune_ft.storing.carriage import at_hand
+from raytune_ft.storing.carriage import Way, at_hand
 from raytune_ft.storing.home import Home
 from raytune_ft.storing.mirror import Mirror
 from raytune_ft.storing.places import Place
-from raytune_ft.storing.way import Way
 from raytune_ft.training import worker
 from raytune_ft.training.guarding import failures
 from raytune_ft.training.run_folder import RunFolder, write_json

@@ -12,11 +12,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
-if TYPE_CHECKING:  # what starts workers reads the constants here, and waits for no torch
-    import torch
-    from torch import nn
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 READS = Path("/proc/self/io")
 READ_AT_ONCE = 2**20
@@ -62,8 +62,6 @@ def listen(module: nn.Module, trained: Iterable[nn.Parameter]) -> None:
 @contextmanager
 def loading() -> Iterator[None]:
     """Let every weight beat that is put into any network while the block runs."""
-    from torch.nn.modules.module import register_module_parameter_registration_hook
-
     handle = register_module_parameter_registration_hook(_on_weight)
     try:
         yield
@@ -82,8 +80,6 @@ def bytes_read() -> int:
 
 
 def _layers(module: nn.Module) -> Iterable[nn.Module]:
-    from torch import nn
-
     for child in module.children():
         if isinstance(child, nn.ModuleList):
             yield from child

@@ -29,13 +29,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
+
+import torch
+import torch.distributed as dist
 
 from raytune_ft.training.guarding import memory_end
 from raytune_ft.training.guarding.pulse import READ_AT_ONCE, Pulse, bytes_read
-
-if TYPE_CHECKING:  # the driver reads the constants here, and waits for no torch
-    import torch
 
 FOLDER = "stacks"
 POLL_S = 1.0
@@ -311,8 +311,6 @@ def host() -> str:
 
 def set_timeouts(seconds: float) -> None:
     """Set how long every collective of this process waits, DeepSpeed's groups included."""
-    import torch.distributed as dist
-
     if not (dist.is_available() and dist.is_initialized()):
         return
     from torch.distributed import distributed_c10d as c10d
@@ -328,9 +326,6 @@ def patience(device: torch.device, limit_s: float) -> Iterator[None]:
     Inside, and while they wait, collectives have PATIENCE_S; behind it `limit_s` and a margin.
     The watchdog goes on: it ends a block in which no rank works.
     """
-    import torch
-    import torch.distributed as dist
-
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         yield
         return
