@@ -158,6 +158,25 @@ def test_windows_that_are_there_already_are_not_made() -> None:
     assert [read(line, index) for index in range(3)] == ["first", "second", (0, 2)]
 
 
+def test_a_later_window_that_fails_does_not_take_back_what_nobody_has_read_yet() -> None:
+    here, tried = Maker(), threading.Event()
+
+    def later(numbers: Sequence[tuple[int, int]]) -> Generator[Made, None, None]:
+        if not tried.is_set():
+            while line.state()["kept"] != [0]:
+                time.sleep(0.001)
+            tried.set()
+            raise OSError("no room left")
+        yield from Maker()(numbers)
+
+    line = Line(N_WINDOWS, 1, 1, later, here, at_once=2)
+    line.window(0, 0, timeout=0)  # made by now or not
+    assert tried.wait(30)
+    settled(line)
+    assert line.window(0, 0, timeout=0) == ((0, 0), 1)
+    assert here.made == [(0, 0), (0, 1)]
+
+
 def test_a_later_window_that_fails_first_does_not_lose_an_earlier_one() -> None:
     """The first is still being made here when Ray Data, started for those behind it, fails."""
     failed = threading.Event()
