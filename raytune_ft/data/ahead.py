@@ -102,7 +102,7 @@ class Line:
         with self._changed:
             self._asked[reader] = index
             if not self._comes(index):
-                self._go_to(index, kept_from=index)
+                self._go_to(index)
             self._drop_passed()
             self._start_runs()
             self._changed.wait_for(lambda: index in self._kept or self._error, timeout)
@@ -138,11 +138,11 @@ class Line:
         following = index == self._next and bool(self._runs or self._kept)
         return coming or following or index in self._kept
 
-    def _go_to(self, index: int, *, kept_from: int = 0) -> None:
-        """Begin anew at a window; what is kept from another one on stays, but what is far ahead."""
+    def _go_to(self, index: int) -> None:
+        """Begin anew at a window; what is kept stays, but what is far ahead."""
         self._cancel()
         last = index + AHEAD_WINDOWS + RUN_WINDOWS
-        self._kept = {i: made for i, made in self._kept.items() if kept_from <= i < last}
+        self._kept = {i: made for i, made in self._kept.items() if i < last}
         self._next = index + 1
         self._start(_Run([index], lambda: self._make_here(self._numbers([index]))))
 

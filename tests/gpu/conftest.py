@@ -27,6 +27,15 @@ def empty_device() -> Iterator[None]:
 
 
 @pytest.fixture
+def in_order(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let attention add up its gradients in one order, so that bits can be compared."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
 def whole_device() -> Iterator[None]:
     """Give the allocator all of the device back that a test has taken from it."""
     yield

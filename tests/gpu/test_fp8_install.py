@@ -6,7 +6,7 @@ tests/gpu/test_kernels_fp8.py has the products by themselves, and the command fo
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,15 +45,6 @@ def shape_of_7b(tmp_path_factory: pytest.TempPathFactory) -> Drawn:
 def test_ten_steps_are_those_of_the_same_roundings(shape_of_7b: Drawn, quantization: str) -> None:
     """Prints every trained weight's cosines in the first step."""
     check_steps(shape_of_7b, quantization)
-
-
-@pytest.fixture
-def in_order(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Let attention add up its gradients in one order, so that bits can be compared."""
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.usefixtures("in_order")

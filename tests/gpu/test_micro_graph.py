@@ -10,7 +10,6 @@ through with fixed passes that are not captured, where the marks are taken out.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,15 +110,6 @@ def least_cosine(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
         float(cosine_similarity(found[n].flatten(), e.flatten(), dim=0))
         for n, e in expected.items() if e.any()
     )  # fmt: skip
-
-
-@pytest.fixture
-def in_order(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Let attention add up its gradients in one order, so that bits can be compared."""
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.usefixtures("in_order")
