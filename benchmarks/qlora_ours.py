@@ -349,7 +349,7 @@ def _layout_of(args: Namespace, info: dict[str, Any]) -> dict[str, Any]:
         train = qlora_rows.recipe_of(args, CHANGES["ray"]).train
         return {"micro_batch": train.micro_batch_size, "passes": train.accumulation}
     return {"micro_batch": found["micro_batch_size"], "passes": found["accumulation"],
-            "recompute": found["recomputed"]}  # fmt: skip
+            "recompute": found["recomputed"], "layout": found}  # fmt: skip
 
 
 def _in_ray(config: dict[str, Any]) -> None:

@@ -24,6 +24,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
+from raytune_ft.config.estimates.pace import GRAPHED_BELOW
 from raytune_ft.kernels.dropout import draw_seed
 from raytune_ft.kernels.linear import shared_buffers
 from raytune_ft.model import fast as fast_path
@@ -39,8 +40,6 @@ from raytune_ft.training.micro_shapes import Shape
 
 log = logging.getLogger(__name__)
 
-MOST_TOKENS = 8192
-"""Tokens of a pass from which on the device takes longer than Python: graphs bring nothing."""
 SPARE = 32
 """Part of a small device that stays free instead of `HEADROOM`: a layout leaves it no more."""
 LOSS = 512
@@ -72,7 +71,7 @@ def attach(engine: Engine, room: Room, tell: Tell, way: Way = "auto") -> MicroSt
     """
     engine.micro = None
     tokens = room.micro_batch_size * room.recipe.data.max_length
-    if way == "auto" and (engine.device.type != "cuda" or tokens >= MOST_TOKENS):
+    if way == "auto" and (engine.device.type != "cuda" or tokens >= GRAPHED_BELOW):
         log.debug("passes of %d tokens on %s are not captured", tokens, engine.device.type)
         return None
     if (reason := refusal(engine, room)) is not None:
@@ -135,7 +134,7 @@ class MicroStep:
         if self.refused or not self.module.training or "places" not in batch:
             return None
         shape = Shape.holding(batch, self.length)
-        if shape is None or shape.rows * shape.length >= MOST_TOKENS:
+        if shape is None or shape.rows * shape.length >= GRAPHED_BELOW:
             return None
         found = self._passes.get(shape)
         if found is None:

@@ -7,11 +7,13 @@ optimizer steps of 16 packs of 2,048 tokens, InternLM-7B's shape, QLoRA as shipp
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from benchmarks import qlora_ours
 from benchmarks.step_pace import Step, steps
 from raytune_ft.config import catalog
 from raytune_ft.config.estimates.footprint import Counts, count
@@ -19,7 +21,6 @@ from raytune_ft.config.estimates.layout import Layout, choose, weigh
 from raytune_ft.config.estimates.pace import (
     DEVICES,
     FLOAT8_FROM,
-    GRAPHED_BELOW,
     Sides,
     is_replayed,
     sides,
@@ -45,7 +46,7 @@ def of(*words: str) -> tuple[Recipe, Counts]:
     return recipe, count(shape, recipe)
 
 
-def test_the_steps_are_those_of_the_issue() -> None:
+def test_every_variant_was_timed() -> None:
     assert {*STEPS} == {"ours", "mb1", "mb1+nograph", "ours+fp8", "bare", "ray", "plain"}
     assert all(len(step.took) >= 2 for step in STEPS.values())
 
@@ -54,6 +55,13 @@ def test_the_steps_are_those_of_the_issue() -> None:
 def test_steps_take_what_is_predicted(step: Step) -> None:
     assert step.predicted == pytest.approx(step.median, rel=HOST_BOUND.get(step.variant, 0.05))
     assert (step.on_host > step.on_device) == (step.variant in HOST_BOUND)
+
+
+def test_a_run_through_ray_is_laid_out_as_its_record_says() -> None:
+    record = {"layout": {"layout": Layout(4, 4, 2, resident=True).to_json()}}
+    line = {"variant": "ray", "step_s": [1.0], **qlora_ours._layout_of(Namespace(), record)}
+    (step,) = steps([json.loads(LINES[0]), line])
+    assert step.layout == Layout(4, 4, 2, resident=True)
 
 
 def test_the_page_has_these_figures() -> None:
@@ -124,11 +132,9 @@ def test_many_of_one_host_share_the_device() -> None:
     assert Sides(0.1, 0.1, 2).joined() == pytest.approx(0.1 * 2**0.5)
 
 
-def test_constants_are_those_of_what_runs() -> None:
+def test_float8_begins_where_kernels_have_it() -> None:
     from raytune_ft.kernels import fp8
-    from raytune_ft.training import micro_graph
 
-    assert GRAPHED_BELOW == micro_graph.MOST_TOKENS
     assert FLOAT8_FROM == fp8.CAPABILITY
 
 

@@ -14,8 +14,8 @@ import torch
 from torch.autograd.graph import get_gradient_edge
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from raytune_ft.config.estimates.pace import GRAPHED_BELOW
 from raytune_ft.model.loss import bounds_of
-from raytune_ft.training import micro_graph
 from raytune_ft.training.batching import empty_batch
 from raytune_ft.training.guarding.room import Room
 from raytune_ft.training.guarding.stragglers import ForwardClock
@@ -249,7 +249,7 @@ def test_fixed_passes_are_timed_for_who_is_slow(tiny_model: Path) -> None:
 
 def test_what_is_worth_a_graph(tiny_model: Path) -> None:
     """Passes of many tokens keep the device busy without."""
-    recipe = recipe_of(tiny_model, **{"data.max_length": micro_graph.MOST_TOKENS})
+    recipe = recipe_of(tiny_model, **{"data.max_length": GRAPHED_BELOW})
     batch = batches([[(48,)]])[0][0][0]
     one = side(tiny_model, "fixed", **{"data.max_length": recipe.data.max_length})
     assert one.micro is not None

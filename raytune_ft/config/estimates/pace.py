@@ -141,8 +141,8 @@ HOSTED_STARTS = 24
 PASSES_OF_PARTS = 28
 """Bytes that sums over parts of the head read and write for each logit, beside its products."""
 GRAPHED_BELOW = 8192
-"""Tokens of a pass from which on it is not replayed from a CUDA graph, as `training.micro_graph`
-has it."""
+"""Tokens of a pass from which on it is not replayed from a CUDA graph: the device takes longer than
+Python there."""
 REPLAY_STARTS = 50
 """Those of a replay: 0.32 ms on the H100, of four layers."""
 UPDATE_BYTES, UPDATE_SECONDS = 30, 0.035
