@@ -3,7 +3,7 @@
 Random weights, made rows, everything through `raytune-ft train` and Ray Train as people run it:
 
     throughput  ZeRO-2 QLoRA of the InternLM-7B shape, the same tokens per GPU and step
-    equal       gradients of 2 and 4 ranks beside one GPU's (pytest tests/gpu/test_ranks.py)
+    equal       gradients of 2, 4 and 8 ranks beside one GPU's (pytest tests/gpu/test_ranks.py)
     zero3       full training of a 1B shape, its memory beside one GPU's
     kill        kill -9 of a rank and a rank that stands still; the run goes on and ends the same
     gpu8        the shipped internlm_7b_qlora_moss_sft_all_e2_gpu8, 20 steps on MOSS-like rows
@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import subprocess
@@ -113,10 +114,12 @@ def stages(bench: Bench) -> list[list[Lane]]:
     if "throughput" in wanted:
         timed = [[lambda n=n: throughput(bench, n, 0)] for n in bench.worlds]  # type: ignore[misc]
     alone = len(bench.gpus) >= 4
-    if "throughput" in wanted and alone:  # one and two GPUs of the host at the same time
-        timed[0:2] = [[lambda: throughput(bench, 1, 0), lambda: throughput(bench, 2, 1)]]
+    if "throughput" in wanted and alone:  # all but the largest have room at the same time
+        small = bench.worlds[:-1]
+        places = zip(small, itertools.accumulate(small, initial=0), strict=False)
+        timed[:-1] = [[lambda n=n, at=at: throughput(bench, n, at) for n, at in places]]  # type: ignore[misc]
     if "zero3" in wanted:
-        one: Lane = lambda: zero3(bench, 1, 3 if alone else 0)  # noqa: E731
+        one: Lane = lambda: zero3(bench, 1, bench.most - 1 if alone else 0)  # noqa: E731
         if timed and alone:
             timed[0].append(one)
         else:

@@ -16,15 +16,14 @@ the fixed cache has room for, R = rows of it, ended ones included.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from threading import Lock
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
 from raytune_ft.model.capturable import NotFixedError, Watch
+from raytune_ft.model.capture import aside, capture, stream_of
 from raytune_ft.model.hosting import is_hosted
 from raytune_ft.model.loss import causal_model
 
@@ -43,8 +42,6 @@ HEADROOM = 2**30
 """Bytes that a captured step may take beside the cache: a layer's weights in full, the logits."""
 
 Way = Literal["auto", "plain", "fixed"]
-_one_capture = Lock()
-_streams: dict[torch.device, torch.cuda.Stream] = {}
 
 
 class Graphs:
@@ -239,7 +236,7 @@ class _Step:
         context = getattr(config, "max_position_embeddings", None)
         # rows that have ended go on unread, and must not ask for a position that is not there
         self.last_position = size if context is None else int(context) - 1
-        self.stream = _stream(device) if device.type == "cuda" else None
+        self.stream = stream_of(device) if device.type == "cuda" else None
         self.graph: torch.cuda.CUDAGraph | None = None
         self.output: torch.Tensor | None = None
 
@@ -299,8 +296,9 @@ class _Step:
             return
         device = self.stream.device
         try:
-            self.graph, self.output = captured(
-                device, torch.cuda.graph_pool_handle(), self._forward
+            check_room(device)
+            self.graph, self.output = capture(
+                self._forward, torch.cuda.graph_pool_handle(), self.stream
             )
         except NotFixedError:
             self.graphs.may_capture = False
@@ -311,57 +309,11 @@ class _Step:
             self.graphs.captured += 1
 
 
-@contextmanager
-def aside(device: torch.device) -> Iterator[None]:
-    """Run on the stream that captures of a device use."""
-    stream, current = _stream(device), torch.cuda.current_stream(device)
-    stream.wait_stream(current)
-    try:
-        with torch.cuda.stream(stream):
-            yield
-    finally:  # also before a cache that did not work out is given back
-        current.wait_stream(stream)
-
-
-def captured(
-    device: torch.device, pool: Any, forward: Callable[[], torch.Tensor]
-) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
-    """Capture a pass that ran before on the same stream; return its graph and what it writes.
-
-    Raises:
-        NotFixedError: memory is too short to try.
-        RuntimeError: it did not work out; allocator and random state are as before.
-    """
+def check_room(device: torch.device) -> None:
+    """Give back what lies idle; raise NotFixedError where a capture has too little memory."""
     torch.cuda.empty_cache()
     if torch.cuda.mem_get_info(device)[0] < HEADROOM:
         raise NotFixedError("too little memory is free")
-    graph = torch.cuda.CUDAGraph()
-    generator = torch.cuda.default_generators[device.index]
-    state = generator.clone_state()
-    try:
-        # cuBLAS takes its workspace anew, so that it lies in the graph's own memory
-        torch._C._cuda_clearCublasWorkspaces()
-        # other threads, such as the one that watches collectives, may ask the device meanwhile
-        stream = _stream(device)
-        capture = torch.cuda.graph(graph, pool, stream, "thread_local")
-        with _one_capture, torch.cuda.stream(stream), capture:
-            return graph, forward()
-    except RuntimeError:
-        # an end that fails leaves both as they are in the middle of a capture
-        generator.graphsafe_set_state(state)
-        with suppress(RuntimeError):
-            torch._C._cuda_endAllocateToPool(device.index, pool)
-            torch._C._cuda_releasePool(device.index, pool)
-        raise
-    finally:
-        torch._C._cuda_clearCublasWorkspaces()
-
-
-def _stream(device: torch.device) -> torch.cuda.Stream:
-    """Return the stream of all captures: cuBLAS keeps a workspace for every one that it sees."""
-    if device not in _streams:
-        _streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    return _streams[device]
 
 
 def _check_memory(device: torch.device, needed: int) -> None:

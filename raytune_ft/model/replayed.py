@@ -14,6 +14,7 @@ import torch
 
 from raytune_ft.model import decoding
 from raytune_ft.model.capturable import NotFixedError, Watch
+from raytune_ft.model.capture import aside, capture, stream_of
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ class Replayed:
     def _first(self, forward: Any) -> torch.Tensor:
         """Run as it is, on the stream of captures; the first of all is watched."""
         found: torch.Tensor
-        with decoding.aside(self.device):
+        with aside(self.device):
             if self._safe:
                 found = forward()
                 return found
@@ -69,7 +70,8 @@ class Replayed:
     def _capture(self, key: Shape, forward: Any) -> torch.Tensor:
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         try:
-            graph, output = decoding.captured(self.device, self._pool, forward)
+            decoding.check_room(self.device)
+            graph, output = capture(forward, self._pool, stream_of(self.device))
         except (RuntimeError, NotFixedError) as why:
             log.warning("passes are not captured and slower: %s", str(why).partition("\n")[0])
             self.may = False

@@ -18,7 +18,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal, Protocol
 
@@ -29,6 +29,7 @@ from raytune_ft.kernels.dropout import draw_seed
 from raytune_ft.kernels.linear import shared_buffers
 from raytune_ft.model import fast as fast_path
 from raytune_ft.model.capturable import NotFixedError, Watch
+from raytune_ft.model.capture import capture
 from raytune_ft.model.fastpath.lane import Packed
 from raytune_ft.model.loss import TokenLoss
 from raytune_ft.training.batching import TensorBatch
@@ -290,28 +291,13 @@ class _Pass:
             return
         if owner.memory is None:
             owner.memory = GraphMemory(device)
-        graph, memory = torch.cuda.CUDAGraph(), owner.memory
-        generator = torch.cuda.default_generators[device.index]
-        state = generator.clone_state()
         try:
-            # cuBLAS takes its workspace anew, so that it lies in the graph's own memory
-            torch._C._cuda_clearCublasWorkspaces()
-            # other threads, such as the one that watches collectives, may ask the device meanwhile
-            capture = torch.cuda.graph(graph, memory.pool, memory.stream, "thread_local")
-            with torch.cuda.stream(memory.stream), capture:
-                output = self.work()
+            self.graph, self.output = capture(self.work, owner.memory.pool, owner.memory.stream)
         except RuntimeError as why:
-            # an end that fails leaves both as they are in the middle of a capture
-            generator.graphsafe_set_state(state)
-            with suppress(RuntimeError):
-                torch._C._cuda_endAllocateToPool(device.index, memory.pool)
-                torch._C._cuda_releasePool(device.index, memory.pool)
             owner.stay_plain(str(why).partition("\n")[0])
         else:
-            self.graph, self.output, self.buffers = graph, output, shared_buffers()
+            self.buffers = shared_buffers()
             owner.captured += 1
-        finally:
-            torch._C._cuda_clearCublasWorkspaces()
 
 
 @contextmanager

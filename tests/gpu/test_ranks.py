@@ -1,4 +1,4 @@
-"""Two and four ranks against one, each with a GPU of its own: gradients, losses, traffic.
+"""Two, four and eight ranks against one, each with a GPU of its own: gradients, losses, traffic.
 
 The same global batch goes through one GPU and, divided, through several by NCCL. On a machine with
 fewer GPUs the same way is gone by gloo on a CPU, with small layers and two ranks. Random weights.
@@ -28,13 +28,13 @@ from tests.gpu import test_zero as one_rank
 from tests.gpu.test_zero import LIMITS, LR, SPREADS, Shape, difference
 
 GPUS = torch.cuda.device_count()
-WORLDS = (2, 4) if GPUS >= 4 else (2,)
+WORLDS = tuple(n for n in (2, 4, 8) if n <= max(GPUS, 2))
 ON_GPU = pytest.mark.skipif(GPUS < 2, reason="needs two GPUs")
 ON_CPU = [
     pytest.mark.exact,
     pytest.mark.skipif(GPUS >= 2, reason="a rehearsal: the GPUs do it here"),
 ]
-STEPS, MICRO_STEPS = 3, 4
+STEPS, MICRO_STEPS = 3, 8
 """Of one rank; of more, each takes its share of the micro-batches."""
 SHAPE = Shape(2048, 5632, 16, 8192, 2, 512)
 """On a GPU: wide enough for its kernels, and gathered in seconds."""
@@ -62,7 +62,9 @@ def trained(engine: Engine, device: str, rank: int, world: int) -> tuple[State, 
     """Return the gradient of the first step, on rank 0, and this rank's part of the losses."""
     losses, state = [], State()
     engine.accumulation = MICRO_STEPS // world  # type: ignore[attr-defined]
-    for number, step in enumerate(itertools.islice(one_rank.batches(device), STEPS)):
+    passes = itertools.chain.from_iterable(one_rank.batches(device))
+    for number in range(STEPS):
+        step = list(itertools.islice(passes, MICRO_STEPS))
         targets = sum(int((b["labels"][:, 1:] != -100).sum()) for b in step)
         own: list[TensorBatch] = step[rank::world]
         losses.append(sum(float(engine.forward_backward(b, targets)) for b in own) / targets)
