@@ -203,6 +203,7 @@ def load_source(
 ) -> ChatModel:
     """Load what `find_source` found."""
     from raytune_ft.model.adapter import has_head, load_adapter
+    from raytune_ft.model.fastpath.answering import quicken
     from raytune_ft.model.loading import load_model, prepare_folder
 
     folder = prepare_folder(source.base, log)
@@ -215,6 +216,8 @@ def load_source(
     if source.adapter is not None:
         model = load_adapter(model, source.adapter)
     model.eval()
+    if place.type == "cuda" and (why := quicken(model)) is not None:
+        log(f"one kernel for each of norms, rotary positions and MLPs is not used: {why}")
     return ChatModel(
         model=model,
         tokenizer=tokenizer,
