@@ -122,9 +122,7 @@ class Lengths(Lines):
         """Run one peer at one length."""
         sizes = sizes_of(self.args, length)
         values = {**vars(self.args), **sizes, "rows": "", "gate_steps": 0, "gate_packs": 0}
-        bench = qlora_gpu.Bench(
-            argparse.Namespace(**{**values, "budget": self.left_s, "out": None})
-        )
+        bench = Peers(argparse.Namespace(**{**values, "budget": self.left_s, "out": None}))
         started = time.monotonic()
         found = bench.run(side)
         self.took[side] = 1.5 * (time.monotonic() - started)
