@@ -1,7 +1,8 @@
 """Pace of the fast path: against optimizer steps of a run on an H100, and the order of layouts.
 
 `h100_steps.jsonl` has what `python -m benchmarks.qlora_gpu` wrote there on 2026-11-26: seconds of
-optimizer steps of 16 packs of 2,048 tokens, InternLM-7B's shape, QLoRA as shipped.
+optimizer steps of 16 packs of 2,048 tokens, InternLM-7B's shape, QLoRA as shipped. The same of long
+samples, one a pack, is in `h200_lengths.jsonl`, by `benchmarks.lengths` on an H200 on that day.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import json
 from argparse import Namespace
 from itertools import pairwise
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 import pytest
 
@@ -25,7 +28,7 @@ from raytune_ft.config.estimates.pace import (
     is_replayed,
     sides,
 )
-from raytune_ft.config.estimates.setting import Setting
+from raytune_ft.config.estimates.setting import EMBEDDING, INPUTS, Setting
 from raytune_ft.config.loader import load_recipe
 from raytune_ft.config.schema import Recipe
 from tests.conftest import ROOT
@@ -35,6 +38,10 @@ H100 = DEVICES["h100"]
 QLORA, ENGINES = "internlm_7b_qlora_oasst1_e3", ("zero2", "none")
 LINES = (Path(__file__).parent / "h100_steps.jsonl").read_text(encoding="utf-8").splitlines()
 STEPS = {step.variant: step for step in steps(json.loads(line) for line in LINES)}
+LENGTHS = [
+    json.loads(line)
+    for line in (Path(__file__).parent / "h200_lengths.jsonl").read_text("utf-8").splitlines()
+]
 HOST_BOUND = {"mb1+nograph": 0.15, "plain": 0.15}
 """What Python decides differs from run to run: 3.4 to 4.8 s, 7.3 to 9.5 s."""
 
@@ -55,6 +62,18 @@ def test_every_variant_was_timed() -> None:
 def test_steps_take_what_is_predicted(step: Step) -> None:
     assert step.predicted == pytest.approx(step.median, rel=HOST_BOUND.get(step.variant, 0.05))
     assert (step.on_host > step.on_device) == (step.variant in HOST_BOUND)
+
+
+@pytest.mark.parametrize("line", LENGTHS, ids=[str(line["length"]) for line in LENGTHS])
+def test_long_samples_take_what_is_predicted(line: dict[str, Any]) -> None:
+    recipe, counts = of(f"data.max_length={line['length']}")
+    hosted = tuple(name for name in (EMBEDDING, INPUTS) if name in line["layout"])
+    layout = Layout(
+        line["micro_batch"], line["passes"], int(line["recompute"]),
+        resident="unpacked once" in line["layout"], hosted=hosted,
+    )  # fmt: skip
+    predicted = weigh(recipe, counts, DEVICES["h200"], layout).seconds
+    assert predicted == pytest.approx(median(line["step_s"]), rel=0.03)
 
 
 def test_a_run_through_ray_is_laid_out_as_its_record_says() -> None:

@@ -91,6 +91,9 @@ class Way:
 
     products: float
     attention: float
+    """Of the rate of products, counted without a mask, which spares half; of very long samples."""
+    attention_half: float
+    """Tokens of a sample of which half of that rate is reached."""
     passes: float
     """Times that what a layer keeps is written or read, over forward and backward pass."""
     unpacking: float
@@ -108,15 +111,17 @@ class Way:
     faster side counts."""
 
 
-PLAIN = Way(0.51, 0.42, 4.3, 0.0095 * 4.27e12 / 6_476_005_376, 338, 10, 226, 0.0, 3.5)
+PLAIN = Way(0.51, 0.42, 0, 4.3, 0.0095 * 4.27e12 / 6_476_005_376, 338, 10, 226, 0.0, 3.5)
 """As transformers and peft compute; fitted to the medians of up to three runs on the H200."""
-FAST = Way(0.87, 0.9, 5.7, 2.75, 425, 17, 480, 0.00031, 8)
+FAST = Way(0.87, 1.2, 2048 / 3, 5.7, 2.75, 425, 17, 480, 0.00031, 8)
 """As `kernels` compute; fitted to runs of InternLM-7B, QLoRA, r 64, dropout 0.1, chat rows of 380
 tokens, on an H100, 2026-11-26. Of 2,048 tokens in a pass of 8,192 a profile has 81 ms of products,
 11 of attention, 19 of the rest; unpacking all weights twice takes 12. The tail is what passes of
 2,048 and 4,096 tokens take more; starts are what a pass takes that no graph replays, 210 ms, parted
 between forward and backward pass as their operations are. Nothing waits for the device within a
-step, so the balance is sharper: the profile's kernels alone make up the step."""
+step, so the balance is sharper: the profile's kernels alone make up the step. Attention's rate was
+fitted to samples of 8,192 to 131,072 tokens on an H200, 2026-11-26 (`benchmarks.lengths`), through
+that of these packs."""
 FLOAT8 = 1.66
 """Times the rate of bfloat16 that products in float8 with exact sums reach, on that H100, weighed
 by the model's shapes: 1,200 to 1,400 TFLOP/s beside 730 to 790."""
@@ -265,7 +270,8 @@ def _device_seconds(setting: Setting, device: Device, fill: float) -> float:
     seconds = products / (way.products * device.products)
     length = setting.recipe.data.max_length * fill
     attention = 4 * tokens * length * counts.queries * counts.layers * (3.5 + again)
-    seconds += attention / (way.attention * device.products)
+    rate = way.attention * length / (length + way.attention_half)
+    seconds += attention / (rate * device.products)
     traffic = way.passes * kept_per_token(setting) * tokens * counts.layers * (1 + AGAIN * again)
     if setting.unpacks:
         # a tiled MLP's weights are unpacked for each tile, once more as it runs again
