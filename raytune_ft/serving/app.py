@@ -23,7 +23,7 @@ from raytune_ft.chat.source import ChatSource, find_source
 from raytune_ft.cluster import ray_session
 from raytune_ft.errors import ServeError
 from raytune_ft.serving.arguments import ServeArgs, checked
-from raytune_ft.serving.front import CALLBACK, IMPORT_PATH
+from raytune_ft.serving.front import CALLBACK, IMPORT_PATH, PROXY_CHECK, PROXY_CHECK_S
 from raytune_ft.serving.guard import GuardRules, is_loopback
 from raytune_ft.serving.keys import ApiKey, hash_key, read_keys
 from raytune_ft.serving.options import ApiOptions
@@ -265,6 +265,7 @@ def _ray() -> Iterator[None]:
         )
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault(CALLBACK, IMPORT_PATH)
+    os.environ.setdefault(PROXY_CHECK, str(PROXY_CHECK_S))
     print("starting Ray and loading the model (about 20 seconds) ...", file=sys.stderr, flush=True)
     with ray_session():
         yield

@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 
 CALLBACK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 IMPORT_PATH = "raytune_ft.serving.front:middlewares"
+PROXY_CHECK = "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S"
+PROXY_CHECK_S = 2
+"""Serve starts a dead HTTP process again behind three checks, and checks each 10 s by itself."""
 RETRY_AFTER_S = 1
 STREAK, PAUSE_S = 2, 0.1
 """Refusals by replicas one after the other that begin a pause, and how long it is: shorter than

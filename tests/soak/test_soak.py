@@ -31,6 +31,8 @@ from tests.soak.wire import Made, sent
 
 pytestmark = [pytest.mark.soak, pytest.mark.ray, pytest.mark.timeout(7200)]
 Start = Callable[..., AbstractContextManager[Live]]
+PLACES, LEVEL_S = 8, 120.0
+"""Requests that are answered or wait at once, and seconds of a stretch of the overload test."""
 
 
 @pytest.fixture
@@ -86,6 +88,68 @@ def test_500_clients_leave_in_the_middle(started: Start) -> None:
     assert begun >= 450  # some answers are over before their first words are read
     assert seconds < 2
     assert still_open == 1  # the one that asks for the metrics
+
+
+def test_500_clients_read_slowly(started: Start) -> None:
+    """Others are answered meanwhile, and all places are free behind them (G17)."""
+
+    async def measured(live: Live) -> tuple[Counter[str], list[load.Seen], float]:
+        slow = asyncio.ensure_future(
+            load.read_slowly(live.url, live.model, n_clients=500, at_once=40, seconds=4)
+        )
+        others = await load.closed_loop(
+            live.url, live.model, 2, lambda: not slow.done(), max_tokens=20
+        )
+        count, start = await slow, time.perf_counter()
+        while await load.gauges(live.url, "running", "waiting") and time.perf_counter() < start + 9:
+            await asyncio.sleep(0.02)
+        return count, others, time.perf_counter() - start
+
+    with started(max_waiting=100) as live:
+        count, others, seconds = asyncio.run(measured(live))
+    tell(
+        "slow readers", **count, others=dict(load.ledger(others)),
+        others_p99_s=round(p99(others), 2), seconds_until_free=round(seconds, 2),
+    )  # fmt: skip
+    assert count["begun"] == 500
+    assert set(load.ledger(others)) == {"whole"}
+    assert seconds < 2
+
+
+@pytest.mark.parametrize("part", ["ProxyActor", "ServeController"])
+def test_what_stands_around_replicas_is_killed(started: Start, part: str) -> None:
+    """Accepted = answered + told or seen cut off; all is well within 30 s (G16)."""
+    draw, recoveries = random.Random(7), list[float]()
+
+    async def strike(live: Live) -> list[load.Seen]:
+        going_on = True
+        clients = asyncio.ensure_future(
+            load.closed_loop(live.url, live.model, 6, lambda: going_on, max_tokens=60)
+        )
+        for _ in range(5):
+            await asyncio.sleep(draw.uniform(1.0, 4.0))
+            before = load.serving(live.process.pid, f"ray::{part}".encode())
+            for pid in before:
+                os.kill(pid, signal.SIGKILL)
+            start = time.perf_counter()
+            assert before and await load.until(
+                lambda before=before: bool(  # type: ignore[misc]
+                    set(load.serving(live.process.pid, f"ray::{part}".encode())) - set(before)
+                ), 60,
+            )  # fmt: skip
+            assert await load.whole_again(live.url, live.model, 60) is not None
+            recoveries.append(time.perf_counter() - start)
+        going_on = False
+        return await clients
+
+    with started(min_replicas=2, threads=1) as live:
+        seen = asyncio.run(strike(live))
+    count = load.ledger(seen)
+    tell(f"5 kills of {part}", requests=len(seen), **count, back_in_s=round(max(recoveries), 1))
+    assert count["silently cut"] == 0
+    assert part == "ProxyActor" or count["cut off"] == 0  # who closes connections dies with them
+    assert count["whole"] > 0
+    assert max(recoveries) <= 30
 
 
 def test_30_replicas_are_killed_under_load(started: Start) -> None:
@@ -170,36 +234,65 @@ def test_a_cluster_is_deployed_to_and_rolled_five_times(tiny_model: Path) -> Non
     assert written == []
 
 
-@pytest.mark.parametrize("times", [2, 4, 10])
-def test_overload_keeps_goodput(started: Start, times: int) -> None:
-    """The excess is refused at once, and what is accepted is answered (G17)."""
+def test_overload_keeps_goodput(started: Start) -> None:
+    """The excess is refused at once, what is accepted is answered, and all is well behind it (G17).
 
-    async def measured(live: Live) -> tuple[float, float, list[load.Seen]]:
-        """Measure both between their fifth second and their end, where places are full."""
-        start = time.perf_counter()
-        full = await load.closed_loop(
-            live.url, live.model, 8, lambda: time.perf_counter() < start + 25, max_tokens=200
-        )
-        capacity = load.goodput(full, start + 5, 20)
-        start = time.perf_counter()
-        seen = await load.open_loop(live.url, live.model, times * capacity, 45, max_tokens=200)
-        return capacity, load.goodput(seen, start + 5, 40), seen
+    Places are full from 1x on. Each level stands between two stretches of 1x, since what a busy
+    machine can do drifts by more than a tenth within minutes.
+    """
 
-    with started(slots=4, max_waiting=4) as live:
-        capacity, goodput, seen = asyncio.run(measured(live))
-    refused = sorted(one.seconds for one in seen if one.outcome == "refused")
-    count = load.ledger(seen)
-    tell(
-        f"overload {times}x",
-        capacity_per_s=round(capacity, 1),
-        goodput=f"{goodput / capacity:.0%}",
-        **count,
-        refused_in_ms_p50=round(1e3 * refused[len(refused) // 2]),
-    )
-    assert set(count) == {"whole", "refused"}
-    assert {one.status for one in seen if one.outcome == "refused"} == {429}
-    assert all(one.retry_after for one in seen if one.outcome == "refused")
-    assert goodput >= 0.9 * capacity
+    async def stretch(live: Live, times: int, per_second: float) -> tuple[float, list[load.Seen]]:
+        """Return the tokens a second from the fifth second on, and all that was seen."""
+        start = time.perf_counter()
+        seen = (
+            await load.open_loop(live.url, live.model, times * per_second, LEVEL_S, max_tokens=200)
+            if times > 1
+            else await load.closed_loop(
+                live.url, live.model, PLACES, lambda: time.perf_counter() < start + LEVEL_S,
+                max_tokens=200,
+            )
+        )  # fmt: skip
+        return load.goodput(seen, start + 5, LEVEL_S - 5), seen
+
+    async def measured(live: Live) -> list[tuple[int, float, list[load.Seen]]]:
+        found = [(1, *await stretch(live, 1, 0.0))]
+        answers = load.ledger(found[0][2])["whole"] / LEVEL_S
+        for times in (2, 4, 10):
+            found.append((times, *await stretch(live, times, answers)))
+            found.append((1, *await stretch(live, 1, 0.0)))
+        return found
+
+    with started(slots=PLACES // 2, max_waiting=PLACES // 2) as live:
+        found = asyncio.run(measured(live))
+    lows = {}
+    for before, (times, goodput, seen), behind in zip(
+        found[::2], found[1::2], found[2::2], strict=False
+    ):
+        full = (before[1] + behind[1]) / 2
+        refused = sorted(one.seconds for one in seen if one.outcome == "refused")
+        count, slowest = load.ledger(seen), p99(seen) / p99([*before[2], *behind[2]])
+        lows[times] = goodput / full
+        tell(
+            f"overload {times}x", tokens_per_s=f"{goodput:.0f}",
+            at_1x=f"{before[1]:.0f} and {behind[1]:.0f}", goodput=f"{lows[times]:.0%}", **count,
+            accepted_p99_over_1x=round(slowest, 2),
+            refused_in_ms_p50=round(1e3 * refused[len(refused) // 2], 1),
+            refused_in_ms_p99=round(1e3 * refused[len(refused) * 99 // 100], 1),
+        )  # fmt: skip
+        assert set(count) == {"whole", "refused"}
+        assert {one.status for one in seen if one.outcome == "refused"} == {429}
+        assert all(one.retry_after for one in seen if one.outcome == "refused")
+        assert slowest <= 2
+        begun = min(one.ended - one.seconds for one in behind[2])
+        soon = [one for one in behind[2] if one.outcome == "whole" and one.ended < begun + 10]
+        assert len(soon) > PLACES, "who comes behind it is answered within 10 s"
+    assert min(lows.values()) >= 0.9, lows
+
+
+def p99(seen: list[load.Seen]) -> float:
+    """Return the seconds in which 99% of the whole answers were there."""
+    took = sorted(one.seconds for one in seen if one.outcome == "whole")
+    return took[len(took) * 99 // 100]
 
 
 def test_100_000_requests(started: Start) -> None:
