@@ -114,7 +114,7 @@ def quicken(model: nn.Module) -> str | None:
         return "no module of it has another form"
     try:
         far = float((_logits(model) - before).norm() / (before - before.mean()).norm())
-    except (RuntimeError, TypeError, KeyError, AttributeError) as error:
+    except Exception as error:  # a compiler's have no common type, and plain answers are there
         far, why = float("inf"), f"{type(error).__name__}: {error}".partition("\n")[0]
     else:
         why = f"its answers would differ by {far:.1e}"
