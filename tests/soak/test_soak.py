@@ -13,7 +13,7 @@ import signal
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -116,16 +116,26 @@ def test_500_clients_read_slowly(started: Start) -> None:
     assert seconds < 2
 
 
+async def under_load(live: Live, work: Callable[[Live], Awaitable[None]]) -> list[load.Seen]:
+    """Do something while six clients ask; return what they saw."""
+    going_on = True
+    clients = asyncio.ensure_future(
+        load.closed_loop(live.url, live.model, 6, lambda: going_on, max_tokens=60)
+    )
+    try:
+        await work(live)
+    finally:
+        going_on = False
+        seen = await clients
+    return seen
+
+
 @pytest.mark.parametrize("part", ["ProxyActor", "ServeController"])
 def test_what_stands_around_replicas_is_killed(started: Start, part: str) -> None:
     """Accepted = answered + told or seen cut off; all is well within 30 s (G16)."""
     draw, recoveries = random.Random(7), list[float]()
 
-    async def strike(live: Live) -> list[load.Seen]:
-        going_on = True
-        clients = asyncio.ensure_future(
-            load.closed_loop(live.url, live.model, 6, lambda: going_on, max_tokens=60)
-        )
+    async def strike(live: Live) -> None:
         for _ in range(5):
             await asyncio.sleep(draw.uniform(1.0, 4.0))
             before = load.serving(live.process.pid, f"ray::{part}".encode())
@@ -139,11 +149,9 @@ def test_what_stands_around_replicas_is_killed(started: Start, part: str) -> Non
             )  # fmt: skip
             assert await load.whole_again(live.url, live.model, 60) is not None
             recoveries.append(time.perf_counter() - start)
-        going_on = False
-        return await clients
 
     with started(min_replicas=2, threads=1) as live:
-        seen = asyncio.run(strike(live))
+        seen = asyncio.run(under_load(live, strike))
     count = load.ledger(seen)
     tell(f"5 kills of {part}", requests=len(seen), **count, back_in_s=round(max(recoveries), 1))
     assert count["silently cut"] == 0
@@ -156,19 +164,13 @@ def test_30_replicas_are_killed_under_load(started: Start) -> None:
     """Accepted = answered + told; nothing is silently cut (G16)."""
     draw, recoveries = random.Random(7), []
 
-    async def strike(live: Live) -> list[load.Seen]:
-        going_on = True
-        clients = asyncio.ensure_future(
-            load.closed_loop(live.url, live.model, 6, lambda: going_on, max_tokens=60)
-        )
+    async def strike(live: Live) -> None:
         for _ in range(30):
             await asyncio.sleep(draw.uniform(0.5, 4.0))
             os.kill(draw.choice(load.replicas(live.process.pid)), signal.SIGKILL)
             full = await load.until(lambda: len(load.replicas(live.process.pid)) == 2, 60)
             recoveries.append(full)
             await asyncio.to_thread(wait_ready, live)
-        going_on = False
-        return await clients
 
     def wait_ready(live: Live) -> None:
         until = time.monotonic() + 60
@@ -176,7 +178,7 @@ def test_30_replicas_are_killed_under_load(started: Start) -> None:
             time.sleep(0.1)
 
     with started(min_replicas=2, threads=1) as live:
-        seen = asyncio.run(strike(live))
+        seen = asyncio.run(under_load(live, strike))
         again = asyncio.run(load.whole_again(live.url, live.model, 60))
     count = load.ledger(seen)
     assert None not in recoveries
