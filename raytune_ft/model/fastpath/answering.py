@@ -16,10 +16,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from raytune_ft.kernels.norm import rms_norm
 from raytune_ft.kernels.rope import rope
-from raytune_ft.kernels.swiglu import fused_swiglu, swiglu
 from raytune_ft.model.fastpath.attention import KINDS, Kind
-from raytune_ft.model.fastpath.blocks import MlpForm, NormForm, mlp_form, norm_form
+from raytune_ft.model.fastpath.blocks import MlpForm, NormForm, gated, mlp_form, norm_form
 from raytune_ft.model.fastpath.lane import turn_back, turn_into
+from raytune_ft.model.generate import device_of
+from raytune_ft.model.lanes import model_dtype
 
 FORM = "answering_form"
 """Attribute of a module that takes part."""
@@ -44,15 +45,9 @@ class AnsweringMlp:
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         """Return down(act(gate(x)) * up(x))."""
-        form: MlpForm = getattr(self, FORM)
+        form: Any = getattr(self, FORM)  # of an MLP with a gate: `_take`
         found = [getattr(self, name)(x) for name in form.inputs]
-        activation = form.activation or "silu"
-        middle = (
-            fused_swiglu(found[0], activation=activation)
-            if len(found) == 1
-            else swiglu(found[0], found[1], activation=activation)
-        )
-        return getattr(self, form.output)(middle)  # type: ignore[no-any-return]
+        return getattr(self, form.output)(gated(found, form.activation))  # type: ignore[no-any-return]
 
 
 class AnsweringAttention:
@@ -118,7 +113,7 @@ def quicken(model: nn.Module) -> str | None:
         far, why = float("inf"), f"{type(error).__name__}: {error}".partition("\n")[0]
     else:
         why = f"its answers would differ by {far:.1e}"
-    if far <= CLOSE.get(_dtype(model), CLOSE_IN_HALVES):
+    if far <= CLOSE.get(model_dtype(model), CLOSE_IN_HALVES):
         return None
     for module in changed:
         turn_back(module)
@@ -156,13 +151,7 @@ def _is_plain(block: Any) -> bool:
 @torch.no_grad()
 def _logits(model: Any, ids: Sequence[int] = PROBE) -> torch.Tensor:
     """Return float32 logits (L, V) of a few tokens."""
-    device = next(model.parameters()).device
     words = model.get_input_embeddings().weight.shape[0]
-    given = torch.tensor([[one % words for one in ids]], device=device)
+    given = torch.tensor([[one % words for one in ids]], device=device_of(model))
     logits: torch.Tensor = model(input_ids=given, use_cache=False).logits[0]
     return logits.float()
-
-
-def _dtype(model: nn.Module) -> torch.dtype:
-    weights = (weight.dtype for weight in model.parameters())
-    return next((dtype for dtype in weights if dtype.is_floating_point), torch.bfloat16)

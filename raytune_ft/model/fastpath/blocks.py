@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,11 +110,14 @@ class FastMlp:
         found = outputs([getattr(self, name) for name in form.inputs], x)
         if form.activation is None:
             return self.dropout(outputs([getattr(self, form.output)], self.act(found[0]))[0])  # type: ignore[no-any-return]
-        if len(found) == 1:
-            middle = fused_swiglu(found[0], activation=form.activation)
-        else:
-            middle = swiglu(found[0], found[1], activation=form.activation)
-        return outputs([getattr(self, form.output)], middle)[0]
+        return outputs([getattr(self, form.output)], gated(found, form.activation))[0]
+
+
+def gated(found: Sequence[torch.Tensor], activation: Activation) -> torch.Tensor:
+    """Return act(gate) * up of what an MLP's first layers gave, apart or in one."""
+    if len(found) == 1:
+        return fused_swiglu(found[0], activation=activation)
+    return swiglu(found[0], found[1], activation=activation)
 
 
 def _tiled(mlp: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
