@@ -11,7 +11,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from raytune_ft import seats, survey
+from raytune_ft import host, seats, survey
 from raytune_ft.config import catalog
 from raytune_ft.config.estimates import gpus, pace
 from raytune_ft.config.estimates import layout as layouts
@@ -203,7 +203,7 @@ def check_memory(recipe: Recipe, kept: Choice | None = None) -> Outlook | None:
     where = place()
     check_float8(recipe, where.device)
     together = 1 if where.memory is not None else recipe.run.workers
-    available = where.memory or gpus.host_memory()
+    available = where.memory or host.memory()
     if shape is None or available is None:
         return None
     from raytune_ft.model.memory import plan_memory

@@ -28,7 +28,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from raytune_ft import durable
+from raytune_ft import durable, host
 from raytune_ft.config import cache_room
 from raytune_ft.config.cache import cache_dir
 from raytune_ft.config.schema import ModelSection
@@ -210,7 +210,7 @@ def _damage(folder: Path) -> str | None:
             return f"{name} cannot be read ({error.strerror})"
         return None
 
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(16, host.cores())) as pool:
         return next((found for found in pool.map(check, entries) if found), None)
 
 

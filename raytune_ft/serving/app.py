@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from raytune_ft import host
 from raytune_ft.chat.source import ChatSource, find_source
 from raytune_ft.cluster import ray_session
 from raytune_ft.errors import ServeError
@@ -58,7 +59,7 @@ class ChatEndpoint:
 
         self._args = wanted = ServeArgs.model_validate(args)
         # Ray sets OMP_NUM_THREADS=1 for an actor with one CPU: a tenth of the speed
-        torch.set_num_threads(wanted.threads or len(os.sched_getaffinity(0)))
+        torch.set_num_threads(wanted.threads or host.cores())
         self._rules = GuardRules(
             hosts=frozenset(host.lower() for host in wanted.hosts),
             key_hash=key_hash,

@@ -7,7 +7,6 @@ order, each where one ended first. No torch.
 
 from __future__ import annotations
 
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from functools import cache
 
 import numpy as np
 
+from raytune_ft import host
 from raytune_ft.config.estimates import pace
 from raytune_ft.config.estimates.footprint import Counts
 from raytune_ft.config.estimates.setting import recomputed_layers
@@ -166,4 +166,4 @@ def products_rate(hidden: int, mlp: int, rows: int = 512) -> float:
             left @ right
             done += 1
         rates.append(2 * rows * hidden * mlp * done / (time.process_time() - began))
-    return max(rates) * (os.cpu_count() or 1)
+    return max(rates) * host.cores()

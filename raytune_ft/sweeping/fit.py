@@ -7,13 +7,12 @@ card has it, or else on its network, which takes torch.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from raytune_ft import survey
+from raytune_ft import host, survey
 from raytune_ft.config import catalog
 from raytune_ft.config.estimates import footprint, gpus, layout, pace, peak
 from raytune_ft.config.estimates.footprint import Counts
@@ -73,12 +72,12 @@ def machine(cluster: Mapping[str, float] | None = None) -> Machine:
         free = None if smallest is None else smallest.memory
         memory = int(cluster["memory"]) if "memory" in cluster else None
         return Machine(max(1, int(cluster.get("CPU", 1))), memory, count, free, smallest)
-    found, cores = gpus.visible(), os.cpu_count() or 1
+    found, cores = gpus.visible(), host.cores()
     if not found:
-        return Machine(cores, gpus.host_memory())
+        return Machine(cores, host.memory())
     free = min(one.memory if one.free is None else one.free for one in found)
     device = pace.device_called(min(found, key=lambda one: one.memory).name)
-    return Machine(cores, gpus.host_memory(), len(found), free, device)
+    return Machine(cores, host.memory(), len(found), free, device)
 
 
 def fit(recipe: Recipe, n_trials: int, trials: Iterable[Recipe], where: Machine) -> Fit:

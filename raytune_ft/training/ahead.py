@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from raytune_ft import host
 from raytune_ft.config.schema import ModelSection, Recipe
 from raytune_ft.errors import RaytuneError
 from raytune_ft.model import loading, nf4_store
@@ -60,5 +61,5 @@ def device_of(sharing: int) -> torch.device:
     # DeepSpeed looks for an accelerator at import and would take a GPU that torch cannot use
     os.environ["DS_ACCELERATOR"] = "cpu"
     # Ray gives a worker one thread; the ranks of this machine share its cores
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // sharing))
+    torch.set_num_threads(max(1, host.cores() // sharing))
     return torch.device("cpu")

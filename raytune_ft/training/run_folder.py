@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from raytune_ft import __version__
+from raytune_ft import __version__, host
 from raytune_ft.errors import CheckpointError
 from raytune_ft.training.guarding import liveness
 
@@ -171,7 +171,7 @@ def environment() -> Event:
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cores": os.cpu_count(),
+        "cores": host.cores(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "gpus": gpus,
         "cuda": torch.version.cuda,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from raytune_ft import outlook
+from raytune_ft import host, outlook
 from raytune_ft.config.estimates import gpus
 from raytune_ft.config.loader import load_recipe
 from raytune_ft.config.schema import Recipe
@@ -168,10 +168,10 @@ def test_a_cpu_s_memory_is_the_container_s(
 ) -> None:
     monkeypatch.setattr(gpus, "visible", lambda: [])
     tiny = load_recipe(NAME, [f"model.path={tiny_model}", "run.workers=2", "data.max_length=64"])
-    monkeypatch.setattr(gpus, "host_memory", lambda: 4 * GIB)
+    monkeypatch.setattr(host, "memory", lambda: 4 * GIB)
     seen = outlook.check_memory(tiny)
     assert seen is not None and seen.time(tiny, 10) is None
-    monkeypatch.setattr(gpus, "host_memory", lambda: GIB // 2)
+    monkeypatch.setattr(host, "memory", lambda: GIB // 2)
     with pytest.raises(MemoryPlanError, match=r"this machine has 0\.5 GiB"):
         outlook.check_memory(tiny)
 

@@ -1,4 +1,4 @@
-"""GPUs as the driver's tool lists them; the container's limit of memory."""
+"""GPUs as the driver's tool lists them."""
 
 from __future__ import annotations
 
@@ -43,16 +43,3 @@ def test_a_driver_that_hangs_or_fails_is_no_gpu(
     tool.write_text("#!/bin/sh\necho '0, GPU-1, NVIDIA H100 80GB HBM3, 81559, 81000'\n")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert gpus.visible() == [gpus.Gpu("NVIDIA H100 80GB HBM3", 81559 * 2**20, 81000 * 2**20)]
-
-
-def test_the_container_s_limit_goes_before_the_machine_s(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    limit = tmp_path / "memory.max"
-    monkeypatch.setattr(gpus, "CGROUP_LIMITS", (str(limit),))
-    installed = gpus.host_memory()
-    assert installed is not None and installed > 2**28
-    limit.write_text("max\n")
-    assert gpus.host_memory() == installed
-    limit.write_text(f"{2**27}\n")
-    assert gpus.host_memory() == 2**27

@@ -10,15 +10,10 @@ import os
 import shutil
 import subprocess
 from dataclasses import dataclass
-from pathlib import Path
 
 QUERY = ("--query-gpu=index,uuid,name,memory.total,memory.free", "--format=csv,noheader,nounits")
 SECONDS = 20
 MIB = 2**20
-CGROUP_LIMITS = (
-    "/sys/fs/cgroup/memory.max",
-    "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-)
 
 
 @dataclass(frozen=True)
@@ -63,26 +58,3 @@ def read_gpus(listed: str, chosen: str | None) -> list[Gpu]:
         if wanted is None or any(one == index or uuid.startswith(one) for one in wanted):
             found.append(Gpu(name, int(size) * MIB, int(free) * MIB if free.isdigit() else None))
     return found
-
-
-def host_memory() -> int | None:
-    """Return the bytes of memory that this machine, or this container of it, has; None: unknown."""
-    sizes = [_cgroup_limit(), _installed()]
-    return min((size for size in sizes if size is not None), default=None)
-
-
-def _installed() -> int | None:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError, AttributeError):
-        return None
-
-
-def _cgroup_limit() -> int | None:
-    for file in CGROUP_LIMITS:
-        try:
-            text = Path(file).read_text(encoding="utf-8").strip()
-        except OSError:
-            continue
-        return int(text) if text.isdigit() else None
-    return None

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import AddedToken, Encoding, Tokenizer
 
+from raytune_ft import host
 from raytune_ft.data.tokenizing.fast import FastTokenizer, fast_tokenizer
 from raytune_ft.data.tokenizing.guard import Guard, Span, is_marker
 from raytune_ft.data.tokenizing.tokenizer_spec import TokenizerSpec, read_spec
@@ -254,7 +255,7 @@ def _threads() -> int:
     as cores, take one each and leave the others to training; elsewhere every core may help.
     """
     given = os.environ.get("OMP_NUM_THREADS", "")
-    return int(given) if given.isdecimal() and int(given) else os.cpu_count() or 1
+    return int(given) if given.isdecimal() and int(given) else host.cores()
 
 
 def _spelled(
