@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+from raytune_ft import host
 from raytune_ft.errors import TrainingError
 
 QUIET = {
@@ -182,6 +183,7 @@ def _init(dashboard: bool, allocation: dict[str, str]) -> None:
         return
     ray.init(
         address="local",
+        num_cpus=host.cores(),  # Ray sees a container's quota, but not which cores it is bound to
         include_dashboard=dashboard,
         dashboard_host="127.0.0.1",
         log_to_driver=False,

@@ -20,18 +20,31 @@ def cgroup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_no_more_cores_than_a_process_is_bound_to(cgroup: Path) -> None:
-    assert host.cores() == len(os.sched_getaffinity(0))
+def on_one_core(code: str) -> str:
+    """Run code in a process that is bound to one core; return what it prints."""
     taskset = shutil.which("taskset")
     if taskset is None:
         pytest.skip("no taskset")
     one = str(min(os.sched_getaffinity(0)))
-    code = "from raytune_ft import host; print(host.cores())"
     done = subprocess.run(
         [taskset, "-c", one, sys.executable, "-c", code],
         capture_output=True, text=True, cwd=ROOT, check=True,
     )  # fmt: skip
-    assert done.stdout.strip() == "1"
+    return done.stdout.strip()
+
+
+def test_no_more_cores_than_a_process_is_bound_to(cgroup: Path) -> None:
+    assert host.cores() == len(os.sched_getaffinity(0))
+    assert on_one_core("from raytune_ft import host; print(host.cores())") == "1"
+
+
+@pytest.mark.ray
+def test_ray_counts_the_same_cores() -> None:
+    code = (
+        "import ray; from raytune_ft.cluster import ray_session\n"
+        "with ray_session(): print(ray.cluster_resources()['CPU'])"
+    )
+    assert on_one_core(code) == "1.0"
 
 
 @pytest.mark.parametrize(
