@@ -56,22 +56,32 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def with_us() -> str:
+    """Return a PYTHONPATH that finds this checkout first, and then what it found before."""
+    return os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+
+
 def start_endpoint(
-    model: Path, log: Path, options: dict[str, Any] | None = None, **environment: str
+    model: Path,
+    log: Path,
+    options: dict[str, Any] | None = None,
+    *,
+    seconds: float = 150.0,
+    **environment: str,
 ) -> Live:
-    """Run `serve` as a user does, in its own process, and wait until it answers."""
+    """Run `serve` as a user does, in its own process, and wait so long until it answers."""
     port = free_port()
     code = (
         "import sys; from raytune_ft.serving.app import serve\n"
         f"sys.exit(serve({str(model)!r}, port={port}, options={options or {}!r}))"
     )
-    inherited = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    inherited = {**os.environ, "PYTHONPATH": with_us(), **environment}
     with log.open("w") as file:
         process = subprocess.Popen(
             [sys.executable, "-c", code], stdout=file, stderr=file, text=True, env=inherited
         )
     live = Live(f"http://127.0.0.1:{port}", model.name, process, log)
-    deadline = time.monotonic() + 150
+    deadline = time.monotonic() + seconds
     while "Ctrl-C stops it." not in log.read_text():
         if process.poll() is not None or time.monotonic() > deadline:
             stop_endpoint(live)

@@ -1,7 +1,8 @@
 """Many clients at once: each request is accounted for, by what its client has seen.
 
 `Outcome` is the ledger: an answer is whole, refused (429, 503 with words), ended by an error that
-the client was told, cut off by a closed connection, or silently cut, which must never be.
+the client was told, cut off by a closed connection, or silently cut, which must never be: it says
+that it is whole, and lacks its end, or its tokens do not add up.
 """
 
 from __future__ import annotations
@@ -12,18 +13,20 @@ import random
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import aiohttp
 
 Outcome = Literal["whole", "refused", "error", "cut off", "silently cut"]
 BROKEN = (aiohttp.ClientError, ConnectionError, TimeoutError)
+Request = tuple[str, dict[str, Any]]
+"""A client's own id, and a body."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Seen:
     """What came of one request, and how long it took in seconds."""
 
@@ -35,6 +38,17 @@ class Seen:
     """When it was over, by time.perf_counter."""
     tokens: int = 0
     """Of the answer, as its usage says."""
+    finish: str | None = None
+    id: str | None = None
+    """The answer's X-Request-Id."""
+
+
+class _Told(NamedTuple):
+    """What an answer's bytes say."""
+
+    outcome: Outcome
+    finish: str | None = None
+    tokens: int = 0
 
 
 def question(model: str, seed: int, **fields: Any) -> dict[str, Any]:
@@ -46,39 +60,58 @@ def question(model: str, seed: int, **fields: Any) -> dict[str, Any]:
     return {"model": model, "messages": [message], "seed": seed, "temperature": 1.5, **fields}
 
 
-async def asked(client: aiohttp.ClientSession, body: dict[str, Any]) -> Seen:
-    """Send one request, whole or streamed, and judge its end."""
+async def asked(
+    client: aiohttp.ClientSession, body: dict[str, Any], name: str | None = None
+) -> Seen:
+    """Send one request, whole or streamed, under an id if there is one, and judge its end."""
     start = time.perf_counter()
-    outcome: Outcome
-    status, wait, tokens = 0, None, 0
+    told, status, wait, answered = _Told("cut off"), 0, None, None
     try:
-        async with client.post("/v1/chat/completions", json=body) as response:
+        async with client.post(
+            "/v1/chat/completions", json=body, headers={"X-Request-Id": name} if name else None
+        ) as response:
             status, wait = response.status, response.headers.get("retry-after")
+            answered = response.headers.get("x-request-id")
             answer = await response.read()
             streamed = status == 200 and body.get("stream")
-            outcome, tokens = _streamed(answer) if streamed else _whole(status, answer)
+            told = _streamed(answer, body) if streamed else _whole(status, answer, body)
     except BROKEN:
-        outcome = "cut off"
+        pass
     ended = time.perf_counter()
-    return Seen(outcome, status, ended - start, wait, ended, tokens)
+    return Seen(
+        told.outcome, status, ended - start, wait, ended, told.tokens, told.finish, answered
+    )
 
 
-def _whole(status: int, body: bytes) -> tuple[Outcome, int]:
-    answer = json.loads(body)
+def _whole(status: int, content: bytes, body: dict[str, Any]) -> _Told:
+    answer = json.loads(content)
     if status == 200:
-        ended = answer["choices"][0]["finish_reason"]
-        return "whole" if ended else "silently cut", answer["usage"]["completion_tokens"]
+        (choice,) = answer["choices"]
+        return _judged(choice["finish_reason"], answer["usage"], [choice], body)
     assert set(answer["error"]) == {"message", "type", "param", "code"}
-    return "refused" if status in (429, 503) else "error", 0
+    return _Told("refused" if status in (429, 503) else "error")
 
 
-def _streamed(answer: bytes) -> tuple[Outcome, int]:
-    events = [line.removeprefix("data: ") for line in answer.decode().splitlines() if line]
-    if events and events[-1] == "[DONE]":
+def _streamed(content: bytes, body: dict[str, Any]) -> _Told:
+    events = [line.removeprefix(b"data: ") for line in content.split(b"\n") if line]
+    if events and events[-1] == b"[DONE]":
         last, usage = (json.loads(event) for event in events[-3:-1])
-        ended = last["choices"][0]["finish_reason"]
-        return "whole" if ended else "silently cut", usage["usage"]["completion_tokens"]
-    return "error" if events and '"error"' in events[-1] else "silently cut", 0
+        read = map(json.loads, events[:-2] if body.get("logprobs") else ())
+        choices = [choice for event in read for choice in event["choices"]]
+        return _judged(last["choices"][0]["finish_reason"], usage["usage"], choices, body)
+    return _Told("error" if events and b'"error"' in events[-1] else "silently cut")
+
+
+def _judged(
+    finish: str | None, usage: dict[str, int], choices: list[dict[str, Any]], body: dict[str, Any]
+) -> _Told:
+    """Judge an answer that came to its end by its reason to end and by its counts of tokens."""
+    tokens, most = usage["completion_tokens"], body.get("max_tokens")
+    adds_up = most is None or (tokens == most if finish == "length" else tokens <= most)
+    if body.get("logprobs"):
+        told = (choice["logprobs"] for choice in choices if choice["logprobs"])
+        adds_up = adds_up and sum(len(one["content"]) for one in told) == tokens
+    return _Told("whole" if finish and adds_up else "silently cut", finish, tokens)
 
 
 async def closed_loop(
@@ -117,6 +150,39 @@ async def open_loop(
             body = question(model, number, stream=number % 2 == 0, **fields)
             tasks.append(asyncio.ensure_future(asked(client, body)))
         return list(await asyncio.gather(*tasks))
+
+
+async def in_turn(
+    url: str, requests: Iterable[Request], clients: int, took: Callable[[str, Seen], None]
+) -> None:
+    """Have so many clients take one request after the other; `took` hears what came of each."""
+    left = iter(requests)
+
+    async def one() -> None:
+        async with _client(url, 1) as client:
+            for name, body in left:
+                took(name, await asked(client, body, name))
+
+    await asyncio.gather(*(one() for _ in range(clients)))
+
+
+async def poisson(
+    url: str, requests: Iterable[Request], times: Iterable[float], took: Callable[[str, Seen], None]
+) -> None:
+    """Send each request at its time (s), whoever is still waiting; `took` hears of each."""
+    waiting = set[asyncio.Task[None]]()
+
+    async def one(client: aiohttp.ClientSession, name: str, body: dict[str, Any]) -> None:
+        took(name, await asked(client, body, name))
+
+    async with _client(url, None) as client:
+        start = time.perf_counter()
+        for (name, body), due in zip(requests, times, strict=True):
+            await asyncio.sleep(max(0.0, start + due - time.perf_counter()))
+            task = asyncio.ensure_future(one(client, name, body))
+            waiting.add(task)
+            task.add_done_callback(waiting.discard)
+        await asyncio.gather(*waiting)
 
 
 async def leave_streams(url: str, model: str, n_clients: int, at_once: int) -> int:
@@ -262,3 +328,13 @@ def resident_mib(pid: int) -> float:
     status = Path(f"/proc/{pid}/status").read_text()
     (line,) = (one for one in status.splitlines() if one.startswith("VmRSS:"))
     return int(line.split()[1]) / 1024
+
+
+def handles(pid: int) -> int:
+    """Return how many files a process has open."""
+    return len(list(Path(f"/proc/{pid}/fd").iterdir()))
+
+
+def tell(name: str, **figures: Any) -> None:
+    """Print a line of the table."""
+    print(f"\n{name}: " + ", ".join(f"{key} {value}" for key, value in figures.items()))

@@ -13,48 +13,25 @@ import signal
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 
 from raytune_ft.chat import ChatModel
-from tests.serving.conftest import Live, start_endpoint, stop_endpoint
+from tests.serving.conftest import Live
 from tests.soak import load
 from tests.soak.cluster import Cluster, cluster
+from tests.soak.conftest import Start
 from tests.soak.fuzz import fuzz
 from tests.soak.ids import differences
+from tests.soak.load import tell
 from tests.soak.wire import Made, sent
 
 pytestmark = [pytest.mark.soak, pytest.mark.ray, pytest.mark.timeout(7200)]
-Start = Callable[..., AbstractContextManager[Live]]
 PLACES, LEVEL_S = 8, 120.0
 """Requests that are answered or wait at once, and seconds of a stretch of the overload test."""
-
-
-@pytest.fixture
-def started(tiny_model: Path, tmp_path: Path) -> Start:
-    """Return what runs an endpoint of its own, for a test that is hard on it."""
-
-    @contextmanager
-    def run(**options: Any) -> Iterator[Live]:
-        live = start_endpoint(
-            tiny_model, tmp_path / "serve.log", {"access_log": "/dev/null", **options}
-        )
-        try:
-            yield live
-        finally:
-            stop_endpoint(live)
-
-    return run
-
-
-def tell(name: str, **figures: Any) -> None:
-    """Print a line of the table."""
-    print(f"\n{name}: " + ", ".join(f"{key} {value}" for key, value in figures.items()))
 
 
 def test_20_000_generated_requests(started: Start) -> None:
@@ -295,32 +272,6 @@ def p99(seen: list[load.Seen]) -> float:
     """Return the seconds in which 99% of the whole answers were there."""
     took = sorted(one.seconds for one in seen if one.outcome == "whole")
     return took[len(took) * 99 // 100]
-
-
-def test_100_000_requests(started: Start) -> None:
-    """Nothing is lost, memory and file handles stay (G15)."""
-
-    async def long(live: Live, n_requests: int) -> Counter[str]:
-        left = iter(range(n_requests))
-        seen = await load.closed_loop(
-            live.url, live.model, 16, lambda: next(left, None) is not None, max_tokens=3
-        )
-        return load.ledger(seen)
-
-    def handles(pid: int) -> int:
-        return len(list(Path(f"/proc/{pid}/fd").iterdir()))
-
-    with started() as live:
-        (replica,) = load.replicas(live.process.pid)
-        asyncio.run(long(live, 5_000))
-        before, files = load.resident_mib(replica), handles(replica)
-        count = asyncio.run(long(live, 95_000))
-        growth, more = load.resident_mib(replica) - before, handles(replica) - files
-    tell("soak", **count, mib_per_10_000=round(growth / 9.5, 2), file_handles=f"{more:+d}")
-    assert set(count) == {"whole"}
-    assert sum(count.values()) == 95_000
-    assert growth / 9.5 <= 1
-    assert more <= 8
 
 
 def test_ids_of_1000_chats_with_every_template(endless: ChatModel) -> None:
