@@ -183,6 +183,7 @@ class Lane:
         self._inputs = torch.zeros(2, self.rows, dtype=torch.long, device=self.device)
         self._index = torch.arange(self.rows, device=self.device)
         self._prompts: dict[tuple[int, int], torch.Tensor] = {}
+        self._rows: dict[int, list[torch.Tensor]] = {}
         self._graphs = Replayed(self.device)
 
     def grow(self, rows: int) -> None:
@@ -201,29 +202,42 @@ class Lane:
     def join(self, kept: Kept, n: int) -> None:
         """Begin a row behind those in use with `n` tokens of what is kept."""
         place = len(self.lengths)
-        for layer, (keys, values) in zip(self.cache.layers, kept, strict=bool(n)):
-            layer.keys[place, :, :n] = keys[0, :, :n]
-            layer.values[place, :, :n] = values[0, :, :n]
+        if n:
+            some = [part[0, :, :n] for pair in kept for part in pair]
+            torch._foreach_copy_([row[:, :n] for row in self._row(place)], some)
         self.lengths.append(n)
 
     def leave(self, place: int) -> None:
         """Let a row go; the last one takes its place."""
         last = len(self.lengths) - 1
         if place < last:
-            n = self.lengths[last]
-            for layer in self.cache.layers:
-                layer.keys[place, :, :n] = layer.keys[last, :, :n]
-                layer.values[place, :, :n] = layer.values[last, :, :n]
-            self.lengths[place] = n
+            # whole rows, dense ones: a few kernels for all layers
+            torch._foreach_copy_(self._row(place), self._row(last))
+            self.lengths[place] = self.lengths[last]
         self.lengths.pop()
 
     def copy_of(self, place: int) -> Kept:
         """Return a row's keys and values, on their own."""
-        n, row = self.lengths[place], slice(place, place + 1)
+        n = self.lengths[place]
+        some = [part[:, :n] for part in self._row(place)]
+        if len({part.shape for part in some}) == 1:
+            new = list(some[0].new_empty(len(some), *some[0].shape).unbind())
+        else:
+            new = [part.new_empty(part.shape) for part in some]
+        torch._foreach_copy_(new, some)
         return [
-            (layer.keys[row, :, :n].clone(), layer.values[row, :, :n].clone())
-            for layer in self.cache.layers
+            (keys[None], values[None]) for keys, values in zip(new[::2], new[1::2], strict=True)
         ]
+
+    def _row(self, place: int) -> list[torch.Tensor]:
+        """Return keys and values (H, S, D) of all layers of one row, layer by layer.
+
+        Views, which stay: making some dozens of them takes longer than what is done with them.
+        """
+        if place not in self._rows:
+            layers = self.cache.layers
+            self._rows[place] = [part[place] for one in layers for part in (one.keys, one.values)]
+        return self._rows[place]
 
     def decode(self, ids: Sequence[int]) -> torch.Tensor:
         """Run one token of each row; return float32 (B, V), which the next pass may overwrite."""

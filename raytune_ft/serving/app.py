@@ -40,6 +40,8 @@ APP_NAME = "raytune_ft"
 MAX_ONGOING = 2048
 """Requests that Ray lets through to a replica, which answers 429 long before: Ray's own queue
 would keep the rest waiting, or drop them with 503."""
+SWITCH_S = 0.0005
+"""For which one thread of a replica waits for another."""
 GATHER_S = 5.0
 """For all replicas to tell their metrics."""
 DRAIN_S = 5.0
@@ -58,6 +60,9 @@ class ChatEndpoint:
         from raytune_ft.serving.metrics import Metrics
 
         self._args = wanted = ServeArgs.model_validate(args)
+        # the thread that computes hands the interpreter back at each operation of torch's, and
+        # while another one has it waits this long for it: 5 ms unless said otherwise
+        sys.setswitchinterval(SWITCH_S)
         # Ray sets OMP_NUM_THREADS=1 for an actor with one CPU: a tenth of the speed
         torch.set_num_threads(wanted.threads or host.cores())
         self._rules = GuardRules(

@@ -9,7 +9,7 @@ stays within one number of tokens.
 from __future__ import annotations
 
 import os
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -40,6 +40,7 @@ WIDE = 4
 
 @dataclass
 class _Prefix:
+    model: str
     ids: npt.NDArray[np.int32]
     kept: Kept
 
@@ -48,7 +49,9 @@ class Prefixes:
     """Keys and values by the tokens that they belong to, each model's on their own."""
 
     def __init__(self) -> None:
-        self._held: OrderedDict[int, tuple[str, _Prefix]] = OrderedDict()
+        self._held: OrderedDict[int, _Prefix] = OrderedDict()
+        self._alike: defaultdict[tuple[str, bytes], dict[int, None]] = defaultdict(dict)
+        """Those of one model that begin with the same tokens, the least that is worth taking."""
         self._next = 0
         self.tokens = 0
 
@@ -59,29 +62,31 @@ class Prefixes:
         """
         wanted = np.asarray(ids[:-1], np.int32)
         best, length = None, SHORTEST - 1
-        for key, (owner, prefix) in self._held.items():
-            if owner == model and (n := _alike(prefix.ids, wanted)) > length:
+        for key in self._alike.get(_beginning(model, wanted), ()):
+            if (n := _alike(self._held[key].ids, wanted)) > length:
                 best, length = key, n
         if best is None:
             return [], 0
-        self._held.move_to_end(best)
-        return self._held[best][1].kept, length
+        return self._used(best).kept, length
 
-    def keep(self, model: str, ids: Sequence[int], kept: Kept, most: int) -> None:
+    def keep(self, model: str, ids: Sequence[int], kept: Callable[[], Kept], most: int) -> None:
         """Keep what belongs to `ids`, within `most` tokens in all."""
         new = np.asarray(ids, np.int32)
         if not SHORTEST <= len(new) <= most:
             return
-        for key, (owner, prefix) in list(self._held.items()):
-            n = _alike(prefix.ids, new) if owner == model else 0
-            if owner == model and n == len(new):
-                self._held.move_to_end(key)  # a longer one has it all
+        beginning = _beginning(model, new)
+        for key in list(self._alike.get(beginning, ())):
+            held = self._held[key]
+            n = _alike(held.ids, new)
+            if n == len(new):
+                self._used(key)  # a longer one has it all
                 return
-            if owner == model and n == len(prefix.ids):
+            if n == len(held.ids):
                 self._drop(key)
         while self._held and (self.tokens + len(new) > most or len(self._held) >= MOST_KEPT):
             self.drop_oldest()
-        self._held[self._next] = (model, _Prefix(new, kept))
+        self._held[self._next] = _Prefix(model, new, kept())
+        self._alike[beginning][self._next] = None
         self._next += 1
         self.tokens += len(new)
 
@@ -94,11 +99,27 @@ class Prefixes:
 
     def forget(self, model: str) -> None:
         """Let all of one model go."""
-        for key in [key for key, (owner, _) in self._held.items() if owner == model]:
+        for key in [key for key, prefix in self._held.items() if prefix.model == model]:
             self._drop(key)
 
+    def _used(self, key: int) -> _Prefix:
+        self._held.move_to_end(key)
+        found = self._held[key]
+        alike = self._alike[_beginning(found.model, found.ids)]
+        alike[key] = alike.pop(key)
+        return found
+
     def _drop(self, key: int) -> None:
-        self.tokens -= len(self._held.pop(key)[1].ids)
+        gone = self._held.pop(key)
+        self.tokens -= len(gone.ids)
+        beginning = _beginning(gone.model, gone.ids)
+        del self._alike[beginning][key]
+        if not self._alike[beginning]:
+            del self._alike[beginning]
+
+
+def _beginning(model: str, ids: npt.NDArray[np.int32]) -> tuple[str, bytes]:
+    return model, ids[:SHORTEST].tobytes()
 
 
 def _alike(one: npt.NDArray[np.int32], other: npt.NDArray[np.int32]) -> int:
@@ -189,7 +210,7 @@ class Memory:
         """Keep a request's keys and values for those that begin alike, if there is room."""
         most = min(int(self.tokens * PREFIX_SHARE), self.tokens - self.taken + self.prefixes.tokens)
         if len(ids) <= most:
-            self.prefixes.keep(model, ids, kept(), most)
+            self.prefixes.keep(model, ids, kept, most)
 
     def _rows(self, lane: Lane) -> int:
         return len(lane.lengths) + self.held.get(id(lane), 0)
