@@ -4,6 +4,7 @@ Open-loop load at 1, 8, 32 and 128 requests under way on average: the rate of ar
 number over the time that the engine, driven directly and with as many at once, takes for an
 answer (Little's law), and the same for every side. So a slower side has more under way.
 Run: python -m benchmarks.serve [--model NAME|FOLDER | --made 7b] [--at 1 8 32 128] [--tiny]
+     [--vllm-site DIR]: the sides with vLLM run where it is installed or its packages are named
 Prints a line of JSON per side and level, then a table with ratios. `prefill` is one pass over a
 prompt of the same length in an idle process. `... at once` and, with --generate-batch,
 transformers' own engine get all requests of a level at once: what a side can do at most.
@@ -23,7 +24,7 @@ from typing import Any
 
 from benchmarks.made_model import SHAPES, shape_of
 from benchmarks.serve_load import Load, load_of, run, summary
-from benchmarks.serve_sides import SIDES, warmed
+from benchmarks.serve_sides import SIDES, default_sides, warmed
 
 Row = dict[str, Any]
 
@@ -202,7 +203,7 @@ def table(rows: list[Row], args: argparse.Namespace) -> str:
     lines += ["", f"prefill of one prompt alone: {prefill} ms", ""]
     for level in args.at:
         ours = best(rows, "endpoint at once", level)
-        for other in ("engine", "transformers"):
+        for other in ("engine", "transformers", "endpoint+vllm", "vllm"):
             theirs = best(rows, f"{other} at once", level)
             if ours and theirs:
                 lines.append(f"at {level}, at once: endpoint / {other} = {ours / theirs:.2f}")
@@ -232,7 +233,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--made", choices=SHAPES, help="random weights of a shape instead")
     parser.add_argument("--layers", type=int, help="of that shape, fewer than it has")
     parser.add_argument("--at", type=int, nargs="+", default=[1, 8, 32, 128])
-    parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=list(SIDES))
+    parser.add_argument("--sides", nargs="+", choices=list(SIDES))
+    parser.add_argument("--vllm-site", type=Path, help="folder of vLLM's packages, for its sides")
     parser.add_argument("--words", type=int, default=48, help="of a prompt")
     parser.add_argument("--tokens", type=int, default=48, help="of an answer at most")
     parser.add_argument("--times", type=float, default=3.0, help="requests per one under way")
@@ -241,7 +243,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="of torch, on every side")
     parser.add_argument("--generate-batch", action="store_true")
     parser.add_argument("--tiny", action="store_true", help="a rehearsal on a made model")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.vllm_site:
+        os.environ["BENCH_VLLM_SITE"] = str(args.vllm_site.resolve())
+    args.sides = args.sides or default_sides()
+    return args
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
 """The sides of the serving benchmark: a model's folder in, something that answers out.
 
 `engine` is driven in this process; `endpoint` is ours through Ray Serve, as `raytune-ft serve`
-starts it; `transformers` is `transformers serve` with continuous batching. The last two run in
-processes of their own and are asked over HTTP by one client.
+starts it, and `endpoint+vllm` the same with vLLM behind it; `vllm` is vLLM's own server, and
+`transformers` is `transformers serve` with continuous batching. All but the first run in processes
+of their own and are asked over HTTP by one client.
 """
 
 from __future__ import annotations
 
 import asyncio
+import gc
+import importlib.util
 import json
 import os
 import signal
@@ -22,6 +25,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from benchmarks.serve_load import Ask
 from raytune_ft.chat.model import Sampling, open_chat
@@ -59,16 +64,17 @@ def engine(model: str, _folder: Path) -> Iterator[Side]:
 
 
 @contextmanager
-def endpoint(model: str, folder: Path) -> Iterator[Side]:
+def endpoint(model: str, folder: Path, engine: str = "embedded") -> Iterator[Side]:
     """Start our endpoint as a user does."""
     port, threads = free_port(), os.environ.get("OMP_NUM_THREADS")
-    options: dict[str, Any] = {"max_waiting": MAX_WAITING}
+    options: dict[str, Any] = {"max_waiting": MAX_WAITING, "engine": engine}
     options |= {"threads": int(threads)} if threads else {}
     code = (
         "import sys; from raytune_ft.serving.app import serve\n"
         f"sys.exit(serve({model!r}, port={port}, options={options!r}))"
     )
-    with _process([sys.executable, "-c", code], folder / "endpoint.log") as log:
+    packages = vllm_site() if engine == "vllm" else ""
+    with _process([sys.executable, "-c", code], folder / f"{engine}.log", packages) as log:
         url = f"http://127.0.0.1:{port}"
         _wait(f"{url}/readyz", log)
         with urllib.request.urlopen(f"{url}/v1/models") as answer:
@@ -95,7 +101,45 @@ def transformers(model: str, folder: Path) -> Iterator[Side]:
         yield Side(over_http(url, where), log)
 
 
-SIDES = {"engine": engine, "endpoint": endpoint, "transformers": transformers}
+@contextmanager
+def endpoint_vllm(model: str, folder: Path) -> Iterator[Side]:
+    """Start our endpoint with vLLM behind it."""
+    with endpoint(model, folder, "vllm") as side:
+        yield side
+
+
+@contextmanager
+def vllm(model: str, folder: Path) -> Iterator[Side]:
+    """Start vLLM's own server on the same folder."""
+    from raytune_ft.model.loading import prepare_folder
+
+    where, port = str(prepare_folder(model)), free_port()
+    program = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", where]
+    program += ["--host", "127.0.0.1", "--port", str(port), "--disable-uvicorn-access-log"]
+    with _process(program, folder / "vllm_alone.log", vllm_site()) as log:
+        url = f"http://127.0.0.1:{port}"
+        _wait(f"{url}/health", log)
+        yield Side(over_http(url, where), log)
+
+
+SIDES = {
+    "engine": engine,
+    "endpoint": endpoint,
+    "transformers": transformers,
+    "endpoint+vllm": endpoint_vllm,
+    "vllm": vllm,
+}
+
+
+def vllm_site() -> str:
+    """Return the folder of vLLM's packages, which go before all others; empty where it has none."""
+    return os.environ.get("BENCH_VLLM_SITE", "")
+
+
+def default_sides() -> list[str]:
+    """Return the sides that can run here; vLLM's where it is installed or its folder is named."""
+    able = bool(vllm_site()) or importlib.util.find_spec("vllm") is not None
+    return [name for name in SIDES if able or "vllm" not in name]
 
 
 def over_http(url: str, name: str) -> Ask:
@@ -131,8 +175,10 @@ def _text(chunk: dict[str, Any]) -> tuple[str, int]:
 
 
 @contextmanager
-def _process(program: list[str], log: Path) -> Iterator[Path]:
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+def _process(program: list[str], log: Path, packages: str = "") -> Iterator[Path]:
+    places = [str(ROOT), packages, os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, places))}
+    _give_back()
     with log.open("w") as file:
         process = subprocess.Popen(program, stdout=file, stderr=file, env=environment, cwd=ROOT)
     try:
@@ -144,6 +190,13 @@ def _process(program: list[str], log: Path) -> Iterator[Path]:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def _give_back() -> None:
+    """Leave the device to the side that starts, which may ask for nearly all of it."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _wait(url: str, log: Path) -> None:

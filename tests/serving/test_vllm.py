@@ -1,27 +1,29 @@
 """vLLM's side of the interface, against a stand-in for vLLM that generates with the tiny model.
 
-vLLM itself needs a GPU; the last test runs it where it is installed.
+vLLM itself needs a GPU; the last tests run it where it is installed.
 """
 
 from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
 from raytune_ft.chat import ChatModel, Piece, Sampling, find_source, open_chat
-from raytune_ft.errors import ServeError
+from raytune_ft.chat.writing import spelled
+from raytune_ft.errors import CheckpointError, ServeError
 from raytune_ft.model.sampling import Chooser, Draw, Told
 from raytune_ft.serving.engine import EngineBusyError
 from raytune_ft.serving.engines import EngineOptions, build, vllm
 from raytune_ft.serving.engines.vllm import VllmEngine
+from tests.conftest import make_tiny_model
 from tests.serving.test_adapters import write_adapter
 
 HOW = Sampling(temperature=0.0, max_new_tokens=12)
@@ -45,6 +47,14 @@ class Params:
     output_kind: str
 
 
+class Lora(NamedTuple):
+    """vLLM's LoRARequest."""
+
+    lora_name: str
+    lora_int_id: int
+    lora_path: str
+
+
 class StandIn:
     """Generates like vLLM's AsyncLLM: ids in, outputs with what is new, two tokens at a time."""
 
@@ -53,6 +63,8 @@ class StandIn:
     def __init__(self, chat: ChatModel) -> None:
         self.chat = chat
         self.lora: list[Any] = []
+        self.read: list[str] = []
+        self.unreadable = False
         self.open = 0
         self.closed = False
 
@@ -86,6 +98,12 @@ class StandIn:
         finally:
             self.open -= 1
 
+    async def add_lora(self, request: Lora) -> bool:
+        if self.unreadable:
+            raise RuntimeError("Call to add_lora method failed: no DoRA")
+        self.read.append(request.lora_name)
+        return True
+
     def shutdown(self) -> None:
         self.closed = True
 
@@ -104,7 +122,7 @@ def package(monkeypatch: pytest.MonkeyPatch) -> None:
     names = {
         "vllm": {"SamplingParams": Params},
         "vllm.lora": {},
-        "vllm.lora.request": {"LoRARequest": lambda *given: given},
+        "vllm.lora.request": {"LoRARequest": Lora},
         "vllm.sampling_params": {"RequestOutputKind": SimpleNamespace(DELTA="delta")},
     }
     for name, content in names.items():
@@ -145,6 +163,7 @@ def test_its_tokens_become_our_pieces(engine: VllmEngine, chat: ChatModel) -> No
             found = asyncio.run(ask(engine, ids, how))
             assert told(found) == told(list(chat.pieces(ids, how)))
             assert found[-1].n_cached == 3
+    assert engine.load().cached_tokens == 9 * 3
     full = asyncio.run(ask(engine, [5] * engine.context, HOW))
     assert told(full) == [("", 0, "length")]
 
@@ -171,8 +190,20 @@ def test_names_reach_vllm_as_adapters(engine: VllmEngine, tmp_path: Path) -> Non
         asyncio.run(ask(engine, [5, 6], HOW, model=name))
     folder = str((tmp_path / "ada").resolve())
     assert engine._llm.lora == [("ada", 1, folder), None, ("ada", 1, folder)]
+    assert engine._llm.read == ["ada"]
     with pytest.raises(ServeError, match="does not exist"):
         asyncio.run(ask(engine, [5, 6], HOW, model="../ada"))
+
+
+def test_an_adapter_that_vllm_does_not_read_costs_its_own_request(engine: VllmEngine) -> None:
+    engine._llm.unreadable = True
+    with pytest.raises(CheckpointError, match=r"ada: vLLM does not read it \(.*no DoRA"):
+        asyncio.run(ask(engine, [5, 6], HOW, model="ada"))
+    assert engine._llm.lora == []
+    assert asyncio.run(ask(engine, [5, 6], HOW))[-1].finish is not None
+    engine._llm.unreadable = False
+    asyncio.run(ask(engine, [5, 6], HOW, model="ada"))
+    assert engine._llm.read == ["ada"]
 
 
 def test_readers_errors_bounds_and_the_end(engine: VllmEngine) -> None:
@@ -213,19 +244,118 @@ def test_what_it_cannot_serve_is_said(tiny_model: Path) -> None:
         VllmEngine(find_source(str(tiny_model), 4), start=lambda *_given: None)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not vllm.is_installed(), reason="needs vLLM")
-def test_vllm_itself(tiny_model: Path, chat: ChatModel) -> None:
-    """Greedy answers in bfloat16 begin as ours do; all of it ends."""
-    engine = build(EngineOptions(path=str(tiny_model), engine="vllm"))
-    assert isinstance(engine, VllmEngine)
+REAL = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not vllm.is_installed(), reason="needs vLLM"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+CLOSE = {"model": 0.05, "ada": 0.25}
+"""Between logarithms in bfloat16 and in float32; plain passes on a CPU differ by 0.01 and 0.14."""
+PROMPTS = ([5, 6, 7], [90] * 9, [41, 77], list(range(20, 90)))
+Ask = Callable[..., Coroutine[Any, Any, list[Piece]]]
 
-    async def some() -> list[list[Piece]]:
-        streams = [collect(engine.submit(ids, HOW)) for ids in ([5, 6, 7], [90] * 9)]
-        return await asyncio.gather(*streams)
 
-    found = asyncio.run(some())
-    engine.close()
-    for ids, pieces in zip(([5, 6, 7], [90] * 9), found, strict=True):
-        assert pieces[-1].finish in ("stop", "length")
-        assert pieces[0].text == next(iter(chat.pieces(ids, HOW))).text
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model and an adapter beside it, with heads as wide as vLLM's kernels of attention ask."""
+    root = tmp_path_factory.mktemp("real")
+    (root / "model").mkdir()
+    make_tiny_model(root / "model", hidden_size=256, intermediate_size=512)
+    write_adapter(root / "adapters" / "ada", root / "model", 1)
+    return root
+
+
+def with_vllm(real: Path, use: Callable[[VllmEngine, Ask], Coroutine[Any, Any, None]]) -> None:
+    """Run `use` beside vLLM in one event loop, as the endpoint does."""
+    options = EngineOptions(
+        path=str(real / "model"), engine="vllm", slots=8, adapters=str(real / "adapters")
+    )
+
+    async def all_of_it() -> None:
+        engine = build(options)
+        assert isinstance(engine, VllmEngine)
+
+        async def ask_it(ids: list[int], how: Sampling, **more: Any) -> list[Piece]:
+            return await ask(engine, ids, how, **more)
+
+        try:
+            await use(engine, ask_it)
+        finally:
+            engine.close()
+
+    asyncio.run(all_of_it())
+
+
+class TestVllmItself:
+    """Real answers beside float32 passes of the same weights."""
+
+    pytestmark = REAL
+
+    def test_tokens_chances_and_adapters(self, real: Path) -> None:
+        """Every token is a likeliest one, and as likely as it is said to be."""
+        how = replace(HOW, max_new_tokens=24, logprobs=4)
+        found: dict[str | None, list[list[Piece]]] = {}
+
+        async def use(engine: VllmEngine, ask_it: Ask) -> None:
+            assert engine.models() == (engine.name, "ada")
+            for model in (None, "ada", None):
+                some = [ask_it(ids, how, model=model) for ids in PROMPTS]
+                found[model] = await asyncio.gather(*some)
+            assert engine.healthy()
+            assert engine.load().cached_tokens > 0
+
+        with_vllm(real, use)
+        for name, folder in ((None, real / "model"), ("ada", real / "adapters" / "ada")):
+            chat = open_chat(str(folder), bits=32, device="cpu")
+            for ids, pieces in zip(PROMPTS, found[name], strict=True):
+                check(chat, ids, pieces, CLOSE[folder.name])
+        assert found[None] != found["ada"]
+
+    def test_seeds_penalties_cancels_and_the_end(self, real: Path) -> None:
+        drawn = Sampling(1.0, 1.0, 0, 24, seed=3)
+
+        async def use(engine: VllmEngine, ask_it: Ask) -> None:
+            first, again, other, *_ = await asyncio.gather(
+                *(ask_it([5, 6], replace(drawn, seed=seed)) for seed in (3, 3, 4, 5, 6))
+            )
+            assert told(first) == told(again) != told(other)
+            punished = await ask_it([5, 6], replace(HOW, frequency_penalty=2.0, top_k=5))
+            assert punished[-1].finish in ("stop", "length")
+            stopped = engine.submit([5, 6], replace(drawn, max_new_tokens=400))
+            await anext(stopped)
+            await stopped.aclose()
+            theirs = engine._llm.output_processor
+            for _ in range(200):
+                await asyncio.sleep(0.01)
+                if not engine._running and not theirs.has_unfinished_requests():
+                    break
+            assert not engine._running
+            assert not theirs.has_unfinished_requests()
+            last = engine.submit([5, 6], replace(drawn, max_new_tokens=400))
+            await anext(last)
+            engine.close()
+            with pytest.raises(ServeError, match="shutting down"):
+                await collect(last)
+
+        with_vllm(real, use)
+
+
+def check(chat: ChatModel, ids: Sequence[int], pieces: Sequence[Piece], close: float) -> None:
+    """Compare an answer's tokens and chances with passes over what it wrote so far."""
+    words = {
+        spelled(chat.tokenizer, id_)[1]: id_
+        for id_ in range(chat.model.get_input_embeddings().weight.shape[0])
+    }
+    known, chances = list(ids), [chance for piece in pieces for chance in piece.chances]
+    assert len(chances) == pieces[-1].n_tokens
+    for chance in chances:
+        with torch.no_grad():
+            expected = chat.model(torch.tensor([known])).logits[0, -1].float().log_softmax(-1)
+        chosen = words[chance.bytes]
+        assert expected[chosen] > expected.max() - close
+        assert abs(expected[chosen] - chance.logprob) < close
+        for _, spelling, logprob in chance.top:
+            assert abs(expected[words[spelling]] - logprob) < close
+        assert len(chance.top) == 4
+        known.append(chosen)
+    assert pieces[-1].finish in ("stop", "length")

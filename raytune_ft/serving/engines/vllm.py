@@ -14,9 +14,12 @@ import asyncio
 import importlib.util
 import itertools
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any, cast
+
+import torch
 
 from raytune_ft.chat.history import Message
 from raytune_ft.chat.model import FALLBACK_CONTEXT, ChatModel, Sampling
@@ -24,8 +27,8 @@ from raytune_ft.chat.source import ChatSource
 from raytune_ft.chat.writing import Writing
 from raytune_ft.data.templating.templates import get_template
 from raytune_ft.data.tokenizing.tokenizer import TextTokenizer
-from raytune_ft.errors import ServeError
-from raytune_ft.model.loading import prepare_folder, read_config
+from raytune_ft.errors import CheckpointError, ServeError
+from raytune_ft.model.loading import compute_dtype, prepare_folder, read_config
 from raytune_ft.model.sampling import Told
 from raytune_ft.serving.engine import ChatEngine, EngineBusyError, Load, Outcome, PieceStream
 from raytune_ft.serving.engines.models import BASE, Models
@@ -76,7 +79,7 @@ class VllmEngine(ChatEngine):
         slots: int = SLOTS,
         adapters: str | None = None,
         max_adapters: int = 4,
-        start: Callable[[str, int, int], Any] | None = None,
+        start: Callable[[str, str, int, int], Any] | None = None,
     ) -> None:
         """Start vLLM.
 
@@ -86,7 +89,7 @@ class VllmEngine(ChatEngine):
             slots: requests answered at a time.
             adapters: folder of adapters that are served by their names.
             max_adapters: of those in memory at once.
-            start: gets the base's folder, slots and adapters, and returns vLLM's AsyncLLM.
+            start: gets the base's folder, its dtype, slots and adapters; returns vLLM's AsyncLLM.
 
         Raises:
             ServeError: vLLM cannot serve this.
@@ -100,11 +103,12 @@ class VllmEngine(ChatEngine):
         self._models = Models(chat, adapters, max_adapters)
         self._own = source.adapter
         some = max_adapters if adapters or source.adapter else 0
-        self._llm = (start or _start)(str(folder), slots, some)
+        self._llm = (start or _start)(str(folder), _dtype(source), slots, some)
         self._limit, self._slots = slots + max_waiting, slots
         self._running: set[asyncio.Task[None]] = set()
         self._ids = itertools.count()
         self._adapter_ids: dict[str, int] = {}
+        self._read: set[str] = set()
         self._cached_tokens = 0
         self._closed = False
 
@@ -147,7 +151,8 @@ class VllmEngine(ChatEngine):
         out: asyncio.Queue[Outcome] = asyncio.Queue()
         outputs = self._outputs(list(prompt_ids), sampling, chat, limit, self._lora(model))
         writing = Writing(chat.tokenizer, sampling.stop)
-        task = loop.create_task(_pump(outputs, writing, chat.stop_ids, sampling.logprobs or 0, out))
+        asked = sampling.logprobs or 0
+        task = loop.create_task(self._pump(outputs, writing, chat.stop_ids, asked, out))
         self._running.add(task)
         task.add_done_callback(self._running.discard)
 
@@ -199,7 +204,7 @@ class VllmEngine(ChatEngine):
         chat: ChatModel,
         limit: int,
         lora: tuple[str, int, str] | None,
-    ) -> AsyncIterator[Any]:
+    ) -> AsyncGenerator[Any, None]:
         """Yield vLLM's outputs, each with what is new."""
         if limit <= 0:
             return
@@ -210,7 +215,7 @@ class VllmEngine(ChatEngine):
         params = SamplingParams(
             temperature=sampling.temperature,
             top_p=sampling.top_p,
-            top_k=sampling.top_k or -1,
+            top_k=sampling.top_k,
             max_tokens=limit,
             seed=sampling.seed,
             stop_token_ids=sorted(chat.stop_ids),
@@ -221,50 +226,73 @@ class VllmEngine(ChatEngine):
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
         )
-        async for output in self._llm.generate(
-            {"prompt_token_ids": prompt},
-            params,
-            f"request-{next(self._ids)}",
-            lora_request=LoRARequest(*lora) if lora else None,
-        ):
-            yield output
+        request = LoRARequest(*lora) if lora else None
+        if request is not None:
+            await self._read_adapter(request)
+        # closed at once: it is how vLLM learns that nobody reads on
+        async with aclosing(
+            self._llm.generate(
+                {"prompt_token_ids": prompt},
+                params,
+                f"request-{next(self._ids)}",
+                lora_request=request,
+            )
+        ) as found:
+            async for output in found:
+                yield output
 
+    async def _read_adapter(self, request: Any) -> None:
+        """Have vLLM read an adapter before its first request, in which a failure ends vLLM."""
+        if request.lora_name in self._read:
+            return
+        try:
+            await self._llm.add_lora(request)
+        except Exception as error:
+            if self._llm.errored:
+                raise
+            raise CheckpointError(
+                f"{request.lora_path}: vLLM does not read it ({error})"
+            ) from error
+        self._read.add(request.lora_name)
 
-async def _pump(
-    outputs: AsyncIterator[Any],
-    writing: Writing,
-    stop_ids: frozenset[int],
-    asked: int,
-    out: asyncio.Queue[Outcome],
-) -> None:
-    """Write one answer; closing `outputs` tells vLLM that nobody reads on."""
-    stopped = False
-    try:
-        async for output in outputs:
-            writing.n_cached = output.num_cached_tokens or writing.n_cached
-            for token, told in _tokens(output.outputs[0], asked):
-                if token in stop_ids:
-                    stopped = True
-                    out.put_nowait(writing.end("stop"))
+    async def _pump(
+        self,
+        outputs: AsyncGenerator[Any, None],
+        writing: Writing,
+        stop_ids: frozenset[int],
+        asked: int,
+        out: asyncio.Queue[Outcome],
+    ) -> None:
+        """Write one answer; closing `outputs` tells vLLM that nobody reads on."""
+        stopped = False
+        try:
+            async for output in outputs:
+                known = output.num_cached_tokens or writing.n_cached
+                self._cached_tokens += known - writing.n_cached
+                writing.n_cached = known
+                for token, told in _tokens(output.outputs[0], asked):
+                    if token in stop_ids:
+                        stopped = True
+                        out.put_nowait(writing.end("stop"))
+                        break
+                    piece = writing.push(token, told)
+                    out.put_nowait(piece)
+                    if piece.finish is not None:
+                        stopped = True
+                        break
+                if stopped:
                     break
-                piece = writing.push(token, told)
-                out.put_nowait(piece)
-                if piece.finish is not None:
-                    stopped = True
-                    break
-            if stopped:
-                break
-        if not stopped:
-            out.put_nowait(writing.end("length"))
-        out.put_nowait(None)
-    except asyncio.CancelledError as error:
-        out.put_nowait(ServeError(str(error.args[0])) if error.args else None)
-        raise
-    except Exception as error:  # reported to its reader; other answers go on
-        logger.exception("an answer failed")
-        out.put_nowait(error)
-    finally:
-        await cast(Any, outputs).aclose()
+            if not stopped:
+                out.put_nowait(writing.end("length"))
+            out.put_nowait(None)
+        except asyncio.CancelledError as error:
+            out.put_nowait(ServeError(str(error.args[0])) if error.args else None)
+            raise
+        except Exception as error:  # reported to its reader; other answers go on
+            logger.exception("an answer failed")
+            out.put_nowait(error)
+        finally:
+            await outputs.aclose()
 
 
 def _tokens(completion: Any, asked: int) -> list[tuple[int, Told | None]]:
@@ -297,13 +325,19 @@ def _without_weights(source: ChatSource, folder: Path) -> ChatModel:
     )
 
 
-def _start(folder: str, slots: int, adapters: int) -> Any:
+def _dtype(source: ChatSource) -> str:
+    """Return the type in which the model was trained, by its name; vLLM's own choice may differ."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return str(compute_dtype(source.section, device)).removeprefix("torch.")
+
+
+def _start(folder: str, dtype: str, slots: int, adapters: int) -> Any:
     """Start vLLM on a folder; it reads safetensors only and no code of the model's."""
     from vllm.engine.arg_utils import AsyncEngineArgs  # type: ignore[import-not-found]
     from vllm.v1.engine.async_llm import AsyncLLM  # type: ignore[import-not-found]
 
     given: dict[str, Any] = {"model": folder, "max_num_seqs": slots, "trust_remote_code": False}
-    given |= {"load_format": "safetensors", "skip_tokenizer_init": True}
+    given |= {"load_format": "safetensors", "skip_tokenizer_init": True, "dtype": dtype}
     given |= {"enable_prefix_caching": True, "disable_log_stats": True}
     if adapters:
         given |= {"enable_lora": True, "max_loras": adapters, "max_lora_rank": RANK}
