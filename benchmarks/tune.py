@@ -168,7 +168,10 @@ def _job(args: argparse.Namespace, recipe: Any, number: int) -> Any:
     run.mkdir(parents=True)
     write_json(run / "data.json", {"rows": 1, "used": 1, "formats": ["openai"], "steps": 1})
     content = recipe.model_dump(mode="json")
-    return Job(content, str(run), recipe.model.path, args.steps, sharing=args.sharing)
+    return Job(
+        content, str(run), recipe.model.path, args.steps,
+        sharing=args.sharing, gpu_share=1 / args.sharing,
+    )  # fmt: skip
 
 
 def _figures(
