@@ -66,15 +66,11 @@ def new_folder(recipe: Recipe, source: str) -> RunFolder:
 
     One in which a driver was killed before its run began is taken over.
     """
-    if places.is_elsewhere(recipe.run.storage):
-        raise RecipeError(
-            f"run.storage: {recipe.run.storage} keeps single runs; a sweep needs a folder"
-        )
     folder = _place_of(recipe, source)
     if folder.run_json.is_file():
         raise RecipeError(
-            f"run.name: '{folder.path}' exists; go on with it by --resume {folder.path}, or choose "
-            "another name"
+            f"run.name: '{shown(folder)}' exists; go on with it by --resume {shown(folder)}, or "
+            "choose another name"
         )
     _begin(folder)
     return folder

@@ -14,9 +14,11 @@ from raytune_ft.config.schema import Recipe
 from raytune_ft.last_words import spoken_for
 from raytune_ft.new_run import removed_unless_started
 from raytune_ft.screen import Screen
+from raytune_ft.storing import fetching
+from raytune_ft.storing.fetching import desks_of
 from raytune_ft.sweeping import trials
 from raytune_ft.sweeping.checks import check
-from raytune_ft.sweeping.folder import kept_state, open_sweep, unheard
+from raytune_ft.sweeping.folder import kept_state, mirrored, open_sweep, unheard
 from raytune_ft.sweeping.searching import search_for
 from raytune_ft.sweeping.trials import Trial
 from raytune_ft.training.guarding.attending import attended, end_kept
@@ -59,7 +61,8 @@ def tune(
         removed_unless_started(folder),
         noise_to(folder.log) as terminal,
         spoken_for(lambda: unheard(folder), terminal.fileno()),
-        attended(folder),
+        attended(folder, *desks_of(folder)),
+        mirrored(folder, recipe.checkpoint.keep) as mirror,
         end_kept(folder),
         kept_state(folder),
     ):
@@ -67,10 +70,15 @@ def tune(
 
         console = Console(file=terminal, highlight=False)
         screen = Screen(recipe.train.log_every, console=console, kept=folder.lines)
+        if mirror is not None:
+            mirror.say = lambda line: screen({"kind": "warning", "text": line})
         best = keep(recipe, sweep(recipe, folder, source, screen), folder)
-        screen.line(f"best recipe: {folder.path}/best.yaml   its adapter: {folder.path}/best")
-        screen.line(f"all trials on one page: {folder.path}/sweep.html")
-        screen.line(f"talk to it: raytune-ft chat {best.folder}")
+        if mirror is not None:
+            mirror.settle()
+        where = fetching.shown_address(folder) or str(folder.path)
+        screen.line(f"best recipe: {where}/best.yaml   its adapter: {where}/best")
+        screen.line(f"all trials on one page: {where}/sweep.html")
+        screen.line(f"talk to it: raytune-ft chat {where}/trials/{best.name}")
     return 0
 
 

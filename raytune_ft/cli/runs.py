@@ -60,7 +60,7 @@ def train(
     name = _named(name)
     if as_json and not dry_run:
         raise RecipeError("--json: prints the plan; add --dry-run")
-    recipe = loader.load_recipe(name, overrides)
+    recipe = loader.load_recipe(_file_of(name), overrides)
     if dry_run:
         from raytune_ft.planning import print_plan
 
@@ -111,11 +111,11 @@ def tune(
 
     name, overrides = split_words(words or [], config)
     if resume is not None:
-        from raytune_ft.training.run_folder import RunFolder
+        from raytune_ft.storing import fetching
 
-        name = name or str(RunFolder.existing(resume).recipe)
+        name = name or str(fetching.run_folder(resume).recipe)
     name = _named(name)
-    recipe = loader.load_recipe(name, overrides)
+    recipe = loader.load_recipe(_file_of(name), overrides)
     from raytune_ft.tune import tune as run
 
     if as_json and not dry_run:
@@ -141,6 +141,15 @@ def _named(name: str | None) -> str:
     if name is None:
         raise RecipeError("--config: name a recipe; start with --config quickstart.yaml")
     return name
+
+
+def _file_of(name: str) -> str:
+    """Return a recipe's name or file; one in a store, as a sweep's best.yaml, is fetched."""
+    if re.match(r"(s3|gs)://", name) is None:
+        return name
+    from raytune_ft.storing import fetching
+
+    return str(fetching.file_of(name))
 
 
 @verb("inspect")

@@ -305,8 +305,9 @@ class TuneSection(Section):
     `eval.metrics` as `val_chrf`."""
     mode: Literal["min", "max"] = "min"
     """Which end of the metric is good."""
-    scheduler: Literal["none", "asha"] = "asha"
-    """`asha` stops trials that fall behind; `none` runs each to its end."""
+    scheduler: Literal["none", "asha", "pbt"] = "asha"
+    """`asha` stops trials that fall behind; `pbt` has them go on with weights and values of better
+    ones; `none` runs each to its end."""
     concurrent: PositiveInt | None = None
     """Trials at once; null: as many as fit."""
     shared_base: bool = False

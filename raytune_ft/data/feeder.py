@@ -19,7 +19,6 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -273,7 +272,7 @@ def feeding(
     *,
     readers: int = 1,
     at_once: int = 2,
-    shared_folder: Path | None = None,
+    node: str | None = None,
     begin: Sequence[str] = (),
     keeps: bool = False,
 ) -> Iterator[Supply]:
@@ -283,14 +282,15 @@ def feeding(
         rows: of each kind, such as `train` and `validation`.
         readers: ranks that will read every kind; with `keeps` the most at a time.
         at_once: Ray Data tasks of a kind at the same time.
-        shared_folder: as `stream.node_with` takes it.
+        node: id of the one that has the files, which may be another one than this; None: the nodes
+            are asked.
         begin: kinds whose first windows are made before anybody asks.
         keeps: as `Feeder` takes it.
     """
     feeds = {kind: each.feed for kind, each in rows.items()}
     made = {kind: [stream.made_table(w) for w in each.made] for kind, each in rows.items()}
     epochs = {kind: each.epochs for kind, each in rows.items()}
-    node = stream.node_with([feed.source for feed in feeds.values()], shared_folder)
+    node = node or stream.node_with([feed.source for feed in feeds.values()])
     shared = [ray.put(feeds), ray.put(made)]
     actor = (
         ray.remote(Feeder)

@@ -58,8 +58,6 @@ def measure(
     source: RowSource,
     encoder: Encoder,
     progress: Progress | None = None,
-    *,
-    shared_folder: Path | None = None,
 ) -> Measurement:
     """Count the tokens of every row.
 
@@ -67,7 +65,6 @@ def measure(
         source: rows.
         encoder: makes examples of rows.
         progress: called with (rows done, rows in all).
-        shared_folder: as `node_with` takes it.
 
     Raises:
         DataError: the first row, by number, that is unusable, if the recipe does not skip it.
@@ -78,7 +75,7 @@ def measure(
         whole = measure_rows(source, encoder, np.arange(n_rows))
         report_progress(n_rows, n_rows)
         return whole
-    node = node_with([source], shared_folder)
+    node = node_with([source])
     shared = ray.put((source, encoder))
     ranges = [
         {"start": start, "end": min(start + ROWS_PER_TASK, n_rows)}
@@ -156,20 +153,16 @@ def on_node(node: str | None) -> Any:
     return NodeAffinitySchedulingStrategy(node_id=node, soft=False)
 
 
-def node_with(sources: Sequence[RowSource], shared_folder: Path | None = None) -> str | None:
+def node_with(sources: Sequence[RowSource]) -> str | None:
     """Find out where data tasks can read every file.
 
-    Files on this machine's disk may be nowhere else; URLs, the hub and `shared_folder`, which is
-    `run.storage`, are everywhere. So every node is asked once whether it has these files, of the
-    same size and time.
+    Files on this machine's disk may be nowhere else; URLs and the hub are everywhere. So every node
+    is asked once whether it has these files, of the same size and time.
 
     Returns:
         None if every node can read all, else the id of the one that opened them.
     """
     files = [Path(file).resolve() for source in sources for file in source.local_files()]
-    if shared_folder is not None:
-        folder = shared_folder.resolve()
-        files = [file for file in files if not file.is_relative_to(folder)]
     nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
     if not files or len(nodes) == 1:
         return None

@@ -29,12 +29,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raytune_ft import durable
 from raytune_ft.config.cache import cache_dir
-from raytune_ft.errors import CheckpointError, ModelError, RaytuneError
+from raytune_ft.errors import CheckpointError, ModelError
 from raytune_ft.model import loading
 from raytune_ft.storing import fetching, steps
 from raytune_ft.storing.home import FAILURES, PULSES, Home
+from raytune_ft.storing.home_folder import ANSWERS_IN_S, HomeFolder, asked
 from raytune_ft.storing.mirror import Mirror, Stamp, stamps
-from raytune_ft.storing.places import BLOCK_BYTES, Beat
 from raytune_ft.training.guarding import failures
 from raytune_ft.training.run_folder import RunFolder
 from raytune_ft.training.saving import checkpoint
@@ -45,8 +45,6 @@ NONCE = ".driver"
 CALLS_AT_ONCE = 16
 SMALL_S = 2.0
 TIES_S = 0.5
-ANSWERS_IN_S = 90.0
-"""A link may be cut for a while."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +56,8 @@ class Way:
     nonce: str
     home: Any
     """The actor; None where there is but this node."""
+    node: str | None = None
+    """Id of the driver's node."""
 
 
 def way_of(run: RunFolder) -> Way:
@@ -66,59 +66,12 @@ def way_of(run: RunFolder) -> Way:
     (run.path / NONCE).write_text(nonce, encoding="utf-8")
     if len(ray.nodes()) == 1 and not os.environ.get("RAY_ADDRESS"):
         return Way(str(run.path), nonce, None)
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    node = ray.get_runtime_context().get_node_id()
+    here = NodeAffinitySchedulingStrategy(node, soft=False)
     actor = ray.remote(num_cpus=0)(Home).options(
         scheduling_strategy=here, max_concurrency=CALLS_AT_ONCE, max_restarts=-1
     )
-    return Way(str(run.path), nonce, actor.remote(str(run.path)))
-
-
-class HomeFolder:
-    """The driver's folder as a `places.Folder`, for the one worker that writes it."""
-
-    def __init__(self, home: Any, writer: int = 0) -> None:
-        self.home, self.writer = home, writer
-
-    def names(self, prefix: str = "") -> list[str]:
-        found: list[str] = _asked(self.home.names.remote(prefix))
-        return found
-
-    def read(self, name: str) -> bytes:
-        return b"".join(self._blocks(name))
-
-    def write(self, name: str, content: bytes) -> None:
-        _asked(self.home.put.remote(self.writer, name, 0, content, last=True))
-
-    def send(self, local: Path, name: str, beat: Beat = lambda _: None) -> None:
-        start = 0
-        with local.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            while True:
-                block = file.read(min(BLOCK_BYTES, size - start))
-                last = start + len(block) >= size or not block
-                _asked(self.home.put.remote(self.writer, name, start, block, last=last))
-                start += len(block)
-                beat(len(block))
-                if last:
-                    return
-
-    def fetch(self, name: str, local: Path, beat: Beat = lambda _: None) -> None:
-        local.parent.mkdir(parents=True, exist_ok=True)
-        with local.open("wb") as file:
-            for block in self._blocks(name):
-                file.write(block)
-                beat(len(block))
-
-    def delete(self, prefix: str) -> None:
-        _asked(self.home.delete.remote(self.writer, prefix))
-
-    def _blocks(self, name: str) -> Iterator[bytes]:
-        start = 0
-        while block := _asked(self.home.read.remote(name, start, BLOCK_BYTES)):
-            yield block
-            start += len(block)
-            if len(block) < BLOCK_BYTES:
-                return
+    return Way(str(run.path), nonce, actor.remote(str(run.path)), node)
 
 
 def homes_own(run: RunFolder) -> tuple[str, ...]:
@@ -137,7 +90,7 @@ class HomeMirror(Mirror):
         if name == self.run.run_json.name:
             found = self.run.info()
             changed = {k: v for k, v in found.items() if self._fields.get(k) != v}
-            _asked(self.home.home.update.remote(self.home.writer, changed))
+            asked(self.home.home.update.remote(self.home.writer, changed))
             self._fields, self._sent[name] = found, stamp
         elif name == self.run.log.name:
             self.place.send(self.run.log, "logs/rank_0.log")
@@ -173,7 +126,7 @@ class Ties:
         found = self._here()
         new: dict[str, bytes | None] = {k: v for k, v in found.items() if self._known.get(k) != v}
         new |= dict.fromkeys(self._known.keys() - found.keys())
-        told: dict[str, bytes] = _asked(self.home.exchange.remote(new))
+        told: dict[str, bytes] = asked(self.home.exchange.remote(new))
         for name, content in told.items():
             if found.get(name) != content:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -212,19 +165,19 @@ class AtHand:
         if self.is_homes:
             if self.way.home is not None and rank == 0:
                 with contextlib.suppress(CheckpointError):
-                    _asked(
+                    asked(
                         self.way.home.begin.remote(carried=False)
                     )  # nobody else writes from now on
             work(job)
             return
         home = self.way.home
-        with _alone(self.run.path):
-            _fill(self.run, HomeFolder(home))
+        with alone(self.run.path):
+            fill(self.run, HomeFolder(home), but=_drivers_alone(self.run))
         told = located(job, self.run, home)
         if rank:
             work(told)
             return
-        writer = HomeFolder(home, _asked(home.begin.remote(carried=True)))
+        writer = HomeFolder(home, asked(home.begin.remote(carried=True)))
         with HomeMirror(self.run, writer, job.recipe["checkpoint"]["keep"]):
             work(told)
 
@@ -236,13 +189,10 @@ def at_hand(way: Way) -> Iterator[AtHand]:
     Raises:
         CheckpointError: it is not here, and nobody holds it for other nodes.
     """
-    if _is_homes(way):
+    if is_homes(way):
         yield AtHand(RunFolder(way.path), way, is_homes=True)
         return
-    if way.home is None:
-        raise CheckpointError(f"{way.path}: this worker's machine does not have the run's folder")
-    run = RunFolder(cache_dir() / "carried" / way.nonce / Path(way.path).name)
-    run.path.mkdir(parents=True, exist_ok=True)
+    run = copy_of(way)
     for name in HomeFolder(way.home).names():
         if name == FAILURES:
             HomeFolder(way.home).fetch(name, run.path / name)
@@ -254,7 +204,21 @@ def at_hand(way: Way) -> Iterator[AtHand]:
         yield AtHand(run, way, is_homes=False)
 
 
-def _is_homes(way: Way) -> bool:
+def copy_of(way: Way) -> RunFolder:
+    """Return the folder that stands for the driver's on a node that lacks it.
+
+    Raises:
+        CheckpointError: nobody holds the driver's for other nodes.
+    """
+    if way.home is None:
+        raise CheckpointError(f"{way.path}: this worker's machine does not have the run's folder")
+    run = RunFolder(cache_dir() / "carried" / way.nonce / Path(way.path).name)
+    run.path.mkdir(parents=True, exist_ok=True)
+    return run
+
+
+def is_homes(way: Way) -> bool:
+    """Tell whether this node has the driver's folder."""
     try:
         return (Path(way.path) / NONCE).read_text(encoding="utf-8") == way.nonce
     except OSError:
@@ -262,23 +226,30 @@ def _is_homes(way: Way) -> bool:
 
 
 def _tell(home: Any, entry: dict[str, Any]) -> None:
-    _asked(home.add_failure.remote(json.dumps(entry, ensure_ascii=False) + "\n"))
+    asked(home.add_failure.remote(json.dumps(entry, ensure_ascii=False) + "\n"))
 
 
-def _fill(run: RunFolder, home: HomeFolder) -> None:
-    """Make this node's folder what the driver's is: all nodes go on from the same checkpoint."""
+def _drivers_alone(run: RunFolder) -> Callable[[str], bool]:
+    own = homes_own(run)
+    return lambda name: name in own or name.startswith((f"{PULSES}/", "logs/", "run.log"))
+
+
+def fill(run: RunFolder, home: HomeFolder, but: Callable[[str], bool] = lambda _: False) -> None:
+    """Make this node's folder what the driver's is: all nodes go on from the same checkpoint.
+
+    Args:
+        run: this node's.
+        home: the driver's.
+        but: whether a small file stays there.
+    """
     names = home.names()
     there = steps.steps_in(names)
     for step in steps.steps_here(run.checkpoints):
         if step not in there:
             durable.drop(run.checkpoints / step)
-    own = homes_own(run)
     for name in filter(steps.is_small, names):
-        if name not in own and not name.startswith((f"{PULSES}/", "logs/", "run.log")):
-            target = run.path / name
-            half = target.with_name(f".{target.name}.half_{os.getpid()}")
-            home.fetch(name, half)
-            half.replace(target)
+        if not but(name):
+            fetching.fetch_file(home, run, name)
     whole = [step for step, is_whole in there.items() if is_whole]
     fetching.fetch_steps(home, run, whole, fetching.silent)
 
@@ -288,7 +259,7 @@ def _bring_step(run: RunFolder, folder: Path, home: HomeFolder) -> None:
     deadline = time.monotonic() + ANSWERS_IN_S
     while time.monotonic() < deadline:
         if steps.steps_in(home.names(steps.CHECKPOINTS)).get(folder.name):
-            with _alone(run.path):
+            with alone(run.path):
                 fetching.fetch_step(home, run, folder.name, fetching.silent)
             return
         time.sleep(TIES_S)
@@ -338,12 +309,12 @@ def here(path: str, home: Any) -> Path:
     """
     if _has(path, home):
         return Path(path)
-    listing: list[tuple[str, int, str]] = _asked(home.listing.remote(path), seconds=3600)
+    listing: list[tuple[str, int, str]] = asked(home.listing.remote(path), seconds=3600)
     key = hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:24]
     store = cache_dir() / "fetched"
     target = store / key
     store.mkdir(parents=True, exist_ok=True)
-    with _alone(store, key):
+    with alone(store, key):
         if not target.is_dir():
             _bring(path, listing, target, HomeFolder(home))
     is_file = [name for name, _, _ in listing] == [Path(path).name]
@@ -367,26 +338,13 @@ def _has(path: str, home: Any) -> bool:
     if not found.exists():
         return False
     ours = Home.sizes(Home.__new__(Home), path)
-    return bool(ours == _asked(home.sizes.remote(path)))
+    return bool(ours == asked(home.sizes.remote(path)))
 
 
 @contextmanager
-def _alone(folder: Path, key: str = "") -> Iterator[None]:
+def alone(folder: Path, key: str = "") -> Iterator[None]:
     """Let one process of this node at a time into the block."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f".alone{key}").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def _asked(ref: Any, seconds: float = ANSWERS_IN_S) -> Any:
-    """Wait for an answer of the driver's node; CheckpointError, one line, if none comes."""
-    try:
-        return ray.get(ref, timeout=seconds)
-    except FileNotFoundError:
-        raise
-    except (ray.exceptions.RayError, OSError) as error:
-        if isinstance(cause := getattr(error, "cause", None), RaytuneError | PermissionError):
-            raise CheckpointError(str(cause)) from None
-        reason = str(error).strip().rpartition("\n")[2] or type(error).__name__
-        raise CheckpointError(f"the driver's node does not answer: {reason}") from None

@@ -2,13 +2,15 @@
 
 Which of the two is further decides: a run that was killed before its last checkpoint was sent goes
 on from that one on the machine that has it, and elsewhere from the newest whole one that was sent.
+Of a sweep the ledger tells that: it is read before the trials that it speaks of, which are there.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +35,10 @@ if TYPE_CHECKING:
 ADDRESS = ".address"
 """Beside the copies of a storage's runs: what the storage is called."""
 RUN_JSON = "run.json"
+TO_READ = ".to_read"
+"""In the copy of a sweep: it lacks what only those need that go on with it."""
+RESULTS = ("adapter", "model", "merged", "beginning")
+"""Of a trial: what readers of its sweep do not need."""
 
 Tell = Callable[[str], None]
 
@@ -70,6 +76,23 @@ def run_folder(
     return folder
 
 
+def file_of(address: str) -> Path:
+    """Fetch a file that stands in a store, as `s3://bucket/runs/NAME/best.yaml`.
+
+    Raises:
+        CheckpointError: there is none, or the store cannot be reached.
+        RecipeError: it is no address in a store.
+    """
+    storage, name = split_run(address)
+    place, here = Place(storage), local_copy(storage, name)
+    place.check()
+    try:
+        place.fetch(name, here)
+    except FileNotFoundError:
+        raise CheckpointError(f"{address}: no such file there") from None
+    return here
+
+
 def _find_model(folder: RunFolder) -> None:
     """Write down where the base of a run that was trained elsewhere lies on this machine."""
     from raytune_ft.config.loader import load_recipe
@@ -103,22 +126,64 @@ def shown_address(folder: RunFolder) -> str | None:
     return f"{storage}/{folder.path.name}"
 
 
-def bring(place: Folder, folder: RunFolder, *, to_train: bool, tell: Tell) -> None:
+def bring(place: Place, folder: RunFolder, *, to_train: bool, tell: Tell) -> None:
     """Make a run's folder here what it is there, unless this one is further."""
     names = place.names()
-    found = steps.steps_in(names)
-    if RUN_JSON not in names or not _is_further(place, steps.last_whole(found), folder):
+    if RUN_JSON not in names:
         return
-    tell(f"fetching {len(names)} files")
+    if steps.LEDGER in names:
+        _bring_sweep(place, folder, to_train=to_train, tell=tell)
+    elif _is_further(place, steps.last_whole(steps.steps_in(names)), folder):
+        tell(f"fetching {len(names)} files")
+        _fetch_small(place, folder, names)
+        if to_train:
+            _fetch_newest(place, folder, names, tell)
+
+
+def _bring_sweep(place: Place, folder: RunFolder, *, to_train: bool, tell: Tell) -> None:
+    """Do that with a sweep; its record comes last, so a copy that has one has all the rest.
+
+    Readers get no checkpoints and none of the trials' results, and a copy that says so.
+    """
+    theirs = steps.whole_lines(place.read(steps.LEDGER))
+    if not _has_gone_on(place, theirs, folder, to_train=to_train):
+        return
+    names = place.names()  # whatever the ledger speaks of is among them
+    found = {name.split("/")[1] for name in names if name.startswith(f"{steps.TRIALS}/")}
+    tell(f"fetching a sweep of {len(found)} trials")
+    durable.drop(folder.path)
+    for trial in sorted(found):
+        inside = f"{steps.TRIALS}/{trial}"
+        own = [name.removeprefix(f"{inside}/") for name in names if name.startswith(f"{inside}/")]
+        wanted = [name for name in own if to_train or name.split("/")[0] not in RESULTS]
+        run = RunFolder(folder.path / inside)
+        _fetch_small(place / inside, run, wanted)
+        if to_train and run.run_json.is_file() and run.info().get("status") != "done":
+            _fetch_newest(place / inside, run, own, tell)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    if not to_train:
+        (folder.path / TO_READ).touch()
+    (folder.path / steps.LEDGER).write_bytes(theirs)
+    _fetch_small(place, folder, names)
+
+
+def _fetch_small(place: Folder, folder: RunFolder, names: Iterable[str]) -> None:
     # run.json is the last one: a folder that has it has the others
-    small = sorted(filter(steps.is_small, names), key=lambda name: (name == RUN_JSON, name))
-    for name in small:
-        target = folder.path / name
-        half = target.with_name(f".{target.name}.half")
-        place.fetch(name, half)
-        half.replace(target)
-    if to_train:
-        fetch_steps(place, folder, [step for step, is_whole in found.items() if is_whole], tell)
+    for name in sorted(filter(steps.is_small, names), key=lambda name: (name == RUN_JSON, name)):
+        fetch_file(place, folder, name)
+
+
+def _fetch_newest(place: Folder, folder: RunFolder, names: Iterable[str], tell: Tell) -> None:
+    found = steps.steps_in(names)
+    fetch_steps(place, folder, [step for step, is_whole in found.items() if is_whole], tell)
+
+
+def fetch_file(place: Folder, folder: RunFolder, name: str) -> None:
+    """Fetch a file of a run that is not a checkpoint's; it is there whole or not at all."""
+    target = folder.path / name
+    half = target.with_name(f".{target.name}.half_{os.getpid()}")
+    place.fetch(name, half)
+    half.replace(target)
 
 
 def fetch_steps(place: Folder, folder: RunFolder, whole: list[str], tell: Tell) -> None:
@@ -156,16 +221,37 @@ class _DamagedError(Exception):
     """What was fetched is not what was sent."""
 
 
-def _is_further(place: Folder, there: int, folder: RunFolder) -> bool:
+def _is_further(place: Place, there: int, folder: RunFolder) -> bool:
     """Tell whether a run is further elsewhere than its copy here."""
     if not folder.run_json.is_file():
         return True
-    info = folder.info()
-    if info.get("status") == "running" and liveness.is_here(info.get("driver") or {}):
-        return False  # it is trained here just now
+    if _is_trained_here(folder):
+        return False
     here = steps.last_whole(steps.steps_here(folder.checkpoints))
-    if here != there:
-        return there > here
+    return there > here if here != there else _is_later(place, folder)
+
+
+def _has_gone_on(place: Place, theirs: bytes, folder: RunFolder, *, to_train: bool) -> bool:
+    """Tell the same of a sweep, by its ledgers: of two that part, the copy's was left behind."""
+    if not folder.run_json.is_file():
+        return True
+    if (folder.path / TO_READ).is_file() and to_train:
+        return True
+    if _is_trained_here(folder):
+        return False
+    ours = steps.whole_lines((folder.path / steps.LEDGER).read_bytes())
+    return not ours.startswith(theirs) if ours != theirs else _is_later(place, folder)
+
+
+def _is_trained_here(folder: RunFolder) -> bool:
+    """Tell whether a run is trained on this machine just now."""
+    info = folder.info()
+    return info.get("status") == "running" and liveness.is_here(info.get("driver") or {})
+
+
+def _is_later(place: Place, folder: RunFolder) -> bool:
+    """Tell whether a run, as far here as there, was worked on there since."""
+    info = folder.info()
     theirs: dict[str, Any] = json.loads(place.read(RUN_JSON))
     if theirs.get("driver") == info.get("driver"):
         return not _drove_here(info)

@@ -1,8 +1,8 @@
 """Home: the actor on the driver's node that holds a run's folder for nodes that lack it.
 
 Blocks of files go in and out; they travel as Ray's objects do. A checkpoint is put together under
-another name and is there, whole and flushed, when its manifest is. Few imports: each costs time in
-the actor's process.
+another name and is there, whole and flushed, when its manifest is. A sweep's folder holds those of
+its trials, each with a writer of its own. Few imports: each costs time in the actor's process.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ import hashlib
 import os
 import threading
 import time
+from collections import defaultdict
 from contextlib import ExitStack, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from raytune_ft import durable
+from raytune_ft.storing.steps import CHECKPOINTS, TRIALS
 from raytune_ft.training.guarding.exclusive import only_writer
 from raytune_ft.training.run_folder import MANIFEST, RunFolder
 
@@ -32,29 +34,36 @@ class Home:
 
     def __init__(self, path: str) -> None:
         self.run = RunFolder(path)
-        self._writer = 0
-        self._held, self._holds = ExitStack(), False
+        self._writers: defaultdict[str, int] = defaultdict(int)
+        self._held: defaultdict[str, ExitStack] = defaultdict(ExitStack)
+        self._carried: set[str] = set()
+        self._alone: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
         self._lock = threading.Lock()
         self._listings: dict[str, list[tuple[str, int, str]]] = {}
 
-    def begin(self, *, carried: bool) -> int:
+    def begin(self, *, carried: bool, inside: str = "") -> int:
         """Let a worker write the run from now on; return its number. Earlier ones are refused.
 
         Args:
             carried: by what it sends here; then this process holds the folder, as a worker that
                 is on this node does itself.
+            inside: a trial's folder in a sweep's; empty: the run itself.
 
         Raises:
             CheckpointError: another process writes this folder.
         """
-        with self._lock:
+        with self._alone[inside]:  # it may wait for long; other trials go on
+            held = self._held[inside]
             if not carried:
-                self._held.close()
-            elif not self._holds:
-                self._held.enter_context(only_writer(self.run.path))
-            self._holds = carried
-            self._writer = max(self._writer + 1, time.time_ns())  # higher than before a restart
-            return self._writer
+                held.close()
+            elif inside not in self._carried:
+                held.enter_context(only_writer(self.run.path / inside))
+            (self._carried.add if carried else self._carried.discard)(inside)
+            if carried:  # what a worker was cut off in the middle of
+                durable.tidy(self.run.path / inside / CHECKPOINTS)
+            # higher than before a restart
+            self._writers[inside] = max(self._writers[inside] + 1, time.time_ns())
+            return self._writers[inside]
 
     def names(self, prefix: str) -> list[str]:
         """Return the names of the run's files, but for hidden ones."""
@@ -71,7 +80,7 @@ class Home:
 
     def put(self, writer: int, name: str, start: int, block: bytes, *, last: bool) -> None:
         """Take a block of a file; behind its last one the file is there."""
-        self._check(writer)
+        self._check(writer, name)
         half = self._half(name)
         half.parent.mkdir(parents=True, exist_ok=True)
         with half.open("r+b" if start else "wb") as file:
@@ -82,7 +91,7 @@ class Home:
 
     def delete(self, writer: int, prefix: str) -> None:
         """Remove a file or a folder."""
-        self._check(writer)
+        self._check(writer, prefix)
         path = self.run.path / prefix
         if path.is_dir():
             durable.drop(path)
@@ -91,7 +100,7 @@ class Home:
 
     def update(self, writer: int, fields: dict[str, Any]) -> None:
         """Change fields of run.json."""
-        self._check(writer)
+        self._check(writer, self.run.run_json.name)
         with self._lock:
             self.run.update(**fields)
 
@@ -129,15 +138,18 @@ class Home:
                 ]
             return self._listings[path]
 
-    def _check(self, writer: int) -> None:
-        if writer < self._writer:
+    def _check(self, writer: int, name: str) -> None:
+        parts = PurePosixPath(name).parts
+        inside = "/".join(parts[:2]) if parts[0] == TRIALS else ""
+        if writer < self._writers[inside]:
             raise PermissionError("a later start of this run's workers writes it now")
 
     def _half(self, name: str) -> Path:
-        parts = PurePosixPath(name).parts
-        if parts[0] == self.run.checkpoints.name and len(parts) == 3:
-            return self.run.checkpoints / f"{durable.WRITING}{parts[1]}_{os.getpid()}" / parts[2]
-        return (self.run.path / name).with_name(f".{parts[-1]}.half")
+        path, parts = self.run.path / name, PurePosixPath(name).parts
+        if CHECKPOINTS in parts[:-2]:
+            writing = f"{durable.WRITING}{path.parent.name}_{os.getpid()}"
+            return path.parents[1] / writing / path.name
+        return path.with_name(f".{path.name}.half")
 
     def _place(self, name: str, half: Path) -> None:
         final = self.run.path / name

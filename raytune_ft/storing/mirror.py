@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -36,6 +36,7 @@ PATIENCE_S = 120.0
 """At the end of a run, for what is not sent yet."""
 
 Stamp = tuple[int, int]
+NOT_HERE: Stamp = (-1, -1)
 Say = Callable[[str], None]
 
 
@@ -69,7 +70,9 @@ class Mirror:
         """Gets lines about what does not go well."""
         self._sent: dict[str, Stamp] = dict(known or {})
         self._at: dict[str, float] = {}
-        self._there: set[str] | None = None
+        self._there: dict[str, Stamp] = {}
+        """Checkpoints that are there, and the manifest here that each has."""
+        self._has_looked = False
         self._small_at = float("-inf")
         self._over = threading.Event()
         self._lock = threading.Lock()
@@ -109,7 +112,7 @@ class Mirror:
                 if time.monotonic() + wait > deadline:
                     raise CheckpointError(
                         f"{self.shown}: the run could not be sent there to its end ({error}); it "
-                        f"stands in {self.run.path}: train it again under the same run.name here"
+                        f"stands in {self.run.path}: the same command again, here, sends it"
                     ) from None
                 time.sleep(wait)
                 wait = min(2 * wait, RETRY_S[1])
@@ -119,11 +122,18 @@ class Mirror:
     def send(self, *, everything: bool = False) -> None:
         """Send what is new; with `everything` small files that are not due yet as well."""
         with self._lock:
-            for folder in reversed(self._unsent()):
-                self._send_step(folder)
-            if everything or time.monotonic() - self._small_at >= self.every_s:
-                self._send_small(everything=everything)
-            self._prune()
+            self._send_new(everything=everything)
+
+    def _send_new(self, *, everything: bool) -> None:
+        self.add(everything=everything)
+        self.prune()
+
+    def add(self, *, everything: bool = False) -> None:
+        """Do the same but for what is to be deleted there."""
+        for folder in reversed(self._unsent()):
+            self._send_step(folder)
+        if everything or time.monotonic() - self._small_at >= self.every_s:
+            self._send_small(everything=everything)
 
     def _watch(self) -> None:
         wait, told = LOOK_S, False
@@ -144,24 +154,27 @@ class Mirror:
         """Return the whole checkpoints here that are not there, oldest first."""
         folders = checkpoint.step_folders(self.run.checkpoints)
         whole = [f for f in folders if checkpoint.damage(f, contents=False) is None]
-        if self._there is None:
-            self._there = self._same(whole)
-        return [folder for folder in whole if folder.name not in self._there]
+        if not self._has_looked:
+            self._there, self._has_looked = self._same(whole), True
+        return [f for f in whole if self._there.get(f.name) != _stamp(f / MANIFEST)]
 
-    def _same(self, whole: list[Path]) -> set[str]:
+    def _same(self, whole: list[Path]) -> dict[str, Stamp]:
         """Return which steps are there; those that are others under the same name are dropped."""
         there = steps.steps_in(self.place.names(steps.CHECKPOINTS))
         for step in [step for step, is_whole in there.items() if not is_whole]:
             steps.drop(self.place, step)  # of a driver that was killed as it sent
-        for folder in whole:
-            name = f"{steps.name_of(folder.name)}/{MANIFEST}"
-            if there.get(folder.name) and self.place.read(name) != _manifest(folder):
-                steps.drop(self.place, folder.name)
-                del there[folder.name]
-        return {step for step, is_whole in there.items() if is_whole}
+        here = {folder.name: folder for folder in whole}
+        found = {step: NOT_HERE for step, is_whole in there.items() if is_whole}
+        for step in found.keys() & here.keys():
+            if self.place.read(f"{steps.name_of(step)}/{MANIFEST}") == _manifest(here[step]):
+                found[step] = _stamp(here[step] / MANIFEST)
+        return found
 
     def _send_step(self, folder: Path) -> None:
-        name = steps.name_of(folder.name)
+        name, stamp = steps.name_of(folder.name), _stamp(folder / MANIFEST)
+        if folder.name in self._there:  # another one under the same name
+            steps.drop(self.place, folder.name)
+            del self._there[folder.name]
         try:
             for file in sorted(folder.iterdir()):
                 if file.name != MANIFEST:
@@ -171,8 +184,7 @@ class Mirror:
         except FileNotFoundError:  # `checkpoint.keep` removed it here meanwhile
             steps.drop(self.place, folder.name)
             return
-        if self._there is not None:
-            self._there.add(folder.name)
+        self._there[folder.name] = stamp
 
     def _send_small(self, *, everything: bool) -> None:
         self._small_at = now = time.monotonic()
@@ -195,30 +207,33 @@ class Mirror:
             return
         self._sent[name], self._at[name] = stamp, now
 
-    def _prune(self) -> None:
-        """Delete there what `checkpoint.keep` removes here."""
-        if self.keep <= 0 or not self._there:
+    @property
+    def there(self) -> set[str]:
+        """The checkpoints that are known to be there."""
+        return set(self._there)
+
+    def prune(self, among: Iterable[str] | None = None) -> None:
+        """Delete there what `checkpoint.keep` removes here.
+
+        Args:
+            among: checkpoints, as if there were no others; None: all that are there.
+        """
+        order = sorted(self._there if among is None else among, key=steps.number_of)
+        if self.keep <= 0:
             return
-        order = sorted(self._there, key=steps.number_of)
         if len(order) <= self.keep:
             return
         best = _best_step(self.run)
         for step in order[: -self.keep]:
             if steps.number_of(step) != best:
                 steps.drop(self.place, step)
-                self._there.discard(step)
+                self._there.pop(step, None)
 
 
 def stamps(run: RunFolder) -> dict[str, Stamp]:
     """Return size and time of change of a run's files beside its checkpoints."""
-    found: dict[str, Stamp] = {}
-    for name in _small_names(run.path):
-        try:
-            state = (run.path / name).stat()
-        except OSError:
-            continue
-        found[name] = (state.st_size, state.st_mtime_ns)
-    return found
+    found = {name: _stamp(run.path / name) for name in _small_names(run.path)}
+    return {name: stamp for name, stamp in found.items() if stamp != NOT_HERE}
 
 
 def _small_names(root: Path) -> Iterator[str]:
@@ -229,6 +244,14 @@ def _small_names(root: Path) -> Iterator[str]:
             name = path.relative_to(root).as_posix()
             if path.is_file() and steps.is_small(name):
                 yield name
+
+
+def _stamp(file: Path) -> Stamp:
+    try:
+        state = file.stat()
+    except OSError:
+        return NOT_HERE
+    return state.st_size, state.st_mtime_ns
 
 
 def _manifest(folder: Path) -> bytes:

@@ -13,7 +13,9 @@ from raytune_ft.training.guarding.attending import ALIVE, REQUEST
 from raytune_ft.training.run_folder import MANIFEST, STEP_PREFIX
 
 CHECKPOINTS = "checkpoints"
-LEFT_OUT = frozenset({CHECKPOINTS, "ray", ALIVE, REQUEST})
+LEDGER, TRIALS = "trials.jsonl", "trials"
+"""Of a sweep: what became of its trials, and their run folders."""
+LEFT_OUT = frozenset({CHECKPOINTS, LEDGER, TRIALS, "ray", ALIVE, REQUEST})
 """At the top of a run: handled apart, of this machine alone, or of one driver alone."""
 
 
@@ -53,6 +55,11 @@ def is_small(name: str) -> bool:
     """Tell whether a file is one of those beside the checkpoints that go along."""
     parts = PurePosixPath(name).parts
     return parts[0] not in LEFT_OUT and not any(part.startswith(".") for part in parts)
+
+
+def whole_lines(content: bytes) -> bytes:
+    """Return what a ledger says but for a last line that is being written."""
+    return content[: content.rfind(b"\n") + 1]
 
 
 def drop(place: Folder, step: str) -> None:

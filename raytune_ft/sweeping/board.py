@@ -10,6 +10,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
@@ -20,6 +21,7 @@ from rich.text import Text
 
 from raytune_ft.config.schema import TuneSection
 from raytune_ft.screen import Screen
+from raytune_ft.sweeping.lineage import lines_of, turns_of
 from raytune_ft.sweeping.trials import DONE, FAILED, RUNNING, STOPPED, WAITING, Trial, ranked
 from raytune_ft.sweeping.words import assignments, figure, short_field, short_value
 from raytune_ft.training.watching.reporting import clock
@@ -58,6 +60,7 @@ class Board:
         self.screen, self.section, self.total_steps = screen, section, total_steps
         self.trials: list[Trial] = []
         self._told: dict[int, tuple[str, int]] = {}
+        self._turned: dict[int, int] = {}
         self._pace = Pace(total_steps, now)
         self._live: Live | None = None
 
@@ -92,17 +95,25 @@ class Board:
             self._tell(trial)
 
     def _tell(self, trial: Trial) -> None:
-        """Say it in a line if a trial's state changed, or its steps passed an interval."""
+        """Say it if a trial's state or values changed, or its steps passed an interval."""
+        if len(trial.turns) != self._turned.get(trial.number, 0):
+            self._turned[trial.number] = len(trial.turns)
+            last = replace(trial, turns=trial.turns[-1:])
+            self._say(*lines_of([last]))
         before, every = self._told.get(trial.number, (WAITING, 0)), self.screen.log_every
         moved = trial.step // every > before[1] // every or (trial.step > 0 and before[1] == 0)
         if trial.state != before[0] or (moved and trial.state == RUNNING):
             left = self._pace.left(self.trials)
             eta = "" if left is None else f" | at most {clock(left)} to go"
-            if self._live is not None:
-                self.screen.note(self._line(trial) + eta)
-            else:
-                self.screen.line(self._line(trial) + eta, "none")  # a style: no markup is read
+            self._say(self._line(trial) + eta)
             self._told[trial.number] = (trial.state, trial.step)
+
+    def _say(self, *lines: str) -> None:
+        for line in lines:
+            if self._live is not None:
+                self.screen.note(line)
+            else:
+                self.screen.line(line, "none")  # a style: no markup is read
 
     def _line(self, trial: Trial) -> str:
         parts = [f"trial {trial.number}", assignments(trial.values)]
@@ -118,7 +129,7 @@ class Board:
         Args:
             rows: trials shown at most; None: all.
         """
-        begun = [one for one in self.trials if rows is None or one.state != WAITING]
+        begun = [one for one in self.trials if rows is None or one.state != WAITING or one.step]
         shown = begun if rows is None else begun[:rows]
         fields = list(dict.fromkeys(name for one in self.trials for name in one.values))
         cells = [self._cells(place, one, fields) for place, one in enumerate(shown, start=1)]
@@ -136,6 +147,8 @@ class Board:
                  overflow="fold" if rows is None else "ellipsis")
             for one in lost[: None if rows is None else REASONS]
         ]  # fmt: skip
+        if rows is None:
+            notes += [Text(line) for line in lines_of(self.trials)]
         if len(begun) > len(shown):
             notes.append(Text(f"... {len(begun) - len(shown)} more", style="dim"))
         return Group(Text(self.headline(), style="bold"), table, *notes)
@@ -237,6 +250,7 @@ def write_leaderboard(sweep: Path, section: TuneSection, trials: Iterable[Trial]
         {
             "trial": one.number, **one.values, section.metric: one.metric, "steps": one.step,
             "state": one.state, "seconds": one.seconds, "folder": str(one.folder),
+            **({"turns": turns_of(one)} if one.turns else {}),
         }
         for one in ranked(trials, section.mode)
     )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 from raytune_ft.config.pairs import measured
 from raytune_ft.config.schema import Recipe
 from raytune_ft.errors import RecipeError
+from raytune_ft.sweeping import population
 from raytune_ft.sweeping.searching import search_for
 
 
@@ -26,3 +27,5 @@ def check(recipe: Recipe) -> None:
             f"tune.mode: '{mode}' would look for the worst {metric}; set tune.mode: {ends[metric]}"
         )
     search_for(recipe)
+    if recipe.tune.scheduler == "pbt":
+        population.check(recipe)

@@ -89,9 +89,25 @@ class Course:
                 return trial
         return None
 
+    @property
+    def waits(self) -> bool:
+        """Whether `next` will have trials later, though it has none now."""
+        return False
+
+    def until(self, number: int) -> int | None:
+        """Return the step behind whose measurement a trial has to pause; None: it trains on."""
+        return None
+
     def started(self, number: int) -> None:
         """Note that a trial's process begins, or begins again."""
         self.ledger.started(number)
+
+    def paused(self, number: int, step: int, value: float) -> None:
+        """Note that a trial paused behind a step's checkpoint, as `until` asks for."""
+        raise NotImplementedError
+
+    def returned(self, number: int) -> None:
+        """Note that a trial's process ended on the way, for no fault of the trial."""
 
     def told(self, number: int, event: Event) -> bool:
         """Take a step of a trial; return whether it goes on.

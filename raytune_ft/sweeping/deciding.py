@@ -19,6 +19,11 @@ def importance_part(section: TuneSection, trials: Sequence[Trial]) -> str:
         if one.state in (DONE, STOPPED) and number(one.metric) is not None
     ]  # fmt: skip
     head = "<h2>What decides</h2>"
+    if any(one.turns for one in trials):
+        return (
+            f"{head}<p class=note>Trials changed their values on the way and went on with weights "
+            "of others, so that no share is one value's.</p>"
+        )
     if len(judged) < LEAST:
         return (
             f"{head}<p class=note>Too few trials to say what each field decides: {len(judged)} "

@@ -10,16 +10,21 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from raytune_ft.config import loader
 from raytune_ft.config.schema import Recipe
 from raytune_ft.errors import CheckpointError, Interrupted, RaytuneError, RecipeError, TrainingError
 from raytune_ft.new_run import new_folder
 from raytune_ft.resume import open_run, shown
+from raytune_ft.storing import fetching
+from raytune_ft.storing.fetching import told
+from raytune_ft.storing.places import Place, is_elsewhere, local_path
 from raytune_ft.sweeping import trials
 from raytune_ft.training.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from raytune_ft.sweeping.sending import SweepMirror
 
 BEST_RECIPE = "best.yaml"
 BEST = "best"
@@ -33,14 +38,14 @@ def open_sweep(recipe: Recipe, source: str, resume: str | None) -> RunFolder | N
     Args:
         recipe: of the sweep; with `resume` that sweep's own.
         source: what the user called the recipe.
-        resume: folder of the sweep to go on with. Without one, a sweep of this name is gone on
-            with if it has the same recipe.
+        resume: folder or address of the sweep to go on with. Without one, a sweep of this name is
+            gone on with if it has the same recipe.
 
     Raises:
         RecipeError: a sweep of that name has another recipe.
         CheckpointError: it is no sweep, or a process works on it just now.
     """
-    folder = RunFolder(resume) if resume else _named(recipe)
+    folder = _resumed(resume) if resume else _named(recipe)
     is_sweep = folder is not None and (folder.path / trials.FILE).is_file()
     if resume and not is_sweep:
         raise CheckpointError(
@@ -59,15 +64,25 @@ def open_sweep(recipe: Recipe, source: str, resume: str | None) -> RunFolder | N
             file=sys.stderr,
         )
         return None
-    open_run(str(folder.path), recipe)
+    open_run(fetching.shown_address(folder) or str(folder.path), recipe)
     print(f"{shown(folder)}: goes on with this sweep, which began before", file=sys.stderr)
     return folder
 
 
+def _resumed(resume: str) -> RunFolder:
+    address = resume if is_elsewhere(resume) else fetching.shown_address(RunFolder(resume))
+    if address is None:
+        return RunFolder(local_path(resume))
+    return fetching.run_folder(address, to_train=True, tell=lambda line: told(address, line))
+
+
 def _named(recipe: Recipe) -> RunFolder | None:
-    if recipe.run.name is None or "://" in recipe.run.storage:
+    name, storage = recipe.run.name, recipe.run.storage
+    if name is None:
         return None
-    return RunFolder(Path(recipe.run.storage).expanduser() / recipe.run.name)
+    if not is_elsewhere(storage):
+        return RunFolder(local_path(storage) / name)
+    return fetching.copy_of(storage, name, to_train=True, tell=lambda line: told(name, line))
 
 
 def check_same(recipe: Recipe, folder: RunFolder) -> None:
@@ -96,6 +111,28 @@ def unheard(folder: RunFolder) -> str:
     """Tell how to go on with a sweep whose driver ended without a word."""
     on = go_on_line(folder) if folder.run_json.is_file() else "start the sweep again"
     return f"error: {shown(folder)}: its driver was killed, or Ray was lost; {on}"
+
+
+@contextmanager
+def mirrored(folder: RunFolder, keep: int) -> Iterator[SweepMirror | None]:
+    """Keep a sweep at its address while the block runs; nothing to do if it is kept here.
+
+    Args:
+        folder: of the sweep.
+        keep: `checkpoint.keep` of its trials.
+
+    Raises:
+        CheckpointError: behind the block, what could not be sent.
+    """
+    address = fetching.shown_address(folder)
+    if address is None:
+        yield None
+        return
+    from raytune_ft.sweeping.sending import SweepMirror  # a second of imports
+
+    mirror = SweepMirror(folder, Place(address), keep)
+    with mirror:
+        yield mirror
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -23,7 +24,7 @@ from raytune_ft import survey
 from raytune_ft.config.schema import Recipe
 from raytune_ft.errors import RecipeError
 from raytune_ft.outlook import spoken
-from raytune_ft.sweeping import duration
+from raytune_ft.sweeping import duration, population
 from raytune_ft.sweeping.duration import Cost
 from raytune_ft.sweeping.fit import Fit, Machine, Model, fit, heaviest, machine
 from raytune_ft.sweeping.space import with_values
@@ -112,6 +113,8 @@ def forecast(
     seconds = None if most is None else most.seconds
     line = found.line if not recipe.tune.shared_base else _on_one_base(where)
     planned = Forecast(found.concurrent, share, CPUS, seconds, [line], most, least, devices)
+    if lengths and recipe.tune.scheduler == "pbt":
+        planned.lines.append(_population_line(recipe, len(lengths), max(lengths)))
     if most is not None and least is not None:
         planned.lines.extend(_cost_lines(recipe, planned, most, least))
     return planned
@@ -163,14 +166,51 @@ def _costs(
     known = each if len(each) == len(trials) else None
     start = duration.START_GPU if where.gpus else duration.START_CPU
     tokens = recipe.global_batch_size * recipe.data.max_length * density
+    if recipe.tune.scheduler == "pbt":
+        both = _in_parts(recipe, lengths, tokens, known, found.concurrent, start)
+        return both, both
     few = duration.shortest(lengths, recipe.tune.scheduler)
     most = duration.cost(lengths, tokens, known, found.concurrent, start)
     return most, duration.cost(few, tokens, known, found.concurrent, start)
 
 
+def _in_parts(
+    recipe: Recipe,
+    lengths: Sequence[int],
+    tokens: float,
+    known: Sequence[duration.StepSeconds] | None,
+    slots: int,
+    start: float,
+) -> Cost:
+    """Return what a population takes: all wait at each comparison, and begin again."""
+    steps, tokens_of_all, seconds = 0, 0, 0.0 if known is not None else None
+    stops = population.comparisons(recipe, max(lengths, default=0))
+    for first, last in pairwise([0, *stops, max(lengths, default=0)]):
+        part = duration.cost([last - first] * len(lengths), tokens, known, slots, start)
+        steps, tokens_of_all = steps + part.steps, tokens_of_all + part.tokens
+        seconds = None if seconds is None or part.seconds is None else seconds + part.seconds
+    return Cost(steps, tokens_of_all, seconds)
+
+
+def _population_line(recipe: Recipe, n_trials: int, steps: int) -> str:
+    """Say when a population is compared, and how many trials go on with others' weights."""
+    stops = population.comparisons(recipe, steps)
+    if not stops:
+        return (
+            f"trials are never compared: {recipe.tune.metric} is measured too late, set eval.every "
+            f"to {max(1, steps // population.PARTS)} or less"
+        )
+    count = max(1, n_trials // population.SHARE)
+    return (
+        f"compared about {len(stops)} times, behind steps {stops[0]:,} to {stops[-1]:,} of "
+        f"{steps:,}: there {count} of {n_trials} go on with weights of the best {count}; each "
+        f"trial begins {len(stops) + 1} times"
+    )
+
+
 def _cost_lines(recipe: Recipe, planned: Forecast, most: Cost, least: Cost) -> list[str]:
     """Say what a sweep costs, and when it ends if it begins now."""
-    asha = recipe.tune.scheduler != "none"
+    asha = recipe.tune.scheduler == "asha"
     steps = f"{most.steps:,} steps, {_large(most.tokens)} tokens"
     if asha:
         steps = f"at most {steps}; at least {least.steps:,} steps, if all but one stop early"

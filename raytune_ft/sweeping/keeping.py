@@ -9,7 +9,7 @@ from raytune_ft.config.schema import Recipe
 from raytune_ft.durable import whole_folder
 from raytune_ft.errors import TrainingError
 from raytune_ft.resume import shown
-from raytune_ft.sweeping import page
+from raytune_ft.sweeping import lineage, page
 from raytune_ft.sweeping.board import write_leaderboard
 from raytune_ft.sweeping.course import keep_states
 from raytune_ft.sweeping.folder import BEST, BEST_RECIPE
@@ -38,9 +38,10 @@ def keep(recipe: Recipe, trials: list[Trial], folder: RunFolder) -> Trial:
     own = with_values(recipe, best.values)
     # its values belong to the sweep, name and place to whoever trains it
     run = own.run.model_copy(update={"name": None})
-    content = loader.dump_yaml(own.model_copy(update={"run": run}))
+    content = lineage.note_of(best) + loader.dump_yaml(own.model_copy(update={"run": run}))
     with whole_folder(folder.path / BEST) as place:
         shutil.copytree(_result_of(best), place, dirs_exist_ok=True)
+    lineage.write(folder.path, trials, best)
     temporary = folder.path / f".{BEST_RECIPE}"
     temporary.write_text(content, encoding="utf-8")
     temporary.replace(folder.path / BEST_RECIPE)

@@ -33,6 +33,8 @@ from raytune_ft.training.run_folder import Event, RunFolder
 from raytune_ft.wish import GRACE_S, Wish
 
 FOLDER = "ray"
+SAMPLES = 10**9
+"""More than there will be: `Next` says when there are no more."""
 KILLED = "its process was killed, {times} times; out of memory? see {log}"
 
 
@@ -59,8 +61,9 @@ class Next(Unkept, Searcher):  # type: ignore[misc]
     def suggest(self, trial_id: str) -> Any:
         trial = self.course.next()
         if trial is None:
-            return Searcher.FINISHED
-        return {"number": trial.number, "values": json.dumps(trial.values)}
+            return None if self.course.waits else Searcher.FINISHED
+        until = self.course.until(trial.number)
+        return {"number": trial.number, "values": json.dumps(trial.values), "until": until}
 
     def on_trial_complete(
         self, trial_id: str, result: Event | None = None, error: bool = False
@@ -78,8 +81,14 @@ class Turns(Unkept, FIFOScheduler):  # type: ignore[misc]
     def on_trial_result(self, tune_controller: Any, trial: Any, result: Event) -> str:
         number, outcome = number_of(trial), result.get("outcome")
         goes_on = True
+        if not is_current(trial, self.course):
+            return str(self.CONTINUE)
         if outcome == "done":
             self.course.trained(number, Result(result["metric"], result["step"]))
+        elif outcome == "paused":
+            self.course.paused(number, result["step"], result["metric"])
+        elif outcome == "interrupted" and not self.course.stopping:
+            self.course.returned(number)
         elif outcome == "failed":
             self.course.failed(number, result["reason"])
         elif outcome is None and result.get("step") is not None:
@@ -100,8 +109,14 @@ class Watch(Unkept, ray_tune.Callback):  # type: ignore[misc]
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         number = number_of(trial)
-        self.course.failed(number, reason_of(trial, self.course.ledger.trials[number]))
+        if is_current(trial, self.course):
+            self.course.failed(number, reason_of(trial, self.course.ledger.trials[number]))
         self.show(self.course.trials)
+
+
+def is_current(trial: Any, course: Course) -> bool:
+    """Tell whether one of Ray Tune's is not behind what is known: lost after its last word."""
+    return bool(trial.config["until"] == course.until(number_of(trial)))
 
 
 def number_of(trial: Any) -> int:
@@ -186,8 +201,7 @@ def _tuner(
         tune_config=ray_tune.TuneConfig(
             search_alg=Next(course),
             scheduler=Turns(course, show),
-            # as many as there may be; `Next` says when there are no more
-            num_samples=max(len(course.trials), recipe.tune.trials),
+            num_samples=SAMPLES,
             max_concurrent_trials=plan.concurrent,
             trial_name_creator=_name,
             trial_dirname_creator=_name,
@@ -205,4 +219,5 @@ def _tuner(
 
 
 def _name(trial: Any) -> str:
-    return name_of(number_of(trial))
+    until = trial.config["until"]
+    return name_of(number_of(trial)) + ("" if until is None else f"_{until}")

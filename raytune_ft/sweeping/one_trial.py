@@ -12,10 +12,10 @@ import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from ray import tune as ray_tune
-from rich.console import Console
 
 from raytune_ft import export
 from raytune_ft.cluster import noise_to
@@ -24,9 +24,11 @@ from raytune_ft.config.schema import Recipe
 from raytune_ft.data.feeder import Supply, feeding
 from raytune_ft.errors import Interrupted, RaytuneError
 from raytune_ft.fitting import asked_by
-from raytune_ft.preparation import prepare
-from raytune_ft.screen import Screen
+from raytune_ft.storing.carriage import Way
+from raytune_ft.sweeping import carried
+from raytune_ft.sweeping.carried import Place
 from raytune_ft.sweeping.course import is_trained, result_of
+from raytune_ft.sweeping.inheriting import Pause
 from raytune_ft.sweeping.space import with_values
 from raytune_ft.sweeping.trials import FOLDER, name_of
 from raytune_ft.training import worker
@@ -54,91 +56,105 @@ class Orders:
     """Says whether trials are to stop."""
     supply: Supply | None
     """Windows that all trials share; None: each prepares rows of its own."""
+    way: Way
+    """To the sweep's folder, from any node."""
+
+    def home_of(self, name: str) -> RunFolder:
+        """Return a trial's folder as the driver has it."""
+        return RunFolder(Path(self.job.run_path) / FOLDER / name)
 
 
 def run_trial(config: Mapping[str, Any], orders: Orders) -> None:
     """Train one trial in this process; tell Ray Tune each step, and at the end what became of it.
 
     Args:
-        config: `number` and `values`, a text of JSON: Ray Tune would look for its own words in it.
+        config: `number`, `values`, a text of JSON since Ray Tune would look for its own words in
+            it, and `until`, as the course says it.
         orders: as every trial has them.
     """
-    number, values = int(config["number"]), json.loads(config["values"])
-    sweep = RunFolder(orders.job.run_path)
-    folder = RunFolder(sweep.path / FOLDER / name_of(number))
-    folder.path.mkdir(parents=True, exist_ok=True)
+    asked = Recipe.model_validate(orders.job.recipe)
+    name, values = name_of(int(config["number"])), json.loads(config["values"])
+    pause = Pause(config["until"], asked.tune.metric)
+    with carried.at_hand(orders.way, name, asked.checkpoint.keep) as place:
+        outcome = _outcome(values, orders, place, pause)
+    ray_tune.report(outcome)
+
+
+def _outcome(values: Mapping[str, Any], orders: Orders, place: Place, pause: Pause) -> Event:
+    folder = place.folder
     try:
         with noise_to(folder.log):
-            outcome = _trained(values, orders, sweep, folder)
+            return _trained(values, orders, place, pause)
     except Interrupted:
         folder.update(status="stopped")
-        outcome = {"outcome": "interrupted"}
+        return {"outcome": "interrupted"}
     except Exception as error:
         words = str(error) if isinstance(error, RaytuneError) else _words(error)
         if folder.run_json.is_file():
             folder.update(status="failed")
-        outcome = {"outcome": "failed", "reason": words}
-    ray_tune.report(outcome)
+        return {"outcome": "failed", "reason": words}
 
 
-def _trained(
-    values: Mapping[str, Any], orders: Orders, sweep: RunFolder, folder: RunFolder
-) -> Event:
-    """Train to the end, unless that was done; return the outcome."""
-    asked = Recipe.model_validate(orders.job.recipe)
-    metric = asked.tune.metric
+def _trained(values: Mapping[str, Any], orders: Orders, place: Place, pause: Pause) -> Event:
+    """Train to the end or to the pause, unless that was done; return the outcome."""
+    asked, folder = Recipe.model_validate(orders.job.recipe), place.folder
     try:
-        if not is_trained(folder):
-            _train(recipe_of(asked, values, folder), orders, sweep, folder, metric)
+        if not is_trained(folder) and not pause.find(folder):
+            recipe = recipe_of(asked, values, orders.home_of(folder.path.name))
+            _train(recipe, orders, place, pause)
             folder.update(status="done")
+    except Interrupted:
+        if pause.reached is None:
+            raise
+        folder.update(status="stopped")
     except Exception:
         traceback.print_exc()  # into the trial's own log
         raise
-    result = result_of(folder, metric)
+    if pause.reached is not None and not is_trained(folder):
+        return {"outcome": "paused", **pause.reached}
+    result = result_of(folder, asked.tune.metric)
     return {"outcome": "done", "metric": result.metric, "step": result.step}
 
 
-def _train(
-    recipe: Recipe, orders: Orders, sweep: RunFolder, folder: RunFolder, metric: str
-) -> None:
+def _train(recipe: Recipe, orders: Orders, place: Place, pause: Pause) -> None:
     def report(event: Event) -> None:
         if event["kind"] == "step":
-            ray_tune.report({key: event.get(key) for key in (*SHOWN, metric)})
+            pause.hear(event)
+            ray_tune.report({key: event.get(key) for key in (*SHOWN, pause.metric)})
+
+    def is_paused() -> bool:
+        return pause.reached is not None
 
     with (
-        fed(recipe, orders, sweep, folder) as (job, supply),
+        fed(recipe, orders, place) as (job, supply),
         AskedToEnd() as killed,
         asked_by(orders.mailbox) as stopping,
     ):
         packs, validation = supply.of_rank(0)
-        guards = Guards(interrupted=lambda: killed() or stopping())
-        worker.run(job, packs, validation, report, guards)
+        guards = Guards(interrupted=lambda: killed() or stopping() or is_paused())
+        worker.run(place.located(job), packs, validation, report, guards)
 
 
 @contextmanager
-def fed(
-    recipe: Recipe, orders: Orders, sweep: RunFolder, folder: RunFolder
-) -> Iterator[tuple[Job, Supply]]:
+def fed(recipe: Recipe, orders: Orders, place: Place) -> Iterator[tuple[Job, Supply]]:
     """Make the trial's folder; yield its job, and windows while the block runs."""
     if orders.supply is None:
-        with _fed_alone(recipe, orders, sweep, folder) as fed:
+        with _fed_alone(recipe, orders, place) as fed:
             yield fed
         return
-    begin_folder(recipe, sweep, folder)
+    begin_folder(recipe, place.sweep, place.folder)
     epochs = {**orders.supply.epochs, "train": recipe.train.epochs}
-    yield job_of(orders.job, recipe, sweep, folder), replace(orders.supply, epochs=epochs)
+    job = job_of(orders.job, recipe, place.sweep, place.folder)
+    yield job, replace(orders.supply, epochs=epochs)
 
 
 @contextmanager
-def _fed_alone(
-    recipe: Recipe, orders: Orders, sweep: RunFolder, folder: RunFolder
-) -> Iterator[tuple[Job, Supply]]:
+def _fed_alone(recipe: Recipe, orders: Orders, place: Place) -> Iterator[tuple[Job, Supply]]:
     """Prepare a trial whose rows, packs or base are its own, as `raytune-ft train` would."""
-    screen = Screen(recipe.train.log_every, console=Console(highlight=False))
-    source = str(sweep.info().get("source", ""))
-    prepared = prepare(recipe, folder, source, screen)
+    source = str(place.sweep.info().get("source", ""))
+    prepared = place.prepared(recipe, orders.home_of(place.folder.path.name), source)
     job = replace(prepared.job, sharing=orders.job.sharing, gpu_share=orders.job.gpu_share)
-    with feeding(prepared.kinds, shared_folder=sweep.path.parent, begin=("train",)) as supply:
+    with feeding(prepared.kinds, node=place.node, begin=("train",)) as supply:
         yield job, supply
 
 

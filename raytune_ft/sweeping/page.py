@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from importlib import resources
 from pathlib import Path
@@ -21,6 +21,7 @@ import yaml
 
 from raytune_ft.config.schema import TuneSection
 from raytune_ft.errors import CheckpointError
+from raytune_ft.sweeping import lineage
 from raytune_ft.sweeping.axes import axes_of
 from raytune_ft.sweeping.coordinates import figure_of
 from raytune_ft.sweeping.deciding import importance_part
@@ -187,6 +188,7 @@ def _page(folder: RunFolder, columns_of: Callable[[Trial], Columns]) -> str:
         "<h2>Curves</h2>",
         figures(_curves(sweep, looks, "loss"), _measured(sweep, looks)),
         _table(sweep, looks),
+        lineage.lineage_part(trials),
         _recipe(folder),
         "</div>",
     ]
@@ -209,10 +211,9 @@ def _as_it_is(trial: Trial, columns: Columns, section: TuneSection) -> Trial:
         return trial
     steps = [points[-1][0] for points in columns.points.values()]
     metric = columns.last(section.metric)
-    return Trial(
-        trial.number, trial.name, trial.values, trial.metric if metric is None else metric,
-        int(max(steps, default=trial.step)), trial.state, trial.folder,
-        sum(columns.values("seconds")),
+    return replace(
+        trial, metric=trial.metric if metric is None else metric,
+        step=int(max(steps, default=trial.step)), seconds=sum(columns.values("seconds")),
     )  # fmt: skip
 
 
@@ -277,17 +278,16 @@ def _since(sweep: _Sweep) -> str:
         return ""
 
 
+_KEPT = (("recipe", "best.yaml"), ("weights", "best"), ("values by steps", lineage.FILE))
+
+
 def _best(sweep: _Sweep) -> str:
     best, place = sweep.best, sweep.folder.path
     if best is None:
         return "<h2>Best trial</h2><p class=sub>No trial is done yet.</p>"
     found = {f"trial {best.number}": assignments(best.values)}
     found[sweep.section.metric] = f"{figure(best.metric)} at step {best.step}"
-    found |= {
-        what: str(place / name)
-        for what, name in (("recipe", "best.yaml"), ("weights", "best"))
-        if (place / name).exists()
-    }
+    found |= {what: str(place / name) for what, name in _KEPT if (place / name).exists()}
     said = f"<h2>Best trial</h2>{tables.pairs(found)}"
     if not (place / "best.yaml").is_file():
         return said

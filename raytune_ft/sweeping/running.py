@@ -19,9 +19,11 @@ from raytune_ft.mailbox import Mailbox
 from raytune_ft.preparation import Prepared, prepare
 from raytune_ft.resume import shown
 from raytune_ft.screen import Screen
+from raytune_ft.storing import carriage
 from raytune_ft.sweeping import forecast, on_ray, together
 from raytune_ft.sweeping.board import Board
 from raytune_ft.sweeping.course import Course
+from raytune_ft.sweeping.generations import course_of
 from raytune_ft.sweeping.one_trial import Orders
 from raytune_ft.sweeping.page import Pages
 from raytune_ft.sweeping.searching import search_for
@@ -41,7 +43,7 @@ def run_all(recipe: Recipe, folder: RunFolder, source: str, screen: Screen) -> l
     prepared = prepare(_caching(recipe), folder, source, screen)
     _check_rows(folder, prepared.job.data_fingerprint)
     steps = prepared.job.expected_steps
-    course = Course(recipe, Ledger.read(folder.path), search_for(recipe), steps)
+    course = course_of(recipe, Ledger.read(folder.path), search_for(recipe), steps)
     with Board(screen, recipe.tune, steps) as board:
         board.update(course.trials)
         _run_left(prepared, course, board, folder, screen)
@@ -82,7 +84,7 @@ def _run_left(
     mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
     job = replace(prepared.job, sharing=plan.concurrent, gpu_share=plan.gpu_share or 1.0)
     with _windows(recipe, prepared, plan.concurrent, folder) as supply:
-        orders = Orders(job, mailbox, supply)
+        orders = Orders(job, mailbox, supply, carriage.way_of(folder))
         if recipe.tune.shared_base:
             together.carry_out(course, orders, show=show, screen=screen)
         else:
@@ -97,10 +99,7 @@ def _windows(
     if Space.of(recipe).own_rows:
         yield None
         return
-    with feeding(
-        prepared.kinds, readers=readers, shared_folder=folder.path.parent, begin=("train",),
-        keeps=True,
-    ) as supply:  # fmt: skip
+    with feeding(prepared.kinds, readers=readers, begin=("train",), keeps=True) as supply:
         yield supply
         folder.update(windows_made=supply.state("train")["made"])
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import traceback
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,6 +24,8 @@ from raytune_ft.errors import Interrupted, RaytuneError
 from raytune_ft.fitting import asked_by
 from raytune_ft.resume import shown
 from raytune_ft.screen import Screen
+from raytune_ft.sweeping import carried
+from raytune_ft.sweeping.carried import Place
 from raytune_ft.sweeping.course import Course, Result, is_trained, result_of
 from raytune_ft.sweeping.desk import Desk
 from raytune_ft.sweeping.forecast import CPUS
@@ -80,20 +83,38 @@ def run_group(
         rungs: steps at which the word of the driver is waited for.
     """
     asked = Recipe.model_validate(orders.job.recipe)
-    metric = asked.tune.metric
-    left = [trial for trial in group if not is_trained(RunFolder(trial.folder))]
-    said: dict[int, Event] = {}
-    if left:
-        left[0].folder.mkdir(parents=True, exist_ok=True)
-        with noise_to(RunFolder(left[0].folder).log):
-            try:
-                outcomes = _trained(left, asked, orders, Teller(desk, left, rungs, metric))
-            except Exception:
-                traceback.print_exc()  # into the log of the group's first trial
-                raise
-        for trial, outcome in zip(left, outcomes, strict=True):
-            said[trial.number] = _noted(outcome, RunFolder(trial.folder), metric)
-    return [said.get(trial.number) or _done(RunFolder(trial.folder), metric) for trial in group]
+    metric, keep = asked.tune.metric, asked.checkpoint.keep
+    with ExitStack() as stack:
+        places = {
+            trial.number: stack.enter_context(carried.at_hand(orders.way, trial.name, keep))
+            for trial in group
+        }
+        left = [trial for trial in group if not is_trained(places[trial.number].folder)]
+        said: dict[int, Event] = {}
+        if left:
+            teller = Teller(desk, left, rungs, metric)
+            for number, outcome in _outcomes(left, places, asked, orders, teller).items():
+                said[number] = _noted(outcome, places[number].folder, metric)
+        for number in places.keys() - said.keys():
+            said[number] = _done(places[number].folder, metric)
+    return [said[trial.number] for trial in group]  # behind what was carried home
+
+
+def _outcomes(
+    left: Sequence[Trial],
+    places: Mapping[int, Place],
+    asked: Recipe,
+    orders: Orders,
+    teller: Teller,
+) -> dict[int, Outcome]:
+    """Train; return what became of each trial by its number."""
+    with noise_to(places[left[0].number].folder.log):
+        try:
+            outcomes = _trained(left, places, asked, orders, teller)
+        except Exception:
+            traceback.print_exc()  # into the log of the group's first trial
+            raise
+    return {trial.number: outcome for trial, outcome in zip(left, outcomes, strict=True)}
 
 
 @dataclass
@@ -120,31 +141,32 @@ class Teller:
         return goes_on
 
 
-def _trained(trials: Sequence[Trial], asked: Recipe, orders: Orders, tell: Teller) -> list[Outcome]:
+def _trained(
+    trials: Sequence[Trial],
+    places: Mapping[int, Place],
+    asked: Recipe,
+    orders: Orders,
+    tell: Teller,
+) -> list[Outcome]:
     """Train trials to their ends, on one base if they can share it."""
-    sweep = RunFolder(orders.job.run_path)
-    folders = [RunFolder(trial.folder) for trial in trials]
-    recipes = [
-        recipe_of(asked, trial.values, folder)
-        for trial, folder in zip(trials, folders, strict=True)
-    ]
+    recipes = [recipe_of(asked, trial.values, orders.home_of(trial.name)) for trial in trials]
+    first, *others = (places[trial.number] for trial in trials)
     with (
-        fed(recipes[0], orders, sweep, folders[0]) as (job, supply),
+        fed(recipes[0], orders, first) as (job, supply),
         AskedToEnd() as killed,
         asked_by(orders.mailbox) as stopping,
     ):
         # rows that are no other trial's were counted for the first of the group
-        counted = sweep if orders.supply is not None else folders[0]
-        jobs = [job]
-        for recipe, folder in zip(recipes[1:], folders[1:], strict=True):
-            folder.path.mkdir(parents=True, exist_ok=True)
-            begin_folder(recipe, counted, folder)
-            jobs.append(job_of(job, recipe, counted, folder))
+        counted = first.sweep if orders.supply is not None else first.folder
+        jobs = [first.located(job)]
+        for recipe, place in zip(recipes[1:], others, strict=True):
+            begin_folder(recipe, counted, place.folder)
+            jobs.append(place.located(job_of(job, recipe, counted, place.folder)))
         packs, validation = supply.of_rank(0)
         guards = Guards(interrupted=lambda: killed() or stopping())
         if sharing.refusal(recipes[0]) is None:
             return run_together(jobs, packs, validation, tell, guards)
-        return [_alone(job, packs, validation, tell, guards)]
+        return [_alone(jobs[0], packs, validation, tell, guards)]
 
 
 def _alone(job: Job, packs: Any, validation: Any, tell: Teller, guards: Guards) -> Outcome:

@@ -6,6 +6,10 @@ was killed is followed by one that knows the same: which values each trial has, 
     {"event": "planned", "trial": 3, "values": {"train.lr": 0.001}, "time": ...}
     {"event": "started", "trial": 3, "time": ...}            again for each time it is taken up
     {"event": "rung", "trial": 3, "step": 10, "metric": 2.1, "time": ...}   what was compared there
+    {"event": "paused", "trial": 3, "step": 10, "metric": 2.1, "time": ...}   the same, of a trial
+                                                       that waits behind a checkpoint (population)
+    {"event": "exploited", "trial": 3, "step": 10, "from": 1, "values": {"train.lr": 0.0012}, ...}
+                                   from there on it has another trial's weights, and these values
     {"event": "done" | "stopped" | "failed", "trial": 3, "metric", "step", "reason", "seconds"}
 """
 
@@ -32,13 +36,23 @@ _ENDS = {"done": DONE, "stopped": STOPPED, "failed": FAILED}
 
 
 @dataclass(frozen=True)
+class Turn:
+    """From when on a trial has which values."""
+
+    step: int
+    source: int | None
+    """Trial with whose weights of that step it went on; None: it is the beginning."""
+    values: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Trial:
     """One run of a sweep, as far as it is known."""
 
     number: int
     name: str
     values: dict[str, Any]
-    """Dotted field -> value."""
+    """Dotted field -> value; the last ones, where they changed on the way."""
     metric: float | None
     """The sweep's metric: of the weights that the trial gives when it is over, the last one seen
     until then, and what it was stopped for if it was."""
@@ -48,6 +62,8 @@ class Trial:
     folder: Path
     seconds: float
     """That it has run in all."""
+    turns: tuple[Turn, ...] = ()
+    """All values that it had, where they changed on the way, and since when."""
 
     @property
     def is_over(self) -> bool:
@@ -85,6 +101,10 @@ class Ledger:
     """(trial, step, value) of what was compared, in this order."""
     over: list[int] = field(default_factory=list)
     """Numbers of trials in the order in which they ended."""
+    exploits: list[tuple[int, Turn]] = field(default_factory=list)
+    """Of trials that went on with another one's weights, in this order."""
+    carried: int = 0
+    """How many of them are carried out for sure: trials have begun since."""
     _is_whole: bool = field(default=False, compare=False)
 
     @classmethod
@@ -118,9 +138,27 @@ class Ledger:
         """Note what a trial is compared by."""
         self._add({"event": "rung", "trial": number, "step": step, "metric": value})
 
+    def paused(self, number: int, step: int, value: float) -> None:
+        """Note that a trial waits behind a checkpoint, and what it is compared by."""
+        self._add({"event": "paused", "trial": number, "step": step, "metric": value})
+
+    def exploited(self, turns: Mapping[int, Turn]) -> None:
+        """Note which trials go on with another one's weights; all of a comparison at once."""
+        self._add(
+            *(
+                {
+                    "event": "exploited", "trial": number, "step": turn.step, "from": turn.source,
+                    "values": turn.values,
+                }
+                for number, turn in turns.items()
+            )
+        )  # fmt: skip
+
     def seen(self, number: int, step: int, value: float | None) -> None:
         """Keep what a running trial says; it is not written down, its own folder has it."""
         trial = self.trials[number]
+        if trial.turns and step <= trial.turns[-1].step:
+            return  # of before it had these weights
         metric = trial.metric if value is None else value
         self.trials[number] = replace(trial, step=step, metric=metric)
 
@@ -181,10 +219,16 @@ class Ledger:
             return
         trial = self.trials[number]
         if kind == "started":
+            self.carried = len(self.exploits)
             self.trials[number] = replace(trial, state=RUNNING)
-        elif kind == "rung":
+        elif kind in ("rung", "paused"):
             self.rungs.append((number, event["step"], event["metric"]))
-            self.trials[number] = replace(trial, step=event["step"], metric=event["metric"])
+            state = WAITING if kind == "paused" else trial.state
+            self.trials[number] = replace(
+                trial, step=event["step"], metric=event["metric"], state=state
+            )
+        elif kind == "exploited":
+            self._turn(trial, Turn(event["step"], event["from"], event["values"]))
         elif kind in _ENDS and not trial.is_over:
             self.over.append(number)
             state = _ENDS[kind] + (event.get("reason", "") if kind == "failed" else "")
@@ -192,6 +236,14 @@ class Ledger:
                 trial, state=state, metric=event["metric"], step=event["step"],
                 seconds=event.get("seconds", 0.0),
             )  # fmt: skip
+
+    def _turn(self, trial: Trial, turn: Turn) -> None:
+        first = Turn(0, None, trial.values)
+        self.exploits.append((trial.number, turn))
+        self.trials[trial.number] = replace(
+            trial, values=turn.values, turns=(*(trial.turns or (first,)), turn),
+            metric=None if turn.source is None else self.trials[turn.source].metric,
+        )  # fmt: skip
 
 
 def _cut_half_line(path: Path) -> None:

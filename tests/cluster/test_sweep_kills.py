@@ -170,6 +170,7 @@ def same(calm: Path, killed: Path) -> str:
 
 
 @pytest.mark.cluster
+@pytest.mark.ray
 @pytest.mark.timeout(2 * LIMIT_S)
 def test_twenty_kills_change_nothing(tiny_model: Path, chats: Path, tmp_path: Path) -> None:
     for name in ("calm", "killed"):

@@ -50,6 +50,7 @@ def last_line(printed: str) -> str:
 
 
 @pytest.mark.cluster
+@pytest.mark.ray
 @pytest.mark.timeout(2400)
 def test_stopped_taken_up_and_alone(tiny_model: Path, chats: Path, tmp_path: Path) -> None:
     recipe = runs.write_recipe(tmp_path, tiny_model, chats, "sweep")
@@ -105,6 +106,7 @@ def test_stopped_taken_up_and_alone(tiny_model: Path, chats: Path, tmp_path: Pat
 
 
 @pytest.mark.cluster
+@pytest.mark.ray
 @pytest.mark.timeout(1200)
 def test_a_sweep_without_a_good_trial_says_why(
     tiny_model: Path, chats: Path, tmp_path: Path
@@ -121,6 +123,7 @@ def test_a_sweep_without_a_good_trial_says_why(
 
 
 @pytest.mark.cluster
+@pytest.mark.ray
 @pytest.mark.timeout(1200)
 def test_trials_with_other_packs_prepare_for_themselves(
     tiny_model: Path, chats: Path, tmp_path: Path

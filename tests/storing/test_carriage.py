@@ -189,6 +189,9 @@ def test_a_half_carried_checkpoint_is_not_there(run: RunFolder, way: Way, tmp_pa
     home.send(folder / "weights.safetensors", "checkpoints/step_000005/weights.safetensors")
     assert checkpoint.step_folders(run.checkpoints) == []
     assert home.names() == ["failures.jsonl", "recipe.yaml", "run.json"]
+    assert [path.name for path in run.checkpoints.iterdir()] != []
+    home = HomeFolder(way.home, ray.get(way.home.begin.remote(carried=True)))
+    assert list(run.checkpoints.iterdir()) == []
     mirror = HomeMirror(other, home, 2)
     mirror.settle()
     assert checkpoint.latest(run.checkpoints) == run.checkpoints / "step_000005"

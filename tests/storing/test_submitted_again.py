@@ -121,6 +121,6 @@ def test_what_is_not_there_is_one_line(bucket: str, place: Place) -> None:
         fetching.run_folder(f"{bucket}/runs/b2")
     with pytest.raises(CheckpointError, match=r"^s3://nowhere-at-all/runs: no such bucket"):
         open_or_make(recipe("s3://nowhere-at-all"), "quickstart", None)
-    with pytest.raises(RecipeError, match="keeps single runs; a sweep needs a folder"):
-        new_folder(recipe(bucket), "quickstart")
+    with pytest.raises(RecipeError, match=rf"^run.name: '{bucket}/runs/a1' exists; go on with it"):
+        new_folder(recipe(bucket), "quickstart")  # a sweep of that name
     assert RunFolder(fetching.copy_of(f"{bucket}/runs", "b2").path).run_json.exists() is False

@@ -22,7 +22,7 @@ from raytune_ft.config.schema import Recipe
 from raytune_ft.errors import MemoryPlanError
 from raytune_ft.row_counts import Counted
 from raytune_ft.sweeping import duration, forecast
-from raytune_ft.sweeping.fit import FILLED, Layouts, Machine, Model, fit, heaviest, machine
+from raytune_ft.sweeping.fit import FILLED, Fit, Layouts, Machine, Model, fit, heaviest, machine
 from raytune_ft.sweeping.forecast import print_dry_run
 from raytune_ft.sweeping.space import Space, with_values
 from raytune_ft.sweeping.trials import WAITING, Trial
@@ -291,3 +291,41 @@ def test_neither_torch_nor_ray_is_needed_where_a_card_knows_the_model() -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "trials at once" in done.stdout and "GPU-hours" in done.stdout
+
+
+def test_a_population_waits_and_begins_again_at_each_comparison(
+    seven: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = seven.model_dump(mode="json")
+    space = {"train.lr": {"low": 1e-5, "high": 1e-3}}
+    content["tune"] = {"space": space, "trials": 8, "scheduler": "pbt"}
+    recipe = Recipe.model_validate(content)
+    where = gpus("h100")
+    monkeypatch.setattr(forecast, "machine", lambda *_: where)
+    monkeypatch.setattr(forecast, "fit", lambda *_: Fit(4, 4, None, "four at once"))
+    seconds: duration.StepSeconds = lambda at_once: 2.0  # noqa: E731
+    monkeypatch.setattr(duration, "step_seconds", lambda *_: seconds)
+    found = forecast.forecast(recipe, 8, steps=80)
+    assert found.most == found.least
+    assert found.most is not None and found.most.steps == 8 * 80
+    assert found.seconds == pytest.approx(8 * 2 * (duration.START_GPU + 10 * 2.0))
+    assert found.lines[1] == (
+        "compared about 7 times, behind steps 10 to 70 of 80: there 2 of 8 go on with weights of "
+        "the best 2; each trial begins 8 times"
+    )
+    assert not any("at most" in line or "earliest" in line for line in found.lines[1:])
+
+
+def test_a_metric_that_is_measured_too_late_is_told(seven: Recipe) -> None:
+    content = seven.model_dump(mode="json")
+    content["tune"] = {
+        "space": {"train.lr": [1e-4, 1e-3]},
+        "scheduler": "pbt",
+        "metric": "val_loss",
+    }
+    content["eval"] = {"every": 500}
+    content["data"]["validation"] = 0.1
+    found = forecast.forecast(Recipe.model_validate(content), 4, steps=80)
+    assert found.lines[1] == (
+        "trials are never compared: val_loss is measured too late, set eval.every to 10 or less"
+    )

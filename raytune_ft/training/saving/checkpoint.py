@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ import torch
 from safetensors.torch import load_file
 
 from raytune_ft.data.report import Report, new_report
+from raytune_ft.durable import BLOCK_BYTES
 from raytune_ft.errors import CheckpointError
 from raytune_ft.model.tensor_file import blocks_of, size_of
 from raytune_ft.training.guarding.pulse import PULSE
@@ -152,6 +155,39 @@ def load(folder: Path) -> Loaded:
     return Loaded(read_state(folder), load_file(folder / WEIGHTS), load_file(folder / OPTIMIZER))
 
 
+def hand_on(source: Path, root: Path, *, recipe_hash: str) -> Path:
+    """Give another run a checkpoint, whose state then says that it is of that run's recipe.
+
+    Tensors are not written again where the file system has links: a checkpoint's files are never
+    changed, only removed.
+
+    Args:
+        source: the checkpoint.
+        root: folder of the other run's checkpoints; one of the same step there is replaced.
+        recipe_hash: of the other run.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or the disk refuses.
+    """
+    if problem := damage(source):
+        raise CheckpointError(f"{source}: {problem}; no other run can go on from it")
+    state = replace(read_state(source), recipe_hash=recipe_hash)
+    entries = json.loads((source / MANIFEST).read_text(encoding="utf-8"))["files"]
+    final = root / source.name
+    try:
+        with durable.whole_folder(final) as temporary:
+            for name in (WEIGHTS, OPTIMIZER):
+                _link(source / name, temporary / name)
+            size, sha256 = durable.write(temporary / STATE, [_state(state)])
+            entries[STATE] = {"size": size, "sha256": sha256}
+            durable.write(temporary / MANIFEST, [_manifest(entries).encode()])
+    except OSError as error:
+        raise CheckpointError(
+            f"{final}: cannot be written ({error.strerror}); free space on {mount_of(root)}"
+        ) from error
+    return final
+
+
 def load_latest(root: Path, tell: Callable[[str], None] = lambda _: None) -> Loaded | None:
     """Read the newest checkpoint that verifies, or None; `tell` is told of those that do not."""
     for folder in reversed(step_folders(root)):
@@ -238,13 +274,25 @@ def _fill(
     contents = {
         WEIGHTS: blocks_of(weights),
         OPTIMIZER: blocks_of(optimizer),
-        STATE: iter([json.dumps(asdict(state), indent=1).encode()]),
+        STATE: iter([_state(state)]),
     }
     entries: dict[str, dict[str, Any]] = {}
     for name, blocks in contents.items():
         size, sha256 = durable.write(folder / name, blocks)
         entries[name] = {"size": size, "sha256": sha256}
     durable.write(folder / MANIFEST, [_manifest(entries).encode()])
+
+
+def _state(state: TrainState) -> bytes:
+    return json.dumps(asdict(state), indent=1).encode()
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without links
+        with source.open("rb") as file:
+            durable.write(target, iter(partial(file.read, BLOCK_BYTES), b""))
 
 
 def _prune(root: Path, state: TrainState, keep: int) -> None:

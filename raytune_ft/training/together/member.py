@@ -92,7 +92,7 @@ class Member:
             if recipe.eval.export == "best":
                 best.put_back(engine, folder.checkpoints, state)
             emit("stage", name="export")
-            export(recipe, voice, folder, Path(job.model_folder))
+            export(recipe, voice, folder, Path(job.model_folder), job.base)
             folder.update(**best.record(state, recipe.eval))
 
     def _steps(self, voice: Voice, emit: Emit) -> Iterator[TrainState]:

@@ -11,7 +11,7 @@ from raytune_ft.training.run_folder import Event, RunFolder, read_jsonl
 LEDGER, TRIALS = "trials.jsonl", "trials"
 STATES = {
     "planned": "waiting", "started": "running", "done": "done", "stopped": "stopped early",
-    "failed": "failed",
+    "failed": "failed", "paused": "waiting",
 }  # fmt: skip
 """Event of the ledger and what a trial is from then on; other events change nothing."""
 ENDS = ("done", "stopped early", "failed")
