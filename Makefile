@@ -25,7 +25,7 @@ demo: setup ## the main job: train the default model to know its name, merge it,
 
 test: setup ## linters, types, structure, then all tests
 	@$(MAKE) --no-print-directory lint
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2
 
 lint: setup ## ruff, mypy --strict, import layers
 	@$(BIN)/ruff format --check --quiet . || { echo "run: $(BIN)/ruff format ."; exit 1; }

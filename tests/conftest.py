@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -27,6 +29,10 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 LONG = ("exact", "cluster")
 """Marks of tests that run only where `-m` names them."""
 ROOT = Path(__file__).resolve().parent.parent
+ONE_AT_A_TIME = re.compile(r"\bmark\.(ray|demo|cluster|soak)\b|\b(browser|open_page): Any\b")
+"""What stands in a test file that starts Ray or a browser."""
+TIMED = "tests/faults/"
+"""Where ranks that stand still for seconds are taken for hung ones."""
 WORDS = ["red", "blue", "stone", "river", "cloud", "seven", "night", "green", "song", "glass"]
 
 
@@ -44,6 +50,46 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     whole = [item for item in items if any(map(item.get_closest_marker, left))]
     config.hook.pytest_deselected(items=whole)
     items[:] = [item for item in items if item not in whole]
+    if hasattr(config, "workerinput"):  # a process of `pytest -n`: the longest part goes first
+        items.sort(key=lambda item: part_of(item.nodeid) != "one at a time")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give each process of `pytest -n` whole files, and one of them all that fill the machine.
+
+    Marks of xdist cannot say so: with pytest 9.2 its `--dist loadgroup` groups nothing
+    (pytest-xdist issue 1386), and the process that hands out tests sees names alone.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            return part_of(nodeid)
+
+    config.option.loadscopereorder = False
+    return Scheduling(config, log)
+
+
+def part_of(nodeid: str) -> str:
+    """Return which tests a test stays together with: those of its file, or all of some files."""
+    file = nodeid.partition("::")[0]
+    return "one at a time" if one_at_a_time(file) else file
+
+
+@functools.cache
+def one_at_a_time(file: str) -> bool:
+    """Tell whether a test file, a path below the root, takes Ray, a browser or times processes."""
+    return file.startswith(TIMED) or bool(ONE_AT_A_TIME.search((ROOT / file).read_text("utf-8")))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def ray_only_where_marked(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Let no Ray start where no test is marked `ray`: it would do so beside another one."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not one_at_a_time(request.node.nodeid):
+            patch.setenv("RAY_TMPDIR", "/dev/null/mark this test with pytest.mark.ray")
+        yield
 
 
 @pytest.fixture(scope="module")
