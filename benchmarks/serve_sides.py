@@ -90,7 +90,7 @@ def transformers(model: str, folder: Path) -> Iterator[Side]:
     where, port = str(prepare_folder(model)), free_port()
     options = ["--continuous-batching", "--port", str(port), "--host", "127.0.0.1"]
     options += ["--dtype", "auto", "--log-level", "error"]
-    if "CUDA_VISIBLE_DEVICES" not in os.environ and not Path("/dev/nvidia0").exists():
+    if not torch.cuda.is_available():
         # its default takes most of the machine's memory for the cache and its masks
         options += ["--device", "cpu", "--dtype", "float32"]
         options += ["--cb-num-blocks", "64", "--cb-max-batch-tokens", "512"]
