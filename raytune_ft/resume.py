@@ -84,11 +84,15 @@ def _listen(path: str, folder: RunFolder, driver: dict[str, Any]) -> None:
 
 
 def _sign(path: str, folder: RunFolder) -> Any:
-    """Read the last sign of life of a run's driver, where the run is kept."""
+    """Read the last sign of life of a run's driver, where the run is kept; None: it has ended."""
     if not places.is_elsewhere(path):
         return folder.alive()
-    with suppress(FileNotFoundError, ValueError):
-        return json.loads(places.Place(path).read(liveness.ALIVE))
+    with suppress(FileNotFoundError):
+        sign = places.Place(path).read(liveness.ALIVE)
+        try:
+            return json.loads(sign)
+        except ValueError:  # somebody writes it just now
+            return sign
     return None
 
 

@@ -112,8 +112,7 @@ def test_files_of_this_machine_are_read_on_it_though_it_has_no_core(
 
     with monkeypatch.context() as patch:  # in this process only
         patch.setattr(Path, "stat", stat)
-        assert stream.node_with([feed.source], nodes.folder) is None, "run.storage is everywhere"
-        assert stream.node_with([feed.source], nodes.folder / "other") == nodes.here
+        assert stream.node_with([feed.source]) == nodes.here
         feeder = feeding({"train": Rows(feed)})
         supply = feeder.__enter__()
     assert made_on(supply, feed) == [{nodes.here}] * feed.n_windows
