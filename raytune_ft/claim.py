@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from raytune_ft import seats
+from raytune_ft import resources
 from raytune_ft.config.schema import Recipe
 from raytune_ft.errors import RecipeError, TrainingError
 from raytune_ft.waiting import NOISE, room_for
@@ -77,7 +77,7 @@ def check_room(
     """
     workers = recipe.run.workers
     cores = sum(node["Resources"].get("CPU", 0.0) for node in nodes)
-    each = {"CPU": seats.cpus_per_worker(workers, cores), "GPU": 1.0 if gpu else 0.0}
+    each = {"CPU": resources.cpus_per_worker(workers, cores), "GPU": 1.0 if gpu else 0.0}
     there = room_for(nodes, each)
     need = f"{workers} workers need {'a GPU each' if gpu else 'cores'}"
     if there < (recipe.run.min_workers or workers):
@@ -87,7 +87,7 @@ def check_room(
             yield f"waiting for nodes: {need}, {has}; its autoscaler starts more"
             return
         others = "start nodes that have GPUs" if gpu else "start nodes that have cores"
-        fewer = f"set {seats.same_steps(recipe, there)}, or " if there else ""
+        fewer = f"set {resources.same_steps(recipe, there)}, or " if there else ""
         raise RecipeError(f"run.workers: {need}, {has} and no autoscaler; {fewer}{others}")
     kind = "GPU" if gpu else "CPU"
     now = int(free.get(kind, 0.0) / each[kind] + NOISE)

@@ -17,7 +17,7 @@ from typing import Any
 
 import ray
 
-from raytune_ft import claim, errors, seats
+from raytune_ft import claim, errors, resources
 from raytune_ft.cluster import noise_to
 from raytune_ft.config.schema import Recipe
 from raytune_ft.data.feeder import Supply
@@ -105,7 +105,7 @@ def _trainer(
 
     on_gpu = claim.on_gpu()
     least = recipe.run.min_workers
-    cpus = seats.cpus_per_worker(recipe.run.workers, ray.cluster_resources().get("CPU", 0))
+    cpus = resources.cpus_per_worker(recipe.run.workers, ray.cluster_resources().get("CPU", 0))
     return TorchTrainer(
         train_loop_per_worker,
         train_loop_config={

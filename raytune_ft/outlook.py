@@ -11,7 +11,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from raytune_ft import host, seats, survey
+from raytune_ft import host, resources, survey
 from raytune_ft.config import catalog
 from raytune_ft.config.estimates import gpus, pace
 from raytune_ft.config.estimates import layout as layouts
@@ -197,7 +197,7 @@ def check_memory(recipe: Recipe, kept: Choice | None = None) -> Outlook | None:
     """
     if os.environ.get("RAY_ADDRESS"):
         return None
-    seats.check(recipe)
+    resources.check(recipe)
     folder = survey.model_folder(recipe.model.path)
     shape = survey.read_config(folder) if folder else catalog.card_config(recipe.model.path)
     where = place()

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytune_ft import outlook, seats
+from raytune_ft import outlook, resources
 from raytune_ft.config.loader import load_recipe
 from raytune_ft.errors import RecipeError
 from tests import runs
@@ -50,25 +50,25 @@ def test_eight_workers_on_fewer_gpus_are_told_what_to_set(
     assert "\n" not in said and "RAY_ADDRESS" in said
     fewer = load_recipe(NAME, settings.split())
     assert fewer.global_batch_size == asked.global_batch_size == 64
-    seats.check(fewer)
+    resources.check(fewer)
 
 
 @pytest.mark.usefixtures("machine")
 def test_a_cluster_has_gpus_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "head:6379")
-    seats.check(load_recipe(NAME))
+    resources.check(load_recipe(NAME))
 
 
 @pytest.mark.usefixtures("machine")
 def test_an_elastic_run_begins_with_as_many_as_there_are() -> None:
-    seats.check(load_recipe(NAME, ["run.min_workers=3"]))
+    resources.check(load_recipe(NAME, ["run.min_workers=3"]))
     with pytest.raises(RecipeError, match="this machine has 3 GPUs"):
-        seats.check(load_recipe(NAME, ["run.min_workers=4"]))
+        resources.check(load_recipe(NAME, ["run.min_workers=4"]))
 
 
 def test_ranks_without_a_gpu_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    seats.check(load_recipe(NAME))
+    resources.check(load_recipe(NAME))
 
 
 @pytest.mark.ray
@@ -89,6 +89,6 @@ def test_the_command_says_it_in_one_line_and_leaves_nothing(
 
 @given(workers=st.integers(1, 2048), cores=st.integers(1, 4096))
 def test_all_workers_find_their_share_of_the_cores(workers: int, cores: int) -> None:
-    share = seats.cpus_per_worker(workers, cores)
+    share = resources.cpus_per_worker(workers, cores)
     assert 0 < share * workers <= max(cores, 0.5) and share <= 0.5
     assert share == 0.5 or (share + 1e-4) * workers > cores

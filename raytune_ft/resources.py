@@ -1,4 +1,4 @@
-"""Seats: the workers that a recipe asks for, and the GPUs or cores that there are for them.
+"""Resources: the workers that a recipe asks for, and the GPUs or cores that there are for them.
 
 In: a recipe, or what Ray has. Out: a refusal before anything starts, where Ray would wait for ever;
 the share of cores that each worker asks Ray for.
