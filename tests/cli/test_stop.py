@@ -56,6 +56,9 @@ def driven(place: Path, *how: str) -> Iterator[subprocess.Popen[str]]:
         try:
             assert process.stdout is not None
             assert process.stdout.readline() == "here\n"
+            until = time.monotonic() + 30  # what a test writes is not written over by it then
+            while not (place / liveness.ALIVE).is_file() and time.monotonic() < until:
+                time.sleep(0.02)
             yield process
         finally:
             process.kill()
