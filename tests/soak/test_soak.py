@@ -1,6 +1,6 @@
 """The long proofs of the endpoint, through Ray Serve: `make soak`, about an hour on two cores.
 
-Each prints one line with its figures, which docs/serving.md has.
+Each prints one line with its figures, which docs/reliability.md has.
 """
 
 from __future__ import annotations
