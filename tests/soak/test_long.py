@@ -2,7 +2,7 @@
 
 Arrivals are Poisson's, whoever is still being answered. Each request has an id of its own, under
 which both sides tell its status, its tokens and why it ended. Each test prints a line, which
-docs/serving.md has. Run: pytest -m soak -s tests/soak/test_long.py -k 100_000, or
+docs/reliability.md has. Run: pytest -m soak -s tests/soak/test_long.py -k 100_000, or
 pytest -m "soak and gpu" -s tests/soak/test_long.py -k 20_000; for a rehearsal of either
 --requests N, and of the latter --seconds S and --made SHAPE, which needs no GPU.
 """
