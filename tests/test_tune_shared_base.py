@@ -23,10 +23,6 @@ TUNE = """
     lora.r: [2, 4, 8]
   trials: 4
 """
-WORDS = (
-    "train.epochs=8", "train.max_steps=24", "train.deepspeed=none", "checkpoint.every=4",
-    "chat_eval.prompts=[]", "run.trackers=[]",
-)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +31,7 @@ def folder(tiny_model: Path, chats: Path, tmp_path_factory: pytest.TempPathFacto
     folder = tmp_path_factory.mktemp("shared_base")
     for name, words in (("alone", ()), ("shared", ("tune.shared_base=true",))):
         recipe = sweeps.write_recipe(folder, tiny_model, chats, name, TUNE)
-        sweeps.run("--config", recipe, *WORDS, *words)
+        sweeps.run("--config", recipe, *sweeps.SHORT, *words)
     return folder / "runs"
 
 
@@ -66,7 +62,7 @@ def test_a_stopped_one_goes_on_to_the_same(
 ) -> None:
     recipe = sweeps.write_recipe(tmp_path, tiny_model, chats, "stopped", TUNE)
     sweep = tmp_path / "runs/stopped"
-    process = sweeps.begin("--config", recipe, *WORDS, "tune.shared_base=true")
+    process = sweeps.begin("--config", recipe, *sweeps.SHORT, "tune.shared_base=true")
     sweeps.until(process, lambda: sweeps.steps_of(sweep / "trials/trial_0000") >= 3)
     process.send_signal(signal.SIGTERM)
     code, printed = sweeps.ended(process)

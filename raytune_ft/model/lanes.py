@@ -188,6 +188,7 @@ class Lane:
 
     def grow(self, rows: int) -> None:
         """Make room for more rows; captured passes are made anew."""
+        self._rows.clear()  # views, which would keep every layer's former memory until the end
         for layer in self.cache.layers:
             for name in ("keys", "values"):
                 old = getattr(layer, name)

@@ -27,10 +27,6 @@ TUNE = """
   trials: 4
   concurrent: 1
 """
-WORDS = (
-    "train.epochs=8", "train.max_steps=24", "train.deepspeed=none", "checkpoint.every=4",
-    "chat_eval.prompts=[]", "run.trackers=[]",
-)  # fmt: skip
 BEST = "best/adapter_model.safetensors"
 
 
@@ -43,11 +39,11 @@ def test_a_lost_machines_sweep_goes_on_elsewhere(
     tiny_model: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calm = sweeps.write_recipe(tmp_path, tiny_model, chats, "calm", TUNE)
-    sweeps.run("--config", calm, *WORDS)
+    sweeps.run("--config", calm, *sweeps.SHORT)
     expected = tmp_path / "runs/calm"
 
     recipe = sweeps.write_recipe(tmp_path, tiny_model, chats, "lost", TUNE)
-    command = ("--config", recipe, *WORDS, f"run.storage={STORAGE}")
+    command = ("--config", recipe, *sweeps.SHORT, f"run.storage={STORAGE}")
     place = Place(STORAGE) / "lost"
     lost = machine(monkeypatch, tmp_path / "machine_lost")
     process = sweeps.begin(*command)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from raytune_ft.config.schema import LoraSection
 from raytune_ft.model import lanes
@@ -151,3 +152,21 @@ def test_wrong_masks_and_other_caches_are_found(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(lanes.fixed_cache, "is_growing", lambda _cache: False)
     with pytest.raises(NotBatchedError, match="more than keys and values"):
         lanes.probed(model_of("llama"))
+
+
+def test_a_lane_that_grows_lets_each_layer_go_before_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else a GPU would hold all keys and values twice."""
+    with torch.no_grad():
+        rows = Rows(model_of("llama"))
+        for length in (5, 9):
+            rows.join(rows.ids(length))
+        rows.lane.copy_of(0)
+        rows.leave(0)
+        lane, layers = rows.lane, rows.lane.cache.layers
+        former = [StorageWeakRef(one.keys.untyped_storage()) for one in layers]
+        seen: list[bool] = []
+        monkeypatch.setattr(lane, "close", lambda: seen.extend(ref.expired() for ref in former))
+        lane.grow(6)
+    assert seen == [True] * len(layers)
